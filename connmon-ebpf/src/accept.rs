@@ -1,0 +1,48 @@
+//! `inet_csk_accept`: a process took a connection from the accept queue.
+//!
+//! ```c
+//! // net/ipv4/inet_connection_sock.c
+//! struct sock *inet_csk_accept(struct sock *sk, int flags, int *err, bool kern);    // .. 6.9
+//! struct sock *inet_csk_accept(struct sock *sk, struct proto_accept_arg *arg);      // 6.10 ..
+//! ```
+
+use aya_ebpf::macros::{fexit, kretprobe};
+use aya_ebpf::programs::{FExitContext, RetProbeContext};
+use connmon_common::tuning::probe;
+use connmon_common::wire::kind;
+
+use crate::emit::emit_task;
+use crate::socket::is_filtered;
+
+/// By trampoline; `bpf_get_func_ret` wants 5.17.
+#[fexit(function = "inet_csk_accept")]
+fn accept_fexit(ctx: FExitContext) -> i32 {
+    if let Ok(sk) = ctx.ret::<u64>() {
+        accepted(sk);
+    }
+    0
+}
+
+/// By trampoline, before 5.17: the return value follows the four arguments.
+/// (It may not be loaded on 6.10 and later, where it follows two.)
+#[fexit(function = "inet_csk_accept")]
+fn accept_fexit_arg(ctx: FExitContext) -> i32 {
+    let sk: *const u8 = ctx.arg(4);
+    accepted(sk as u64);
+    0
+}
+
+/// By return breakpoint.
+#[kretprobe]
+fn accept_kret(ctx: RetProbeContext) -> u32 {
+    accepted(ctx.ret());
+    0
+}
+
+#[inline(always)]
+fn accepted(sk: u64) {
+    // NULL when accept() fails.
+    if sk != 0 && !is_filtered(sk) {
+        emit_task(probe::ACCEPT, kind::ACCEPT, sk);
+    }
+}

@@ -1,0 +1,294 @@
+//! `inet_sock_set_state`: every change of a TCP socket's state.
+//!
+//! ```c
+//! // include/trace/events/sock.h; called by inet_sk_state_store() and
+//! // inet_sk_set_state() (net/ipv4/af_inet.c) before sk_state is stored
+//! TP_PROTO(const struct sock *sk, const int oldstate, const int newstate)
+//! ```
+//!
+//! Sent is only what the agent needs: nothing at LISTEN → SYN_RECV (the
+//! child's endpoints are not set before 6.18, and its opening tells that it
+//! was passive), nothing among the states after ESTABLISHED.
+
+use core::ptr::addr_of_mut;
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::macros::{btf_tracepoint, tracepoint};
+use aya_ebpf::programs::{BtfTracePointContext, TracePointContext};
+use connmon_common::state::{CLOSE, CLOSE_WAIT, ESTABLISHED, LISTEN, SYN_RECV, SYN_SENT};
+use connmon_common::tuning::{PerCpu, SEEN_WAITS, probe};
+use connmon_common::wire::{Change, Close, Connect, EndsV4, EndsV6, Head, Listen, Open, kind};
+
+use crate::emit::{add_one, counters, emit, write_owner};
+use crate::globals::{DROP_LOOPBACK, ONLY_NETNS, OWNERS};
+use crate::socket::{
+    AF_INET, AF_INET6, BtfSocket, Ends, FullSocket, Socket, TracedSocket, former_port,
+    is_loopback_v4, is_loopback_v6, is_v4_mapped, write_figures,
+};
+
+/// Primary: BTF raw tracepoint, fields by direct loads. 5.5.
+#[btf_tracepoint(function = "inet_sock_set_state")]
+fn state_tp_btf(ctx: BtfTracePointContext) -> i32 {
+    if let Some(counters) = counters() {
+        from_btf(&ctx, counters);
+        // SAFETY: this CPU's map value.
+        unsafe { tell_seen(counters, ctx.arg(0)) };
+    }
+    0
+}
+
+/// Second on the same tracepoint, for the changes that the kernel keeps from
+/// [`state_tp_btf`]. Since 6.1 a program does not run while it runs already
+/// on the CPU (`__bpf_trace_run`), and an interrupt in its midst can hand a
+/// whole batch of packets, with all their state changes, to the softirq on
+/// its way out. This program is not in the midst of itself then.
+#[btf_tracepoint(function = "inet_sock_set_state")]
+fn state_nested(ctx: BtfTracePointContext) -> i32 {
+    if let Some(counters) = counters() {
+        // SAFETY: this CPU's map value.
+        let seen = unsafe { was_seen(counters, ctx.arg(0)) };
+        if !seen {
+            // SAFETY: an aligned counter of the map value.
+            unsafe { add_one(addr_of_mut!((*counters).caught)) };
+            from_btf(&ctx, counters);
+        }
+    }
+    0
+}
+
+/// Leaves word of `socket` for [`was_seen`]: in the second place when this
+/// context has interrupted another one between its two programs. A softirq
+/// interrupts no softirq, so two places are enough; and a socket's lock keeps
+/// it from changing state on two levels at once.
+///
+/// # Safety
+///
+/// `counters` must be those of this CPU.
+#[inline(always)]
+unsafe fn tell_seen(counters: *mut PerCpu, socket: u64) {
+    // SAFETY: the caller's. Volatile, since an interrupt reads and writes it.
+    unsafe {
+        let place = addr_of_mut!((*counters).seen).cast::<u64>();
+        if place.read_volatile() == 0 {
+            place.write_volatile(socket);
+        } else {
+            place.add(1).write_volatile(socket);
+        }
+    }
+}
+
+/// Whether [`tell_seen`] left word of `socket`, and takes that away. Word
+/// that is never asked for, because [`state_nested`] itself was interrupted,
+/// goes after [`SEEN_WAITS`].
+///
+/// # Safety
+///
+/// As [`tell_seen`].
+#[inline(always)]
+unsafe fn was_seen(counters: *mut PerCpu, socket: u64) -> bool {
+    // SAFETY: as in `tell_seen`.
+    unsafe {
+        let place = addr_of_mut!((*counters).seen).cast::<u64>();
+        let waited = addr_of_mut!((*counters).waited);
+        if place.read_volatile() == socket {
+            place.write_volatile(0);
+            // That of a context within this one cannot be due any more.
+            place.add(1).write_volatile(0);
+            waited.write_volatile(0);
+            return true;
+        }
+        if place.add(1).read_volatile() != socket {
+            return false;
+        }
+        place.add(1).write_volatile(0);
+        let count = waited.read_volatile() + 1;
+        waited.write_volatile(count);
+        if count >= SEEN_WAITS {
+            waited.write_volatile(0);
+            place.write_volatile(0);
+        }
+        true
+    }
+}
+
+#[inline(always)]
+fn from_btf(ctx: &BtfTracePointContext, counters: *mut PerCpu) {
+    let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
+    set_state(&BtfSocket(ctx.arg(0)), counters, old as u8, new as u8);
+}
+
+/// Fallback: classic tracepoint. Layout as since 5.6.
+#[tracepoint(category = "sock", name = "inet_sock_set_state")]
+fn state_tp(ctx: TracePointContext) -> u32 {
+    let context = ctx
+        .as_ptr()
+        .cast::<connmon_common::tuning::tracepoint::SetState>();
+    // SAFETY: the context is a `SetState`: the loader compared the format.
+    let (old, new) = unsafe {
+        (
+            core::ptr::read_volatile(addr_of_mut!((*context).oldstate)),
+            core::ptr::read_volatile(addr_of_mut!((*context).newstate)),
+        )
+    };
+    if let Some(counters) = counters() {
+        set_state(&TracedSocket(context), counters, old as u8, new as u8);
+    }
+    0
+}
+
+/// The kind of record a transition asks for; 0 for none.
+#[inline(always)]
+fn kind_of(old: u8, new: u8) -> u8 {
+    if old == new {
+        // Normal: close() after shutdown(), MPTCP.
+        0
+    } else if new == CLOSE {
+        if old == LISTEN {
+            kind::UNLISTEN
+        } else {
+            kind::CLOSE
+        }
+    } else if old == ESTABLISHED {
+        kind::CHANGE
+    } else if old == SYN_SENT || old == SYN_RECV {
+        if new == SYN_SENT || new == SYN_RECV {
+            0
+        } else {
+            kind::OPEN
+        }
+    } else if old == CLOSE {
+        if new == SYN_SENT {
+            kind::CONNECT
+        } else if new == LISTEN {
+            kind::LISTEN
+        } else {
+            0
+        }
+    } else {
+        0
+    }
+}
+
+#[inline(always)]
+fn set_state(socket: &impl Socket, counters: *mut PerCpu, old: u8, new: u8) {
+    let kind = kind_of(old, new);
+    if kind == 0 || !socket.is_tcp() {
+        return;
+    }
+    let netns = socket.netns();
+    let only = ONLY_NETNS.load();
+    if only != 0 && netns != 0 && netns != only {
+        return;
+    }
+    // Listeners have no remote end, and the inventory wants them all.
+    let drop_loopback = DROP_LOOPBACK.load() != 0 && kind != kind::LISTEN && kind != kind::UNLISTEN;
+    let family = socket.family();
+    if family == AF_INET6 {
+        let remote = socket.v6_remote();
+        if !is_v4_mapped(remote) {
+            let local = socket.v6_local();
+            if drop_loopback && is_loopback_v6(local, remote) {
+                return;
+            }
+            let (local_port, remote_port) = socket.ports();
+            let ends = EndsV6 {
+                local,
+                remote,
+                local_port,
+                remote_port,
+                pad: 0,
+            };
+            send(socket, counters, kind, old, new, netns, ends);
+            return;
+        }
+    } else if family != AF_INET {
+        return;
+    }
+    let (local, remote) = socket.v4();
+    if drop_loopback && is_loopback_v4(local, remote) {
+        return;
+    }
+    let (local_port, remote_port) = socket.ports();
+    let ends = EndsV4 {
+        local,
+        remote,
+        local_port,
+        remote_port,
+        pad: 0,
+    };
+    send(socket, counters, kind, old, new, netns, ends);
+}
+
+#[inline(always)]
+fn send<S: Socket, E: Ends>(
+    socket: &S,
+    counters: *mut PerCpu,
+    kind: u8,
+    old: u8,
+    new: u8,
+    netns: u32,
+    ends: E,
+) {
+    let head = |flags: u8| Head {
+        kind,
+        flags: flags | E::FLAGS,
+        old,
+        new,
+        netns,
+        id: socket.id(),
+        cookie: socket.cookie(),
+    };
+    // SAFETY: in every arm `record` is the reservation, and every field is
+    // written.
+    match kind {
+        kind::CLOSE => emit::<Close<E>>(counters, probe::SET_STATE, |record| unsafe {
+            let full = socket.full();
+            let flags = write_figures(socket, &full, addr_of_mut!((*record).figures));
+            addr_of_mut!((*record).head).write(head(flags));
+            let mut ends = ends;
+            let port = *ends.local_port();
+            *ends.local_port() = if port == 0 { former_port(&full) } else { port };
+            addr_of_mut!((*record).ends).write(ends);
+            // A local abort has no packet to take the time from.
+            let abort = old == ESTABLISHED || old == CLOSE_WAIT;
+            let at_ns = if abort {
+                bpf_ktime_get_ns()
+            } else {
+                full.now()
+            };
+            addr_of_mut!((*record).at_ns).write(at_ns);
+        }),
+        kind::OPEN => emit::<Open<E>>(counters, probe::SET_STATE, |record| unsafe {
+            addr_of_mut!((*record).head).write(head(0));
+            addr_of_mut!((*record).ends).write(ends);
+            addr_of_mut!((*record).at_ns).write(socket.full().now());
+        }),
+        kind::CONNECT => emit::<Connect<E>>(counters, probe::SET_STATE, |record| unsafe {
+            addr_of_mut!((*record).head).write(head(0));
+            addr_of_mut!((*record).ends).write(ends);
+            addr_of_mut!((*record).at_ns).write(bpf_ktime_get_ns());
+            write_owner(addr_of_mut!((*record).owner), OWNERS.load() != 0);
+        }),
+        kind::LISTEN => emit::<Listen<E>>(counters, probe::SET_STATE, |record| unsafe {
+            addr_of_mut!((*record).head).write(head(0));
+            addr_of_mut!((*record).ends).write(ends);
+            write_owner(addr_of_mut!((*record).owner), true);
+        }),
+        kind::UNLISTEN => emit::<Change<E>>(counters, probe::SET_STATE, |record| unsafe {
+            addr_of_mut!((*record).head).write(head(0));
+            let mut ends = ends;
+            let port = *ends.local_port();
+            *ends.local_port() = if port == 0 {
+                former_port(&socket.full())
+            } else {
+                port
+            };
+            addr_of_mut!((*record).ends).write(ends);
+        }),
+        _ => emit::<Change<E>>(counters, probe::SET_STATE, |record| unsafe {
+            addr_of_mut!((*record).head).write(head(0));
+            addr_of_mut!((*record).ends).write(ends);
+        }),
+    }
+}

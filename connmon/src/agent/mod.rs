@@ -1,0 +1,288 @@
+//! The only wiring: threads, channels and shutdown of the agent.
+//!
+//! Three threads: the walker (reconcile), the fold (ring, state) and this
+//! one (HTTP, signals, files). They share nothing but channels.
+
+mod content;
+mod first_words;
+mod pipeline;
+mod reporter;
+mod schedule;
+mod serve;
+mod status;
+
+use std::io;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use log::{error, warn};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::config::{Config, SourceChoice};
+use crate::event::NetnsId;
+use crate::expose::Server;
+use crate::fold::{Fold, FoldConfig, RemoteFilter};
+use crate::geo::{Database, Locator, Reloader};
+use crate::kernel::{Tracer, TracerOptions};
+use crate::notify::Notify;
+use crate::reconcile::netns::Roots;
+use crate::reconcile::{Walker, WalkerOptions};
+use crate::report::Source;
+use crate::sandbox::{self, Plan};
+
+use content::AgentContent;
+use pipeline::Parts;
+use serve::{DatabaseWatch, Serving, Signals};
+use status::StatusBoard;
+
+/// What the exit code is when a thread panicked; Rust's own.
+const PANIC_EXIT: i32 = 101;
+
+/// Runs the agent until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What keeps it from running, in one line; a [`crate::config::ConfigError`] where the
+/// configuration is to blame.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    exit_on_panic();
+    crate::kernel::return_memory_at_once();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the serving runtime")?;
+    // Before anything that takes its time, so that a signal then ends the
+    // agent as cleanly as later.
+    let signals = {
+        let _runtime = runtime.enter();
+        Signals::new()?
+    };
+    let (reloader, database) = open_database(&config)?;
+    let server = Server::bind(&config)?;
+    let host = Roots::default()
+        .host()
+        .context("cannot read /proc/self/ns/net; is /proc mounted?")?;
+    let (tracer, degraded) = attach(&config, host)?;
+    let source = if tracer.is_some() {
+        Source::Ebpf
+    } else {
+        Source::Proc
+    };
+    let traffic = tracer.as_ref().is_some_and(Tracer::traffic_known);
+    // Every thread closes itself in, once what it needs is open.
+    let mut plan = sandbox::plan(&config);
+    for file in server.files() {
+        plan.also_readable(file);
+    }
+    let plan = Arc::new(plan);
+    let (walker, messages) = Walker::spawn_after(
+        WalkerOptions {
+            all_netns: config.all_netns,
+            listeners: config.listeners,
+            force_proc: source == Source::Proc,
+            ..WalkerOptions::default()
+        },
+        {
+            let plan = Arc::clone(&plan);
+            move || {
+                #[cfg(debug_assertions)]
+                panic_if_asked("walker");
+                plan.enter_walker().map(drop).map_err(io::Error::other)
+            }
+        },
+    )
+    .context("cannot start the reconcile thread")?;
+
+    let (reporter, requests) = reporter::channel();
+    let (databases, new_databases) = mpsc::channel(1);
+    let (stop, stopping) = watch::channel(false);
+    let (ready, is_ready) = watch::channel(false);
+    let (ended, fold_ended) = oneshot::channel();
+    let audit_every = match source {
+        Source::Ebpf => config.reconcile_interval,
+        Source::Proc => config.proc_interval,
+    };
+    let rungs = match &tracer {
+        Some(tracer) => tracer.rungs().to_vec(),
+        None => crate::kernel::no_rungs(degraded.as_deref()),
+    };
+    status::log_rungs(&rungs);
+    let database = Arc::new(database);
+    let board = StatusBoard::new(
+        source,
+        degraded,
+        rungs,
+        database.info(0, 0),
+        audit_every,
+        config.demo,
+        ready,
+    );
+    let parts = Parts {
+        fold: Fold::new(fold_config(&config, host, tracer.as_ref(), traffic)),
+        tracer,
+        locator: Locator::new(Arc::clone(&database)),
+        walker,
+        messages,
+        requests,
+        databases: new_databases,
+        shutdown: stopping.clone(),
+        board,
+        audit_every,
+        traffic,
+        traffic_every: config.traffic_interval.filter(|_| traffic),
+    };
+    let fold_thread = std::thread::Builder::new()
+        .name("connmon-fold".into())
+        .spawn({
+            let plan = Arc::clone(&plan);
+            move || {
+                // Nobody left to tell when the receiver is gone.
+                let _ = ended.send(run_fold(parts, &plan));
+            }
+        })
+        .context("cannot start the fold thread")?;
+
+    let url = server.url();
+    let serving = {
+        let _runtime = runtime.enter();
+        Serving {
+            server,
+            content: AgentContent::new(&config),
+            reporter,
+            page: url.map(|url| page_words(&url, &config)),
+            ready: is_ready,
+            fold_ended,
+            stop,
+            signals,
+            database: DatabaseWatch::new(reloader, database, databases),
+            notify: Notify::from_env(),
+        }
+    };
+    let result = runtime.block_on(serve::run(serving, &plan));
+    // A database under check or a password under test is not waited for.
+    runtime.shutdown_background();
+    // The fold thread has been told to stop; on errors the process ends anyway.
+    if result.is_ok() {
+        drop(fold_thread.join());
+    }
+    result
+}
+
+/// The second line a person sees.
+fn page_words(url: &str, config: &Config) -> String {
+    let telemetry = config.telemetry_path.trim_start_matches('/');
+    let demo = if config.demo { " of a demo" } else { "" };
+    format!("{url} shows the map{demo}, {url}{telemetry} the metrics")
+}
+
+fn run_fold(parts: Parts, plan: &Plan) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the fold runtime")?;
+    // After the runtime: its signal pipe is a socket pair.
+    plan.enter_fold()?;
+    runtime.block_on(pipeline::run(parts))
+}
+
+/// A panic in any thread ends the process: stale numbers are worse than none.
+fn exit_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        error!("bug: {panic}; exiting rather than serving stale numbers");
+        std::process::exit(PANIC_EXIT);
+    }));
+}
+
+/// Stands in for a bug in the tests of what a panic does.
+#[cfg(debug_assertions)]
+fn panic_if_asked(room: &str) {
+    if std::env::var_os("CONNMON_TEST_PANIC").is_some_and(|asked| asked == room) {
+        panic!("asked for by CONNMON_TEST_PANIC");
+    }
+}
+
+fn open_database(config: &Config) -> anyhow::Result<(Option<Reloader>, Database)> {
+    Ok(match &config.geoip_database {
+        None => (
+            None,
+            Database::embedded().context("the embedded country database")?,
+        ),
+        Some(path) => {
+            let (reloader, database) =
+                Reloader::open(path).map_err(|error| config.refused("geoip.database", error))?;
+            (Some(reloader), database)
+        }
+    })
+}
+
+/// The kernel side, or why polling stands in for it.
+fn attach(config: &Config, host: NetnsId) -> anyhow::Result<(Option<Tracer>, Option<String>)> {
+    if config.source == SourceChoice::Proc {
+        return Ok((None, None));
+    }
+    let options = TracerOptions {
+        attach: config.attach,
+        ring_buffer_bytes: config.ring_buffer_bytes,
+        drop_loopback: config.exclude_loopback,
+        only_netns: (!config.all_netns).then_some(host),
+        owners: false,
+        traffic: true,
+        log_level: config.log_level,
+    };
+    match Tracer::attach(&options) {
+        Ok(mut tracer) => {
+            if config.bpf_stats
+                && let Err(reason) = tracer.enable_stats()
+            {
+                warn!("--ebpf.stats: {reason}");
+            }
+            Ok((Some(tracer), None))
+        }
+        Err(error) => {
+            let reason = match sandbox::missing_for_tracing() {
+                Some(missing) => format!("{missing}: {error}"),
+                None => error.to_string(),
+            };
+            if config.source == SourceChoice::Ebpf {
+                anyhow::bail!("--source ebpf: {reason}");
+            }
+            warn!(
+                "no eBPF, polling /proc every {:?} instead: {reason}",
+                config.proc_interval
+            );
+            Ok((None, Some(reason)))
+        }
+    }
+}
+
+fn fold_config(
+    config: &Config,
+    host: NetnsId,
+    tracer: Option<&Tracer>,
+    traffic: bool,
+) -> FoldConfig {
+    FoldConfig {
+        filter: RemoteFilter {
+            exclude_loopback: config.exclude_loopback,
+            exclude: config.exclude.clone(),
+        },
+        ports_allow: config.ports_allow.clone(),
+        ports_max: config.ports_max,
+        cross: config.cross.clone(),
+        connections_max: config.connections_max,
+        listeners: config.listeners,
+        listeners_max: config.listeners_max,
+        host_netns: host,
+        hash_key: random_key(),
+        traffic,
+        accepts: tracer.is_some_and(Tracer::accepts_known),
+        polling: tracer.is_none(),
+    }
+}
+
+/// From the kernel by way of the standard library's hash keys.
+fn random_key() -> [u8; 16] {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    let word = || RandomState::new().build_hasher().finish().to_ne_bytes();
+    let (first, second) = (word(), word());
+    std::array::from_fn(|at| if at < 8 { first[at] } else { second[at - 8] })
+}

@@ -1,0 +1,299 @@
+//! The command line: commands and what was typed. [`crate::config`] turns
+//! the agent's settings into what the program needs.
+
+mod args;
+mod normalize;
+
+pub use args::{By, CheckArgs, EventKind, ListArgs, Output, TopArgs, TraceArgs};
+pub use normalize::normalize;
+
+use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
+
+use crate::config::settings::{Kind, SETTINGS, Setting};
+
+/// Traces this machine's TCP connections and tells Prometheus who it talks
+/// to, by country and by port.
+///
+/// Every agent flag is also an environment variable (--ports.max is
+/// CONNMON_PORTS_MAX) and a key of --config.file; flags beat variables beat
+/// the file.
+#[derive(Debug, Parser)]
+#[command(
+    name = "connmon",
+    disable_version_flag = true,
+    disable_help_subcommand = true,
+    max_term_width = 100
+)]
+pub struct Cli {
+    /// Agent flags before or without a command.
+    #[command(flatten)]
+    pub flags: AgentFlags,
+    /// Print version information and exit.
+    #[arg(long, short = 'V', action = ArgAction::SetTrue, global = true)]
+    pub version: bool,
+    /// What to do; nothing is `run`.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Trace, count and serve metrics until SIGTERM (the default)
+    Run {
+        /// Agent flags.
+        #[command(flatten)]
+        flags: AgentFlags,
+    },
+    /// Say what works on this host, and what to do about the rest
+    Check(CheckArgs),
+    /// Print connection events as they happen
+    Trace(TraceArgs),
+    /// Print what is connected now
+    List(ListArgs),
+    /// Show what is connected now, refreshing
+    Top(TopArgs),
+}
+
+impl Cli {
+    /// All settings typed, in order; a command's own beat those before it.
+    pub fn typed(&self) -> Vec<(&'static str, String)> {
+        let own = match &self.command {
+            None => &[][..],
+            Some(Command::Run { flags }) => &flags.0,
+            Some(Command::Check(args)) => &args.flags.0,
+            Some(Command::Trace(args)) => &args.flags.0,
+            Some(Command::List(args)) => &args.flags.0,
+            Some(Command::Top(args)) => &args.flags.0,
+        };
+        self.flags.0.iter().chain(own).cloned().collect()
+    }
+}
+
+/// Every setting of the agent, as typed: key and text.
+#[derive(Clone, Debug, Default)]
+pub struct AgentFlags(Vec<(&'static str, String)>);
+
+/// The settings that matter to `trace`, `list` and `top`, as typed.
+#[derive(Clone, Debug, Default)]
+pub struct ToolFlags(Vec<(&'static str, String)>);
+
+/// Settings that `trace`, `list` and `top` take.
+const TOOL_SETTINGS: [&str; 11] = [
+    "config.file",
+    "source",
+    "ebpf.attach",
+    "ebpf.ring-buffer-size",
+    "geoip.database",
+    "filter.loopback",
+    "filter.exclude",
+    "netns",
+    "sandbox",
+    "log.level",
+    "log.format",
+];
+
+fn is_tool_setting(setting: &&Setting) -> bool {
+    TOOL_SETTINGS.contains(&setting.key)
+}
+
+fn add_settings(
+    command: clap::Command,
+    settings: impl Iterator<Item = &'static Setting>,
+) -> clap::Command {
+    settings.fold(command, |command, setting| command.arg(flag(setting)))
+}
+
+fn flag(setting: &'static Setting) -> Arg {
+    let mut help = setting.help.to_owned();
+    if !setting.default.is_empty() && setting.kind != Kind::Switch {
+        help = format!("{help} [default: {}]", setting.default);
+    }
+    let arg = Arg::new(setting.key)
+        .long(setting.key)
+        .value_name(setting.placeholder)
+        .help(help)
+        .help_heading("Agent flags");
+    match setting.kind {
+        Kind::List => arg.action(ArgAction::Append),
+        Kind::Switch => arg
+            .num_args(0..=1)
+            .require_equals(true)
+            .default_missing_value("true"),
+        Kind::Value | Kind::Joined => arg,
+    }
+}
+
+fn collect(
+    matches: &ArgMatches,
+    settings: impl Iterator<Item = &'static Setting>,
+) -> Vec<(&'static str, String)> {
+    settings
+        .flat_map(|setting| {
+            let values = matches.get_many::<String>(setting.key).unwrap_or_default();
+            values.map(|text| (setting.key, text.clone()))
+        })
+        .collect()
+}
+
+impl FromArgMatches for AgentFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        Ok(Self(collect(matches, SETTINGS.iter())))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for AgentFlags {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        add_settings(command, SETTINGS.iter())
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for ToolFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        Ok(Self(collect(
+            matches,
+            SETTINGS.iter().filter(is_tool_setting),
+        )))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for ToolFlags {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        add_settings(command, SETTINGS.iter().filter(is_tool_setting))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    use crate::fold::Direction;
+    use crate::geo::Country;
+
+    fn parsed(line: &str) -> Result<Cli, clap::Error> {
+        let words = line.split_whitespace().map(std::ffi::OsString::from);
+        Cli::try_parse_from(normalize(words))
+    }
+
+    #[test]
+    fn the_table_is_a_valid_command() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+        assert!(TOOL_SETTINGS.iter().all(|key| Setting::find(key).is_some()));
+    }
+
+    #[test]
+    fn long_flags_take_one_dash_or_two() {
+        for line in [
+            "connmon --web.listen-address=:1 --web.listen-address :2 --ebpf.stats --config.check=false",
+            "connmon -web.listen-address=:1 -web.listen-address :2 -ebpf.stats -config.check=false",
+            "connmon run -web.listen-address :1 --web.listen-address=:2 -ebpf.stats -config.check=false",
+            "connmon -web.listen-address :1 run --web.listen-address=:2 --ebpf.stats -config.check=false",
+        ] {
+            let typed = parsed(line).unwrap().typed();
+            for pair in [
+                ("web.listen-address", ":1".to_owned()),
+                ("web.listen-address", ":2".to_owned()),
+                ("ebpf.stats", "true".to_owned()),
+                ("config.check", "false".to_owned()),
+            ] {
+                assert!(typed.contains(&pair), "{line}: {typed:?}");
+            }
+        }
+        assert!(parsed("connmon -version").unwrap().version);
+        assert!(parsed("connmon --version").unwrap().version);
+        for command in ["run", "check", "trace", "list", "top"] {
+            assert!(
+                parsed(&format!("connmon {command} --version"))
+                    .unwrap()
+                    .version
+            );
+        }
+    }
+
+    #[test]
+    fn commands_have_typed_arguments() {
+        let Some(Command::Trace(args)) = parsed(
+            "connmon trace -o json --country de --country private,US --port 443 --port 80,22 --pid 1 \
+             --process curl --direction inbound --event open --event fail --duration 1m30s --count 7",
+        )
+        .unwrap()
+        .command
+        else {
+            panic!("not trace");
+        };
+        assert_eq!(args.output, Output::Json);
+        assert_eq!(
+            args.country,
+            [
+                Country::from_code("DE"),
+                Country::PRIVATE,
+                Country::from_code("US")
+            ]
+        );
+        assert_eq!(args.port, [443, 80, 22]);
+        assert_eq!(
+            (args.pid.as_slice(), args.process.as_slice()),
+            (&[1][..], &["curl".to_owned()][..])
+        );
+        assert_eq!(args.direction, Some(Direction::Inbound));
+        assert_eq!(args.event, [EventKind::Open, EventKind::Fail]);
+        assert_eq!(
+            (args.duration, args.count),
+            (Some(Duration::from_secs(90)), Some(7))
+        );
+
+        let Some(Command::List(args)) = parsed("connmon list --by country").unwrap().command else {
+            panic!("not list");
+        };
+        assert_eq!((args.by, args.output), (By::Country, Output::Table));
+        let Some(Command::Trace(args)) = parsed("connmon trace --duration 2.5").unwrap().command
+        else {
+            panic!("not trace");
+        };
+        assert_eq!(args.duration, Some(Duration::from_millis(2_500)));
+    }
+
+    #[test]
+    fn wrong_usage_is_refused() {
+        for line in [
+            "connmon --banana",
+            "connmon banana",
+            "connmon --ports.max 1 --ports.max 2",
+            "connmon --ports.max",
+            "connmon trace --web.listen-address :1",
+            "connmon trace --country QQ",
+            "connmon trace --port 0",
+            "connmon trace --port 65536",
+            "connmon trace --direction sideways",
+            "connmon trace --event listen",
+            "connmon trace --duration x",
+            "connmon trace --duration 0",
+            "connmon trace --count 0",
+            "connmon list --by pid",
+            "connmon check -o xml",
+            "connmon --ebpf.stats true",
+        ] {
+            let error = parsed(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+}

@@ -1,0 +1,713 @@
+//! `connmon check`: what works on this host, tried for real. Whatever it
+//! attaches is gone when it ends.
+
+mod features;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::cli::Output;
+use crate::config::{Config, SourceChoice};
+use crate::geo::Database;
+use crate::kernel::{HostFacts, Method, Probe, Rung, Tracer, TracerOptions};
+use crate::reconcile::{Trigger, Walk, WalkMessage, WalkSummary, Walker, WalkerOptions};
+
+/// Exit code of a host where the agent runs with less than it could.
+const DEGRADED: u8 = 3;
+
+/// How a line turned out, worst last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Outcome {
+    /// Said for information; does not count.
+    Info,
+    /// Works.
+    Ok,
+    /// The agent runs without it.
+    Degraded,
+    /// The agent cannot run.
+    Failed,
+}
+
+impl Outcome {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Info => "info",
+            Self::Ok => "ok",
+            Self::Degraded => "degraded",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// One line of the answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Line {
+    check: String,
+    result: Outcome,
+    /// What was found, or why it is not better.
+    cause: String,
+    /// What helps; empty when nothing is needed.
+    remedy: String,
+}
+
+/// What was tried.
+struct Findings {
+    facts: HostFacts,
+    asked: Asked,
+    /// Rungs, ring size and whether traffic is known; or why there is none.
+    tracing: Result<Tracing, NoTracing>,
+    walk: Result<WalkSummary, String>,
+    /// Type of the country database, or what is wrong with it.
+    database: Result<String, String>,
+}
+
+/// What the configuration asks of the host.
+#[derive(Clone, Debug)]
+struct Asked {
+    /// `--source proc`.
+    polling: bool,
+    /// `--source ebpf`: no falling back.
+    ebpf_only: bool,
+    all_netns: bool,
+    listeners: bool,
+    /// `--traffic.interval` is not 0.
+    traffic: bool,
+    /// `--ebpf.stats`.
+    stats: bool,
+    /// A `--web.listen-address` with a port that needs a capability.
+    low_port: bool,
+}
+
+impl Asked {
+    fn of(config: &Config) -> Self {
+        let unprivileged = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(1024);
+        let mut ports = config.listen.iter().map(|listen| listen.address.port());
+        Self {
+            polling: config.source == SourceChoice::Proc,
+            ebpf_only: config.source == SourceChoice::Ebpf,
+            all_netns: config.all_netns,
+            listeners: config.listeners,
+            traffic: config.traffic_interval.is_some(),
+            stats: config.bpf_stats,
+            low_port: ports.any(|port| port != 0 && port < unprivileged),
+        }
+    }
+}
+
+struct Tracing {
+    rungs: Vec<Rung>,
+    ring_bytes: u32,
+    traffic: bool,
+}
+
+/// Why nothing is traced, and what helps.
+struct NoTracing {
+    cause: String,
+    remedy: String,
+}
+
+impl NoTracing {
+    /// From an attach error's sentence; the agent polls then or does not run.
+    fn from_sentence(sentence: &str, polls: bool) -> Self {
+        let (cause, remedy) = sentence.rsplit_once(": ").unwrap_or((sentence, ""));
+        let until = if polls {
+            "; until then /proc is polled"
+        } else {
+            ""
+        };
+        Self {
+            cause: cause.to_owned(),
+            remedy: format!("{remedy}{until}"),
+        }
+    }
+
+    fn asked_for() -> Self {
+        Self {
+            cause: "--source proc: /proc is polled".to_owned(),
+            remedy: "leave --source at auto".to_owned(),
+        }
+    }
+}
+
+/// Prints one line for each thing that was tried. Exit code 0: full eBPF; 3:
+/// the agent runs, degraded; 1: it cannot run.
+///
+/// # Errors
+/// When the output cannot be written.
+pub fn run(config: &Config, output: Output) -> anyhow::Result<ExitCode> {
+    let lines = judge(&find(config));
+    let mut out = io::stdout().lock();
+    match output {
+        Output::Table => table(&mut out, &lines)?,
+        Output::Json => {
+            for line in &lines {
+                serde_json::to_writer(&mut out, line)?;
+                writeln!(out)?;
+            }
+        }
+    }
+    out.flush()?;
+    Ok(exit_code(&lines))
+}
+
+fn find(config: &Config) -> Findings {
+    let asked = Asked::of(config);
+    let tracing = trace(config, &asked);
+    let database = match &config.geoip_database {
+        Some(path) => Database::open(path),
+        None => Database::embedded(),
+    };
+    Findings {
+        facts: HostFacts::read(),
+        walk: walk(&asked, tracing.is_err()),
+        asked,
+        tracing,
+        database: database
+            .map(|database| database.database_type().to_owned())
+            .map_err(|error| error.to_string()),
+    }
+}
+
+/// Attaches as the agent would. Dropped at once: nothing stays attached.
+fn trace(config: &Config, asked: &Asked) -> Result<Tracing, NoTracing> {
+    if asked.polling {
+        return Err(NoTracing::asked_for());
+    }
+    let refused = |sentence: &str| NoTracing::from_sentence(sentence, !asked.ebpf_only);
+    let options = super::tracer_options(config)
+        .map_err(|error| refused(&format!("/proc/self/ns/net: {error}: mount /proc")))?;
+    let tracer = Tracer::attach(&TracerOptions {
+        owners: false,
+        traffic: asked.traffic,
+        log_level: log::LevelFilter::Off,
+        ..options
+    })
+    .map_err(|error| refused(&error.to_string()))?;
+    Ok(Tracing {
+        rungs: tracer.rungs().to_vec(),
+        ring_bytes: tracer.ring_len(),
+        traffic: tracer.traffic_known(),
+    })
+}
+
+/// One walk over the namespaces, as the agent does it.
+fn walk(asked: &Asked, polling: bool) -> Result<WalkSummary, String> {
+    let options = WalkerOptions {
+        all_netns: asked.all_netns,
+        listeners: asked.listeners,
+        force_proc: polling,
+        ..WalkerOptions::default()
+    };
+    let (walker, mut messages) = Walker::spawn(options).map_err(|error| error.to_string())?;
+    let asked = walker.request(Walk {
+        trigger: Trigger::Interval,
+        traffic: false,
+        audit: true,
+    });
+    asked.map_err(|error| format!("the walker refused: {error:?}"))?;
+    while let Some(message) = messages.blocking_next() {
+        if let WalkMessage::End(summary) = message {
+            return Ok(summary);
+        }
+    }
+    Err("the walk ended early".into())
+}
+
+/// Findings → lines. Pure.
+fn judge(findings: &Findings) -> Vec<Line> {
+    let facts = &findings.facts;
+    let mut lines = Vec::new();
+    let mut add = |check: &str, result, cause: &str, remedy: &str| {
+        lines.push(Line {
+            check: check.into(),
+            result,
+            cause: cause.into(),
+            remedy: remedy.into(),
+        });
+    };
+
+    let version = facts.version();
+    if version < (5, 8) {
+        let cause = format!("Linux {}, older than 5.8", facts.release);
+        add(
+            "kernel",
+            Outcome::Degraded,
+            &cause,
+            "run a newer kernel; until then /proc is polled",
+        );
+    } else {
+        add(
+            "kernel",
+            Outcome::Ok,
+            &format!("Linux {}", facts.release),
+            "",
+        );
+    }
+    if facts.is_wsl2() {
+        add(
+            "wsl2",
+            Outcome::Info,
+            "sees WSL's sockets, not Windows'",
+            "",
+        );
+    }
+    if facts.btf {
+        add("btf", Outcome::Ok, "/sys/kernel/btf/vmlinux", "");
+    } else {
+        add(
+            "btf",
+            Outcome::Degraded,
+            "the kernel shows no BTF: no namespaces, cookies, errors and byte counts in events",
+            "run a kernel with CONFIG_DEBUG_INFO_BTF",
+        );
+    }
+    if facts.lockdown == "confidentiality" {
+        let remedy = "boot with lockdown=integrity or without";
+        add("lockdown", Outcome::Degraded, "confidentiality", remedy);
+    } else {
+        let mode = if facts.lockdown.is_empty() {
+            "none"
+        } else {
+            &facts.lockdown
+        };
+        add("lockdown", Outcome::Ok, mode, "");
+    }
+    if facts.tracefs {
+        add("tracefs", Outcome::Ok, "mounted", "");
+    } else {
+        // Needed by one rung only, whose own line counts.
+        add(
+            "tracefs",
+            Outcome::Info,
+            "not mounted: the tracepoint rung cannot be used",
+            "mount -t tracefs tracefs /sys/kernel/tracing",
+        );
+    }
+
+    match &findings.tracing {
+        Ok(tracing) => {
+            add(
+                "ring buffer",
+                Outcome::Ok,
+                &format!("{} bytes", tracing.ring_bytes),
+                "",
+            );
+            for rung in &tracing.rungs {
+                let (result, cause, remedy) = judge_rung(rung);
+                add(
+                    &format!("probe {}", rung.probe.label()),
+                    result,
+                    &cause,
+                    remedy,
+                );
+            }
+            if !findings.asked.traffic {
+                add("traffic", Outcome::Info, "--traffic.interval is 0", "");
+            } else if !tracing.traffic {
+                add(
+                    "traffic",
+                    Outcome::Degraded,
+                    "the tracepoint without BTF tells no bytes: those families are absent",
+                    "run a kernel with BTF",
+                );
+            }
+        }
+        Err(NoTracing { cause, remedy }) => {
+            let ebpf_only = findings.asked.ebpf_only;
+            let result = if ebpf_only {
+                Outcome::Failed
+            } else {
+                Outcome::Degraded
+            };
+            add("tracing", result, cause, remedy);
+            let none = format!("none: {cause}");
+            add("ring buffer", result, &none, remedy);
+            for probe in Probe::ALL {
+                add(&format!("probe {}", probe.label()), result, &none, remedy);
+            }
+            if !ebpf_only {
+                let cause = "polling: no bytes, retransmits, round-trip times, latencies, failures";
+                add("traffic", Outcome::Degraded, cause, remedy);
+            }
+        }
+    }
+
+    match &findings.walk {
+        Ok(summary) => {
+            for line in judge_walk(findings, summary) {
+                add(line.0, line.1, &line.2, line.3);
+            }
+        }
+        Err(error) => {
+            let result = if findings.tracing.is_err() {
+                Outcome::Failed
+            } else {
+                Outcome::Degraded
+            };
+            add("namespaces", result, error, "mount /proc");
+        }
+    }
+
+    match &findings.database {
+        Ok(kind) => add("country database", Outcome::Ok, kind, ""),
+        Err(error) => add(
+            "country database",
+            Outcome::Failed,
+            error,
+            "check --geoip.database",
+        ),
+    }
+
+    lines.extend(features::judge(findings));
+    lines
+}
+
+fn judge_rung(rung: &Rung) -> (Outcome, String, &'static str) {
+    let reason = rung.reason.as_deref().unwrap_or_default();
+    let why = |text: &str| {
+        if reason.is_empty() {
+            text.to_owned()
+        } else {
+            format!("{text} ({reason})")
+        }
+    };
+    match (rung.probe, rung.method) {
+        (_, Method::None) => {
+            let lost = match rung.probe {
+                Probe::Accept => "none: no accept waits, no names of those who accept",
+                Probe::Connect => {
+                    "none: latency of deferred Fast Open connects counts from connect()"
+                }
+                Probe::SetState => "none",
+            };
+            (Outcome::Degraded, why(lost), remedy_for(reason))
+        }
+        (Probe::SetState, Method::Tracepoint) => (
+            Outcome::Degraded,
+            why("tracepoint, slower than tp_btf"),
+            remedy_for(reason),
+        ),
+        (_, method) => (Outcome::Ok, why(method.label()), ""),
+    }
+}
+
+/// What helps a probe up its ladder.
+fn remedy_for(reason: &str) -> &'static str {
+    if reason.contains("--ebpf.attach is") {
+        "leave --ebpf.attach at auto"
+    } else if reason.contains("BTF") {
+        "run a kernel with CONFIG_DEBUG_INFO_BTF"
+    } else if reason.contains("os error 1)") && reason.contains("kprobe/type") {
+        "this kernel refuses trampolines and has no kprobes: run one with CONFIG_KPROBES; counts do not depend on it"
+    } else if reason.contains("os error 1)") {
+        "the kernel refuses trampolines and kprobes: see lockdown and capabilities; counts do not depend on it"
+    } else {
+        "run a kernel with CONFIG_KPROBES; counts do not depend on it"
+    }
+}
+
+type Judged = (&'static str, Outcome, String, &'static str);
+
+fn judge_walk(findings: &Findings, summary: &WalkSummary) -> Vec<Judged> {
+    let mut lines = Vec::new();
+    let reason = summary.reason.as_deref().unwrap_or("not said");
+    let watched = summary.diag + summary.proc;
+    if findings.tracing.is_err() {
+        let cause = "not asked: polling reads /proc/net/tcp".to_owned();
+        lines.push(("tcp_diag", Outcome::Info, cause, ""));
+    } else if summary.diag == 0 && summary.proc > 0 {
+        lines.push((
+            "tcp_diag",
+            Outcome::Degraded,
+            format!("sock_diag cannot be used ({reason}); /proc/net/tcp is read, slower and without bytes"),
+            "load tcp_diag and inet_diag on the host: modprobe tcp_diag",
+        ));
+    } else {
+        let cause = format!("{} namespaces read by sock_diag", summary.diag);
+        lines.push(("tcp_diag", Outcome::Ok, cause, ""));
+    }
+    let plural = if watched == 1 { "" } else { "s" };
+    let seen = format!("{watched} namespace{plural} watched");
+    if findings.asked.all_netns && !findings.facts.host_pids {
+        lines.push((
+            "namespaces",
+            Outcome::Degraded,
+            format!("{seen}: this container has a pid namespace of its own"),
+            "add --pid=host",
+        ));
+    } else if summary.unaudited > 0 || (summary.diag > 0 && summary.proc > 0) {
+        lines.push((
+            "namespaces",
+            Outcome::Degraded,
+            format!(
+                "{seen}, {} by /proc, {} more cannot be read ({reason})",
+                summary.proc, summary.unaudited
+            ),
+            "grant CAP_SYS_ADMIN and CAP_SYS_PTRACE",
+        ));
+    } else {
+        lines.push(("namespaces", Outcome::Ok, seen, ""));
+    }
+    lines
+}
+
+fn exit_code(lines: &[Line]) -> ExitCode {
+    match lines.iter().map(|line| line.result).max() {
+        Some(Outcome::Failed) => ExitCode::FAILURE,
+        Some(Outcome::Degraded) => ExitCode::from(DEGRADED),
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+fn table(out: &mut impl Write, lines: &[Line]) -> io::Result<()> {
+    for line in lines {
+        writeln!(
+            out,
+            "{:<9} {}: {}",
+            line.result.label(),
+            line.check,
+            line.cause
+        )?;
+        if !line.remedy.is_empty() {
+            writeln!(out, "          → {}", line.remedy)?;
+        }
+    }
+    let verdict = match lines.iter().map(|line| line.result).max() {
+        Some(Outcome::Failed) => "connmon cannot run here",
+        Some(Outcome::Degraded) => "connmon runs here, degraded",
+        _ => "connmon runs here in full",
+    };
+    writeln!(out, "{verdict}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::{self, CapabilitySet};
+
+    fn rung(probe: Probe, method: Method, reason: Option<&str>) -> Rung {
+        Rung {
+            probe,
+            method,
+            reason: reason.map(str::to_owned),
+        }
+    }
+
+    pub(super) fn good() -> Findings {
+        Findings {
+            facts: HostFacts {
+                release: "6.12.107+deb13-cloud-amd64".into(),
+                btf: true,
+                lockdown: "none".into(),
+                capabilities: CapabilitySet::all(),
+                seccomp: false,
+                memlock_bytes: None,
+                selinux: false,
+                host_users: true,
+                host_pids: true,
+                tracefs: true,
+            },
+            tracing: Ok(Tracing {
+                rungs: vec![
+                    rung(Probe::SetState, Method::TpBtf, None),
+                    rung(Probe::Connect, Method::Fentry, None),
+                    rung(Probe::Accept, Method::Fexit, None),
+                ],
+                ring_bytes: 8 << 20,
+                traffic: true,
+            }),
+            walk: Ok(WalkSummary {
+                diag: 3,
+                ..WalkSummary::default()
+            }),
+            database: Ok("DBIP-Country-Lite".into()),
+            asked: Asked {
+                polling: false,
+                ebpf_only: false,
+                all_netns: true,
+                listeners: true,
+                traffic: true,
+                stats: false,
+                low_port: false,
+            },
+        }
+    }
+
+    pub(super) fn find<'a>(lines: &'a [Line], check: &str) -> &'a Line {
+        lines.iter().find(|line| line.check == check).unwrap()
+    }
+
+    #[test]
+    fn a_full_host_exits_0() {
+        let lines = judge(&good());
+        assert_eq!(exit_code(&lines), ExitCode::SUCCESS, "{lines:#?}");
+        assert!(lines.iter().all(|line| line.result <= Outcome::Ok));
+        let features = lines
+            .iter()
+            .filter(|line| line.check.starts_with("feature: "));
+        assert_eq!(features.count(), sandbox::features().len());
+    }
+
+    #[test]
+    fn refused_trampolines_without_kprobes_are_degraded() {
+        let reason = "fexit: load: Operation not permitted (os error 1); kretprobe: `/sys/bus/event_source/devices/kprobe/type`: No such file or directory (os error 2)";
+        let mut findings = good();
+        findings.tracing.as_mut().ok().unwrap().rungs[2] =
+            rung(Probe::Accept, Method::None, Some(reason));
+        let lines = judge(&findings);
+        let line = find(&lines, "probe inet_csk_accept");
+        assert_eq!(line.result, Outcome::Degraded);
+        assert!(line.remedy.contains("refuses trampolines"), "{line:?}");
+        assert_eq!(exit_code(&lines), ExitCode::from(DEGRADED));
+        // A kprobe instead is no loss.
+        findings.tracing.as_mut().ok().unwrap().rungs[2] =
+            rung(Probe::Accept, Method::Kretprobe, Some(reason));
+        assert_eq!(exit_code(&judge(&findings)), ExitCode::SUCCESS);
+    }
+
+    #[test]
+    fn a_container_without_the_hosts_pids_is_told_so() {
+        let mut findings = good();
+        findings.facts.host_pids = false;
+        findings.walk = Ok(WalkSummary {
+            diag: 1,
+            ..WalkSummary::default()
+        });
+        let lines = judge(&findings);
+        let line = find(&lines, "namespaces");
+        assert!(line.cause.starts_with("1 namespace watched"), "{line:?}");
+        assert_eq!(line.remedy, "add --pid=host");
+    }
+
+    /// What goes with tracing.
+    const TRACED: [&str; 5] = [
+        "tracing",
+        "ring buffer",
+        "probe inet_sock_set_state",
+        "probe tcp_connect",
+        "probe inet_csk_accept",
+    ];
+
+    #[test]
+    fn no_tracing_polls_or_fails() {
+        let sentence = "missing capability CAP_BPF: run as root";
+        let mut findings = good();
+        findings.tracing = Err(NoTracing::from_sentence(sentence, true));
+        let lines = judge(&findings);
+        for check in TRACED {
+            let line = find(&lines, check);
+            assert_eq!(line.result, Outcome::Degraded, "{check}");
+            assert!(
+                line.cause.ends_with("missing capability CAP_BPF"),
+                "{line:?}"
+            );
+            assert!(
+                line.remedy.starts_with("run as root; until then"),
+                "{line:?}"
+            );
+        }
+        assert!(
+            find(&lines, "traffic")
+                .cause
+                .starts_with("polling: no bytes")
+        );
+        assert_eq!(exit_code(&lines), ExitCode::from(DEGRADED));
+        findings.tracing = Err(NoTracing::from_sentence(sentence, false));
+        findings.asked.ebpf_only = true;
+        let lines = judge(&findings);
+        for check in TRACED {
+            let line = find(&lines, check);
+            assert_eq!(
+                (line.result, line.remedy.as_str()),
+                (Outcome::Failed, "run as root")
+            );
+        }
+        assert!(lines.iter().all(|line| line.check != "traffic"));
+        assert_eq!(exit_code(&lines), ExitCode::FAILURE);
+        findings.asked.ebpf_only = false;
+        findings.walk = Err("no /proc".into());
+        assert_eq!(exit_code(&judge(&findings)), ExitCode::FAILURE);
+    }
+
+    #[test]
+    fn polling_that_is_asked_for_is_degraded_and_says_what_it_lacks() {
+        let mut findings = good();
+        findings.asked.polling = true;
+        findings.tracing = Err(NoTracing::asked_for());
+        findings.walk = Ok(WalkSummary {
+            proc: 3,
+            ..WalkSummary::default()
+        });
+        let lines = judge(&findings);
+        for check in TRACED.into_iter().chain(["traffic"]) {
+            let line = find(&lines, check);
+            assert_eq!(line.result, Outcome::Degraded, "{check}");
+            assert_eq!(line.remedy, "leave --source at auto", "{check}");
+        }
+        // Not wanting it, polling misses neither it nor sock_diag.
+        assert_eq!(find(&lines, "tcp_diag").result, Outcome::Info);
+        assert_eq!(find(&lines, "namespaces").cause, "3 namespaces watched");
+        assert_eq!(exit_code(&lines), ExitCode::from(DEGRADED));
+    }
+
+    #[test]
+    fn traffic_that_is_switched_off_is_not_missed() {
+        let mut findings = good();
+        findings.asked.traffic = false;
+        findings.tracing.as_mut().ok().unwrap().traffic = false;
+        let lines = judge(&findings);
+        assert_eq!(find(&lines, "traffic").result, Outcome::Info);
+        assert_eq!(exit_code(&lines), ExitCode::SUCCESS);
+    }
+
+    #[test]
+    fn what_else_lacks_is_said() {
+        let mut findings = good();
+        findings.facts.btf = false;
+        findings.facts.release = "5.15.167.4-microsoft-standard-WSL2".into();
+        findings.facts.lockdown = "confidentiality".into();
+        findings.facts.tracefs = false;
+        findings.tracing.as_mut().ok().unwrap().traffic = false;
+        findings.walk = Ok(WalkSummary {
+            proc: 2,
+            reason: Some("sock_diag: No such file or directory".into()),
+            ..WalkSummary::default()
+        });
+        findings.database = Err("/x.mmdb: invalid".into());
+        let lines = judge(&findings);
+        assert_eq!(
+            find(&lines, "wsl2").cause,
+            "sees WSL's sockets, not Windows'"
+        );
+        for check in ["btf", "lockdown", "traffic", "tcp_diag"] {
+            assert_eq!(find(&lines, check).result, Outcome::Degraded, "{check}");
+            assert!(!find(&lines, check).remedy.is_empty(), "{check}");
+        }
+        assert!(
+            find(&lines, "tracefs")
+                .remedy
+                .starts_with("mount -t tracefs")
+        );
+        assert_eq!(find(&lines, "country database").result, Outcome::Failed);
+        assert_eq!(exit_code(&lines), ExitCode::FAILURE);
+    }
+
+    #[test]
+    fn both_outputs_hold_every_line() {
+        let lines = judge(&good());
+        let mut text = Vec::new();
+        table(&mut text, &lines).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        assert!(lines.iter().all(|line| text.contains(&line.check)));
+        assert!(text.ends_with("connmon runs here in full\n"));
+        let json = serde_json::to_value(&lines[0]).unwrap();
+        assert_eq!(json["check"], "kernel");
+        assert_eq!(json["result"], "ok");
+    }
+}

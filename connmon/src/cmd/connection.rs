@@ -1,0 +1,251 @@
+//! One line about one connection: what `trace` and `list` print, as an
+//! aligned table or as JSON, from the same struct.
+
+use std::net::SocketAddr;
+
+use connmon_common::state;
+use serde::Serialize;
+
+use crate::event::Tuple;
+use crate::fold::Direction;
+
+/// One connection event, or one connection of a snapshot. Fields that do not
+/// apply are absent from the JSON and `-` in the table.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ConnectionRecord {
+    /// RFC 3339, UTC, milliseconds.
+    pub time: String,
+    /// `open`, `close`, `fail`; `live` in a snapshot.
+    pub event: &'static str,
+    /// `inbound`, `outbound` or `unknown`.
+    pub direction: &'static str,
+    /// Process name, made printable.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process: Option<String>,
+    /// Process id in the initial pid namespace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Container id from the process's cgroup, first 12 digits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// Network namespace inode.
+    pub netns: u32,
+    /// Local endpoint.
+    pub local: SocketAddr,
+    /// Remote endpoint.
+    pub remote: SocketAddr,
+    /// The `country` label value.
+    pub country: &'static str,
+    /// Service port: inbound the local one, outbound the remote one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// TCP state, in a snapshot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state: Option<&'static str>,
+    /// Seconds: of the connection for `close`, of the attempt for `fail`, of
+    /// the handshake for an outbound `open`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub duration_seconds: Option<f64>,
+    /// Payload bytes received.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub received_bytes: Option<u64>,
+    /// Payload bytes sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sent_bytes: Option<u64>,
+    /// Why an attempt failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<&'static str>,
+}
+
+/// Table columns: heading and width; the last one is not padded.
+const COLUMNS: [(&str, usize); 13] = [
+    ("TIME", 12),
+    ("EVENT", 5),
+    ("DIRECTION", 9),
+    ("PROCESS", 15),
+    ("PID", 7),
+    ("CONTAINER", 12),
+    ("LOCAL", 21),
+    ("REMOTE", 21),
+    ("COUNTRY", 8),
+    ("DURATION", 9),
+    ("RECEIVED", 9),
+    ("SENT", 9),
+    ("REASON", 0),
+];
+
+/// The heading of the table.
+pub fn heading() -> String {
+    row(COLUMNS.map(|(heading, _)| heading.to_owned()))
+}
+
+impl ConnectionRecord {
+    /// One aligned line, no line feed. `clock` is the local time of day.
+    pub fn line(&self, clock: &str) -> String {
+        let last = self.reason.or(self.state).map(str::to_owned);
+        row([
+            clock.to_owned(),
+            self.event.to_owned(),
+            self.direction.to_owned(),
+            or_dash(self.process.clone()),
+            or_dash(self.pid.map(|pid| pid.to_string())),
+            or_dash(self.container.clone()),
+            self.local.to_string(),
+            self.remote.to_string(),
+            self.country.to_owned(),
+            or_dash(self.duration_seconds.map(seconds)),
+            or_dash(self.received_bytes.map(bytes)),
+            or_dash(self.sent_bytes.map(bytes)),
+            or_dash(last),
+        ])
+    }
+}
+
+/// The service port of a connection, where its direction tells which end
+/// that is.
+pub fn service_port(direction: Direction, tuple: &Tuple) -> Option<u16> {
+    match direction {
+        Direction::Inbound => Some(tuple.local_port),
+        Direction::Outbound => Some(tuple.remote_port),
+        Direction::Unknown => None,
+    }
+}
+
+/// A TCP state as `ss` names it.
+pub fn state_name(number: u8) -> &'static str {
+    match number {
+        state::ESTABLISHED => "established",
+        state::SYN_SENT => "syn-sent",
+        state::SYN_RECV => "syn-recv",
+        state::FIN_WAIT1 => "fin-wait-1",
+        state::FIN_WAIT2 => "fin-wait-2",
+        state::CLOSE_WAIT => "close-wait",
+        state::LAST_ACK => "last-ack",
+        state::LISTEN => "listening",
+        state::CLOSING => "closing",
+        _ => "unknown",
+    }
+}
+
+/// A process name from the kernel's `comm`: invalid UTF-8 replaced, control
+/// characters made harmless for a terminal; `None` when empty.
+pub fn process_name(comm: &[u8; 16]) -> Option<String> {
+    let end = comm
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(comm.len());
+    let text: String = String::from_utf8_lossy(&comm[..end])
+        .chars()
+        .map(|character| {
+            if character.is_control() {
+                char::REPLACEMENT_CHARACTER
+            } else {
+                character
+            }
+        })
+        .collect();
+    (!text.is_empty()).then_some(text)
+}
+
+/// Seconds with the unit that keeps three digits.
+pub fn seconds(value: f64) -> String {
+    if value < 0.001 {
+        format!("{:.0}us", value * 1e6)
+    } else if value < 1.0 {
+        format!("{:.1}ms", value * 1e3)
+    } else if value < 120.0 {
+        format!("{value:.2}s")
+    } else {
+        let minutes = (value / 60.0).floor();
+        format!("{minutes:.0}m{:02.0}s", value - minutes * 60.0)
+    }
+}
+
+/// Bytes with a binary unit, exact below 10 KiB.
+pub fn bytes(value: u64) -> String {
+    const UNITS: [&str; 5] = ["Ki", "Mi", "Gi", "Ti", "Pi"];
+    if value < 10 * 1024 {
+        return value.to_string();
+    }
+    let mut scaled = value as f64;
+    let mut unit = "";
+    for next in UNITS {
+        if scaled < 1024.0 {
+            break;
+        }
+        scaled /= 1024.0;
+        unit = next;
+    }
+    format!("{scaled:.1}{unit}")
+}
+
+fn or_dash(value: Option<String>) -> String {
+    value.unwrap_or_else(|| "-".to_owned())
+}
+
+fn row(cells: [String; COLUMNS.len()]) -> String {
+    let mut line = String::with_capacity(160);
+    for (index, (cell, (_, width))) in cells.iter().zip(COLUMNS).enumerate() {
+        if index > 0 {
+            line.push(' ');
+        }
+        line.push_str(cell);
+        for _ in cell.chars().count()..width {
+            line.push(' ');
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_names_are_harmless() {
+        let mut comm = [0; 16];
+        comm[..5].copy_from_slice(b"\xff\n\"\x1b[");
+        assert_eq!(process_name(&comm).unwrap(), "\u{fffd}\u{fffd}\"\u{fffd}[");
+        assert_eq!(process_name(&[0; 16]), None);
+    }
+
+    #[test]
+    fn units_keep_their_digits() {
+        assert_eq!(seconds(0.000_045), "45us");
+        assert_eq!(seconds(0.25), "250.0ms");
+        assert_eq!(seconds(3.5), "3.50s");
+        assert_eq!(seconds(125.0), "2m05s");
+        assert_eq!(bytes(1000), "1000");
+        assert_eq!(bytes(10 * 1024), "10.0Ki");
+        assert_eq!(bytes(u64::MAX), "16384.0Pi");
+    }
+
+    #[test]
+    fn a_line_lies_under_its_heading() {
+        let record = ConnectionRecord {
+            time: "2026-01-01T00:00:00.000Z".into(),
+            event: "fail",
+            direction: "outbound",
+            process: None,
+            pid: Some(12),
+            container: None,
+            netns: 1,
+            local: "10.0.0.1:1".parse().unwrap(),
+            remote: "10.0.0.2:80".parse().unwrap(),
+            country: "private",
+            port: Some(80),
+            state: None,
+            duration_seconds: Some(1.0),
+            received_bytes: None,
+            sent_bytes: None,
+            reason: Some("refused"),
+        };
+        let heading = heading();
+        let line = record.line("00:00:00.000");
+        assert_eq!(heading.find("REMOTE"), line.find("10.0.0.2:80"));
+        assert_eq!(heading.find("REASON"), line.find("refused"));
+        let json = serde_json::to_value(&record).unwrap();
+        assert_eq!(json["reason"], "refused");
+        assert!(json.get("process").is_none());
+    }
+}

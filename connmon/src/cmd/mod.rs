@@ -1,0 +1,48 @@
+//! The commands beside `run`. Each writes to stdout with `writeln!` and
+//! passes write errors on, so that a closed pipe ends it quietly.
+
+pub mod check;
+mod connection;
+mod containers;
+mod follow;
+pub mod list;
+mod samples;
+mod snapshot;
+mod stop;
+mod terminal;
+mod time;
+pub mod top;
+pub mod trace;
+
+use crate::config::Config;
+use crate::fold::RemoteFilter;
+use crate::kernel::TracerOptions;
+use crate::reconcile::netns::Roots;
+
+/// The remote filter of a configuration.
+fn remote_filter(config: &Config) -> RemoteFilter {
+    RemoteFilter {
+        exclude_loopback: config.exclude_loopback,
+        exclude: config.exclude.clone(),
+    }
+}
+
+/// How the tools trace: as the agent would, with every owner.
+///
+/// # Errors
+/// Without a readable `/proc/self/ns/net`, where one namespace is watched.
+fn tracer_options(config: &Config) -> std::io::Result<TracerOptions> {
+    let only_netns = match config.all_netns {
+        true => None,
+        false => Some(Roots::default().host()?),
+    };
+    Ok(TracerOptions {
+        attach: config.attach,
+        ring_buffer_bytes: config.ring_buffer_bytes,
+        drop_loopback: config.exclude_loopback,
+        only_netns,
+        owners: true,
+        traffic: true,
+        log_level: config.log_level,
+    })
+}

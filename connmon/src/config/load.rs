@@ -1,0 +1,633 @@
+//! Flags over environment over file over defaults → [`Config`].
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::error::{ConfigError, Origin};
+use super::settings::{Kind, SETTINGS, Setting, VARIABLE_PREFIX};
+use super::{
+    AttachChoice, Config, ListenAddress, LogFormat, SandboxChoice, SourceChoice, file, parse,
+};
+use crate::fold::Network;
+
+/// A validated configuration and what is to be said about it.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The configuration.
+    pub config: Config,
+    /// `--config.check` was given.
+    pub check_only: bool,
+    /// For `--config.check`: flags, variables and file each without the
+    /// others, so that what is overridden is checked too.
+    pub alone: Vec<Config>,
+    /// `CONNMON_*` variables that name no setting, for a debug line:
+    /// Kubernetes injects some for a service called `connmon`.
+    pub unknown_variables: Vec<String>,
+}
+
+/// Marks every output as a demo; not a setting, `cargo xtask run --demo` sets it.
+const DEMO_VARIABLE: &str = "CONNMON_DEMO";
+
+/// Resolves and validates. `flags` are keys with the text typed, in order.
+///
+/// # Errors
+/// The first setting that cannot be used, with where it was written.
+pub fn load(
+    flags: &[(&'static str, String)],
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+) -> Result<Loaded, ConfigError> {
+    let flags = Values::from_flags(flags);
+    let mut variables = Values::default();
+    let mut demo = false;
+    let mut unknown_variables = Vec::new();
+    for (name, value) in environment {
+        let Some(name) = name
+            .to_str()
+            .filter(|name| name.starts_with(VARIABLE_PREFIX))
+        else {
+            continue;
+        };
+        // An empty variable is an unset one, as in Go's kingpin.
+        if value.is_empty() {
+            continue;
+        }
+        if name == DEMO_VARIABLE {
+            demo = value == "1";
+            continue;
+        }
+        match SETTINGS.iter().find(|setting| setting.variable() == name) {
+            Some(setting) => {
+                let origin = Origin::Variable(name.to_owned());
+                let value = value.into_string().map_err(|value| {
+                    ConfigError::at(
+                        &origin,
+                        format_args!("bad value {value:?}: not valid UTF-8"),
+                    )
+                })?;
+                let list = setting.kind == Kind::List;
+                let pieces = pieces(list, &value, &origin);
+                variables.0.insert(setting.key, pieces);
+            }
+            None => unknown_variables.push(name.to_owned()),
+        }
+    }
+    unknown_variables.sort();
+    let mut values = flags.over(&variables);
+    let file = match values.optional("config.file", |text| Ok(PathBuf::from(text)))? {
+        Some(path) => Values::from_file(file::read(&path)?),
+        None => Values::default(),
+    };
+    values = values.over(&file);
+    let check_only = values.one("config.check", parse::switch)?;
+    let mut alone = Vec::new();
+    if check_only {
+        for source in [flags, variables, file] {
+            source.one("config.check", parse::switch)?;
+            alone.push(config(&source, demo)?);
+        }
+    }
+    Ok(Loaded {
+        config: config(&values, demo)?,
+        check_only,
+        alone,
+        unknown_variables,
+    })
+}
+
+fn config(values: &Values, demo: bool) -> Result<Config, ConfigError> {
+    let count =
+        |least, most| move |text: &str| parse::number(text, least, most).map(|n| n as usize);
+    let within = |least, most| move |text: &str| parse::duration_within(text, least, most);
+    let path = |text: &str| Ok(PathBuf::from(text));
+    Ok(Config {
+        listen: listen(values)?,
+        telemetry_path: values.one("web.telemetry-path", parse::telemetry_path)?,
+        web_config_file: values.optional("web.config.file", path)?,
+        web_max_requests: values.one("web.max-requests", count(0, 1_000_000))?,
+        source: values.choice(
+            "source",
+            &[
+                ("auto", SourceChoice::Auto),
+                ("ebpf", SourceChoice::Ebpf),
+                ("proc", SourceChoice::Proc),
+            ],
+        )?,
+        proc_interval: values.one("proc.interval", within(SHORTEST, HOUR))?,
+        attach: values.choice(
+            "ebpf.attach",
+            &[
+                ("auto", AttachChoice::Auto),
+                ("fentry", AttachChoice::Fentry),
+                ("kprobe", AttachChoice::Kprobe),
+                ("tracepoint", AttachChoice::Tracepoint),
+            ],
+        )?,
+        ring_buffer_bytes: values.one("ebpf.ring-buffer-size", |text| {
+            parse::ring_bytes(text, rustix::param::page_size() as u64)
+        })?,
+        bpf_stats: values.one("ebpf.stats", parse::switch)?,
+        geoip_database: values.optional("geoip.database", path)?,
+        exclude_loopback: values
+            .choice("filter.loopback", &[("exclude", true), ("include", false)])?,
+        exclude: networks(values)?,
+        ports_allow: values.joined("ports.allow", parse::ports_allow)?,
+        ports_max: values.one("ports.max", count(0, 65_535))?,
+        connections_max: values.one("connections.max", count(1, MOST_CONNECTIONS))?,
+        listeners: values.choice("listeners", ON_OFF)?,
+        listeners_max: values.one("listeners.max", |text| {
+            parse::number(text, 1, 65_536)
+                .map(|n| n as usize)
+                .map_err(|problem| format!("{problem}; --listeners off switches the inventory off"))
+        })?,
+        cross: values.joined("metrics.country-port", parse::cross_families)?,
+        reconcile_interval: values.one("reconcile.interval", within(SHORTEST, DAY))?,
+        traffic_interval: values.one("traffic.interval", |text| match parse::duration(text)? {
+            Duration::ZERO => Ok(None),
+            _ => parse::duration_within(text, SHORTEST, DAY)
+                .map(Some)
+                .map_err(|problem| format!("{problem}, or 0 to switch sampling off")),
+        })?,
+        all_netns: values.choice("netns", &[("all", true), ("host", false)])?,
+        sandbox: values.choice(
+            "sandbox",
+            &[
+                ("auto", SandboxChoice::Auto),
+                ("strict", SandboxChoice::Strict),
+                ("off", SandboxChoice::Off),
+            ],
+        )?,
+        log_level: values.choice(
+            "log.level",
+            &[
+                ("error", log::LevelFilter::Error),
+                ("warn", log::LevelFilter::Warn),
+                ("info", log::LevelFilter::Info),
+                ("debug", log::LevelFilter::Debug),
+                ("trace", log::LevelFilter::Trace),
+            ],
+        )?,
+        log_format: values.choice(
+            "log.format",
+            &[("logfmt", LogFormat::Logfmt), ("json", LogFormat::Json)],
+        )?,
+        demo,
+        origins: values.origins(),
+    })
+}
+
+/// Shortest interval: below it the agent would do little else.
+const SHORTEST: Duration = Duration::from_millis(100);
+const HOUR: Duration = Duration::from_secs(3_600);
+const DAY: Duration = Duration::from_secs(86_400);
+/// Largest `--connections.max`; about 6 GB of table.
+const MOST_CONNECTIONS: u64 = 1 << 26;
+const ON_OFF: &[(&str, bool)] = &[
+    ("on", true),
+    ("off", false),
+    ("true", true),
+    ("false", false),
+];
+
+/// Addresses to listen on, refusing two that would fight for one port.
+fn listen(values: &Values) -> Result<Vec<ListenAddress>, ConfigError> {
+    let mut listen: Vec<ListenAddress> = Vec::new();
+    let typed = values.list("web.listen-address");
+    for (text, origin) in &typed {
+        let new =
+            parse::listen_address(text).map_err(|problem| ConfigError::at(origin, problem))?;
+        let clash = listen.iter().find(|old| overlap(old.address, new.address));
+        if let Some(old) = clash {
+            let problem = if new.address == old.address {
+                format!("duplicate address {text:?}; remove one of the two")
+            } else {
+                format!(
+                    "address {text:?} overlaps {:?}; remove one of the two",
+                    old.text
+                )
+            };
+            return Err(ConfigError::at(origin, problem));
+        }
+        listen.push(new);
+    }
+    if listen.is_empty() {
+        return Err(ConfigError::new(
+            "web.listen-address: the list is empty; give an address or remove the key",
+        ));
+    }
+    Ok(listen)
+}
+
+/// Whether the kernel would refuse the second of the two: one port, and one
+/// address or an address that stands for it. `[::]` is bound dual stack.
+fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+    let covers = |all: SocketAddr, one: SocketAddr| match all.ip() {
+        IpAddr::V6(ip) => ip.is_unspecified(),
+        IpAddr::V4(ip) => ip.is_unspecified() && one.ip().to_canonical().is_ipv4(),
+    };
+    a.port() != 0
+        && a.port() == b.port()
+        && (a.ip().to_canonical() == b.ip().to_canonical() && scope(a) == scope(b)
+            || covers(a, b)
+            || covers(b, a))
+}
+
+/// The interface of a link-local address: `fe80::1%2` and `fe80::1%3` are two.
+fn scope(address: SocketAddr) -> u32 {
+    match address {
+        SocketAddr::V4(_) => 0,
+        SocketAddr::V6(address) => address.scope_id(),
+    }
+}
+
+/// Excluded networks, each once.
+fn networks(values: &Values) -> Result<Vec<Network>, ConfigError> {
+    let mut networks = Vec::new();
+    for (text, origin) in &values.list("filter.exclude") {
+        let network = parse::network(text).map_err(|problem| ConfigError::at(origin, problem))?;
+        if !networks.contains(&network) {
+            networks.push(network);
+        }
+    }
+    Ok(networks)
+}
+
+/// What was written, per key: of one source, or of the strongest that names
+/// it.
+#[derive(Debug, Default)]
+struct Values(BTreeMap<&'static str, Vec<(String, Origin)>>);
+
+impl Values {
+    fn from_flags(flags: &[(&'static str, String)]) -> Self {
+        let mut all = Self::default();
+        for (key, text) in flags {
+            let list = Setting::find(key).is_some_and(|setting| setting.kind == Kind::List);
+            let values = all.0.entry(key).or_default();
+            if !list {
+                values.clear();
+            }
+            values.extend(pieces(list, text, &Origin::Flag(key)));
+        }
+        all
+    }
+
+    fn from_file(entries: Vec<file::Entry>) -> Self {
+        let entries = entries.into_iter();
+        Self(entries.map(|entry| (entry.key, entry.values)).collect())
+    }
+
+    /// These, and those of `weaker` that are not among them.
+    fn over(&self, weaker: &Self) -> Self {
+        let mut all = weaker.0.clone();
+        all.extend(self.0.iter().map(|(key, values)| (*key, values.clone())));
+        Self(all)
+    }
+
+    fn origins(&self) -> BTreeMap<&'static str, Origin> {
+        let first = |values: &[(String, Origin)]| Some(values.first()?.1.clone());
+        let keys = self.0.iter();
+        keys.filter_map(|(key, values)| Some((*key, first(values)?)))
+            .collect()
+    }
+
+    fn list(&self, key: &'static str) -> Vec<(String, Origin)> {
+        match self.0.get(key) {
+            Some(values) => values.clone(),
+            None => match default_of(key) {
+                "" => Vec::new(),
+                default => vec![(default.to_owned(), Origin::Default(key))],
+            },
+        }
+    }
+
+    fn optional<T>(
+        &self,
+        key: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, ConfigError> {
+        let Some((text, origin)) = self.list(key).into_iter().next() else {
+            return Ok(None);
+        };
+        if text.is_empty() {
+            return Err(ConfigError::at(
+                &origin,
+                "bad value \"\": must not be empty",
+            ));
+        }
+        parse(&text)
+            .map(Some)
+            .map_err(|problem| ConfigError::at(&origin, problem))
+    }
+
+    fn one<T>(
+        &self,
+        key: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<T, ConfigError> {
+        self.optional(key, parse)?.ok_or_else(|| {
+            ConfigError::new(format!(
+                "{key}: the list is empty; give a value or remove the key"
+            ))
+        })
+    }
+
+    /// One value that the file may write as a list: each item is read alone
+    /// first, so that a bad one is named with its own line.
+    fn joined<T>(
+        &self,
+        key: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<T, ConfigError> {
+        let items = self.list(key);
+        let [_, .., (_, last)] = items.as_slice() else {
+            return self.one(key, parse);
+        };
+        for (text, origin) in &items {
+            parse::port_list(text).map_err(|problem| ConfigError::at(origin, problem))?;
+        }
+        let texts: Vec<&str> = items.iter().map(|(text, _)| text.as_str()).collect();
+        parse(&texts.join(",")).map_err(|problem| ConfigError::at(last, problem))
+    }
+
+    fn choice<T: Copy>(&self, key: &'static str, choices: &[(&str, T)]) -> Result<T, ConfigError> {
+        self.one(key, |text| parse::choice(text, choices))
+    }
+}
+
+fn default_of(key: &str) -> &'static str {
+    Setting::find(key).map_or("", |setting| setting.default)
+}
+
+fn pieces(list: bool, text: &str, origin: &Origin) -> Vec<(String, Origin)> {
+    if !list {
+        return vec![(text.to_owned(), origin.clone())];
+    }
+    text.split(',')
+        .map(|piece| (piece.trim().to_owned(), origin.clone()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fold::CrossFamilies;
+
+    fn with(
+        flags: &[(&'static str, &str)],
+        environment: &[(&str, &str)],
+    ) -> Result<Loaded, String> {
+        let flags: Vec<_> = flags.iter().map(|(k, v)| (*k, (*v).to_owned())).collect();
+        let environment = environment.iter().map(|(k, v)| (k.into(), v.into()));
+        load(&flags, environment).map_err(|error| error.to_string())
+    }
+
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str, text: &str) -> Self {
+            let path =
+                std::env::temp_dir().join(format!("connmon-{}-{name}.yml", std::process::id()));
+            std::fs::write(&path, text).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    #[test]
+    fn defaults_are_the_contracts() {
+        let Loaded {
+            config,
+            check_only,
+            alone,
+            unknown_variables,
+        } = with(&[], &[]).unwrap();
+        assert!(alone.is_empty());
+        assert!(!check_only && unknown_variables.is_empty());
+        assert_eq!(config.listen.len(), 1);
+        assert!(config.listen[0].any_host);
+        assert_eq!(config.listen[0].address.port(), 19_910);
+        assert_eq!(config.telemetry_path, "/metrics");
+        assert_eq!(config.web_max_requests, 40);
+        assert_eq!(config.source, SourceChoice::Auto);
+        assert_eq!(config.proc_interval, Duration::from_secs(5));
+        assert_eq!(config.ring_buffer_bytes, 8_388_608);
+        assert!(config.exclude_loopback && config.exclude.is_empty());
+        assert_eq!((config.ports_max, config.connections_max), (128, 1_048_576));
+        assert!(config.listeners && config.listeners_max == 512);
+        assert_eq!(config.cross, CrossFamilies::Off);
+        assert_eq!(config.reconcile_interval, Duration::from_secs(60));
+        assert_eq!(config.traffic_interval, Some(Duration::from_secs(15)));
+        assert!(config.all_netns && !config.bpf_stats && !config.demo);
+        assert_eq!(config.log_level, log::LevelFilter::Info);
+    }
+
+    #[test]
+    fn flag_beats_environment_beats_file() {
+        let file = Scratch::new(
+            "order",
+            "ports.max: 1\nlisteners.max: 1\nproc.interval: 1s\nfilter.exclude: [10.0.0.0/8, \"::/0\"]\n",
+        );
+        let path = file.0.to_str().unwrap();
+        let loaded = with(
+            &[("config.file", path), ("ports.max", "3")],
+            &[
+                ("CONNMON_PORTS_MAX", "2"),
+                ("CONNMON_LISTENERS_MAX", "2"),
+                ("CONNMON_WEB_LISTEN_ADDRESS", "127.0.0.1:1, [::1]:1"),
+                ("CONNMON_PORT", "tcp://10.0.0.1:19910"),
+                ("CONNMON_SOURCE", ""),
+                ("HOME", "/root"),
+            ],
+        )
+        .unwrap();
+        let config = loaded.config;
+        assert_eq!((config.ports_max, config.listeners_max), (3, 2));
+        assert_eq!(config.proc_interval, Duration::from_secs(1));
+        assert_eq!(config.exclude.len(), 2);
+        assert_eq!(config.listen.len(), 2);
+        assert_eq!(config.source, SourceChoice::Auto);
+        assert_eq!(loaded.unknown_variables, ["CONNMON_PORT"]);
+    }
+
+    #[test]
+    fn refusals_name_source_value_and_remedy() {
+        let file = Scratch::new("refuse", "ports.max: 5\nproc.interval: 5\n");
+        let path = file.0.to_str().unwrap();
+        for (flags, environment, message) in [
+            (
+                &[("proc.interval", "0")][..],
+                &[][..],
+                "--proc.interval: bad duration \"0\": must be between 100ms and 1h",
+            ),
+            (
+                &[],
+                &[("CONNMON_PORTS_MAX", "-1")],
+                "CONNMON_PORTS_MAX: bad number \"-1\"",
+            ),
+            (
+                &[("config.file", path)],
+                &[],
+                "yml:2: proc.interval: bad duration \"5\"",
+            ),
+            (
+                &[
+                    ("filter.exclude", "10.0.0.0/8"),
+                    ("filter.exclude", "banana/8"),
+                ],
+                &[],
+                "--filter.exclude: bad network \"banana/8\"",
+            ),
+            (
+                &[("web.listen-address", ":1"), ("web.listen-address", ":1")],
+                &[],
+                "duplicate address \":1\"",
+            ),
+            (
+                &[("web.listen-address", "127.0.0.1:9,127.0.0.1:9")],
+                &[],
+                "duplicate address",
+            ),
+            (
+                &[
+                    ("web.listen-address", ":7"),
+                    ("web.listen-address", "127.0.0.1:7"),
+                ],
+                &[],
+                "overlaps \":7\"",
+            ),
+            (
+                &[("source", "bpf")],
+                &[],
+                "--source: bad value \"bpf\": must be one of auto, ebpf, proc",
+            ),
+            (&[("listeners.max", "0")], &[], "--listeners off"),
+            (
+                &[("traffic.interval", "1ms")],
+                &[],
+                "or 0 to switch sampling off",
+            ),
+            (
+                &[("reconcile.interval", "0")],
+                &[],
+                "--reconcile.interval: bad duration",
+            ),
+            (
+                &[("geoip.database", "")],
+                &[],
+                "--geoip.database: bad value \"\"",
+            ),
+            (
+                &[("log.level", "loud")],
+                &[],
+                "must be one of error, warn, info, debug, trace",
+            ),
+            (&[("config.check", "maybe")], &[], "must be true or false"),
+            (&[("web.listen-address", "")], &[], "a port is missing"),
+        ] {
+            let error = with(flags, environment).unwrap_err();
+            assert!(
+                error.contains(message),
+                "{flags:?} {environment:?}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn addresses_that_fight_for_one_port_are_refused() {
+        for (first, second) in [
+            ("0.0.0.0:9", "127.0.0.1:9"),
+            ("127.0.0.1:9", "0.0.0.0:9"),
+            ("[::]:9", "0.0.0.0:9"),
+            ("[::]:9", "[::1]:9"),
+            (":9", "127.0.0.1:9"),
+            (":9", "[::]:9"),
+            ("[::ffff:127.0.0.1]:9", "127.0.0.1:9"),
+        ] {
+            let flags = [
+                ("web.listen-address", first),
+                ("web.listen-address", second),
+            ];
+            let error = with(&flags, &[]).unwrap_err();
+            assert!(error.contains(second), "{first} {second}: {error}");
+        }
+        for (first, second) in [
+            ("0.0.0.0:9", "[::1]:9"),
+            ("[fe80::1%2]:9", "[fe80::1%3]:9"),
+            ("[::]:9", "0.0.0.0:10"),
+        ] {
+            let flags = [
+                ("web.listen-address", first),
+                ("web.listen-address", second),
+            ];
+            assert!(with(&flags, &[]).is_ok(), "{first} {second}");
+        }
+    }
+
+    #[test]
+    fn an_item_of_a_list_is_named_with_its_own_line() {
+        for (text, message) in [
+            (
+                "ports.allow:\n  - 22\n  - 80\n  - http\n",
+                ":4: ports.allow: bad port \"http\"",
+            ),
+            (
+                "metrics.country-port:\n- 22\n- all\n- 80\n",
+                ":3: metrics.country-port: bad port \"all\"",
+            ),
+            (
+                "ports.max: 1\nweb.listen-address:\n  - \":80\"\n  - \":81\"\n  - \":80\"\n",
+                ":5: web.listen-address: duplicate address \":80\"",
+            ),
+        ] {
+            let file = Scratch::new("items", text);
+            let error = with(&[("config.file", file.0.to_str().unwrap())], &[]).unwrap_err();
+            assert!(error.contains(message), "{error}");
+        }
+        let file = Scratch::new("good-items", "ports.allow:\n  - 22\n  - 80-90\n");
+        let loaded = with(&[("config.file", file.0.to_str().unwrap())], &[]).unwrap();
+        assert_eq!(loaded.config.ports_allow, Some(vec![(22, 22), (80, 90)]));
+    }
+
+    #[test]
+    fn what_is_overridden_is_checked_by_config_check_alone() {
+        let file = Scratch::new("overridden", "\nports.max: many\n");
+        let flags = [
+            ("config.file", file.0.to_str().unwrap()),
+            ("ports.max", "3"),
+            ("config.check", "true"),
+        ];
+        let error = with(&flags, &[]).unwrap_err();
+        assert!(
+            error.contains(":2: ports.max: bad number \"many\""),
+            "{error}"
+        );
+        assert_eq!(with(&flags[..2], &[]).unwrap().config.ports_max, 3);
+        for (name, message) in [
+            ("CONNMON_PORTS_MAX", "CONNMON_PORTS_MAX: bad number"),
+            ("CONNMON_CONFIG_CHECK", "CONNMON_CONFIG_CHECK: bad value"),
+        ] {
+            let error = with(&flags[1..], &[(name, "x")]).unwrap_err();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn zero_ports_and_separate_hosts_are_no_duplicates() {
+        let flags = [
+            ("web.listen-address", "127.0.0.1:0"),
+            ("web.listen-address", "127.0.0.1:0,[::1]:80,127.0.0.1:80"),
+        ];
+        assert_eq!(with(&flags, &[]).unwrap().config.listen.len(), 4);
+        let none = with(&[("traffic.interval", "0")], &[("CONNMON_DEMO", "1")])
+            .unwrap()
+            .config;
+        assert!(none.traffic_interval.is_none() && none.demo);
+    }
+}

@@ -1,0 +1,145 @@
+//! One typed configuration behind flags, environment and file.
+//!
+//! What was typed (flags, `CONNMON_*`, YAML) is one type, what the program
+//! needs is another: [`Config`]. Only this module reads the environment.
+
+mod check;
+mod error;
+mod file;
+mod load;
+pub mod parse;
+pub mod settings;
+
+pub use check::check;
+pub use error::{ConfigError, Origin};
+pub use load::{Loaded, load};
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::fold::{CrossFamilies, Network, PortRanges};
+
+/// `--source`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceChoice {
+    /// eBPF, else polling.
+    Auto,
+    /// eBPF or fail.
+    Ebpf,
+    /// Polling.
+    Proc,
+}
+
+/// `--ebpf.attach`: the highest rung tried for the function probes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachChoice {
+    /// The whole ladder.
+    Auto,
+    /// fentry/fexit only.
+    Fentry,
+    /// kprobe/kretprobe only.
+    Kprobe,
+    /// No function probes; the classic tracepoint for state changes.
+    Tracepoint,
+}
+
+/// `--sandbox`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SandboxChoice {
+    /// As much as the kernel has, and say what it lacks.
+    Auto,
+    /// All of it or fail.
+    Strict,
+    /// Nothing.
+    Off,
+}
+
+/// `--log.format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// `key=value`.
+    Logfmt,
+    /// One JSON object a line.
+    Json,
+}
+
+/// One `--web.listen-address`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenAddress {
+    /// As typed, for messages.
+    pub text: String,
+    /// What to bind. A typed `:PORT` is `[::]:PORT` with `any_host` set:
+    /// dual stack, IPv4 alone where IPv6 is off.
+    pub address: SocketAddr,
+    /// Host part was empty.
+    pub any_host: bool,
+}
+
+/// Everything the agent needs, validated.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `--web.listen-address`, at least one.
+    pub listen: Vec<ListenAddress>,
+    /// `--web.telemetry-path`.
+    pub telemetry_path: String,
+    /// `--web.config.file`.
+    pub web_config_file: Option<PathBuf>,
+    /// `--web.max-requests`; 0 is unlimited.
+    pub web_max_requests: usize,
+    /// `--source`.
+    pub source: SourceChoice,
+    /// `--proc.interval`.
+    pub proc_interval: Duration,
+    /// `--ebpf.attach`.
+    pub attach: AttachChoice,
+    /// `--ebpf.ring-buffer-size`, bytes, already rounded to page × 2^n.
+    pub ring_buffer_bytes: u32,
+    /// `--ebpf.stats`.
+    pub bpf_stats: bool,
+    /// `--geoip.database`; `None` is the embedded one.
+    pub geoip_database: Option<PathBuf>,
+    /// `--filter.loopback exclude`.
+    pub exclude_loopback: bool,
+    /// `--filter.exclude`.
+    pub exclude: Vec<Network>,
+    /// `--ports.allow`.
+    pub ports_allow: PortRanges,
+    /// `--ports.max`.
+    pub ports_max: usize,
+    /// `--connections.max`.
+    pub connections_max: usize,
+    /// `--listeners on`.
+    pub listeners: bool,
+    /// `--listeners.max`.
+    pub listeners_max: usize,
+    /// `--metrics.country-port`.
+    pub cross: CrossFamilies,
+    /// `--reconcile.interval`.
+    pub reconcile_interval: Duration,
+    /// `--traffic.interval`; `None` when 0 (off).
+    pub traffic_interval: Option<Duration>,
+    /// `--netns all`.
+    pub all_netns: bool,
+    /// `--sandbox`.
+    pub sandbox: SandboxChoice,
+    /// `--log.level`.
+    pub log_level: log::LevelFilter,
+    /// `--log.format`.
+    pub log_format: LogFormat,
+    /// `CONNMON_DEMO=1`, set by `cargo xtask run --demo`; marks every output.
+    pub demo: bool,
+    /// Where each setting that was written stands, by key.
+    origins: BTreeMap<&'static str, Origin>,
+}
+
+impl Config {
+    /// The error for a value of `key` that only turned out bad when it was
+    /// used, like a file that cannot be read: it says where the value stands.
+    pub fn refused(&self, key: &'static str, problem: impl fmt::Display) -> ConfigError {
+        let origin = self.origins.get(key).cloned();
+        ConfigError::at(&origin.unwrap_or(Origin::Flag(key)), problem)
+    }
+}

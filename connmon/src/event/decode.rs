@@ -1,0 +1,471 @@
+//! The wire format of `connmon_common::wire`, read field by field.
+
+use std::fmt;
+use std::mem::{offset_of, size_of};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use connmon_common::state;
+use connmon_common::wire::{
+    self, Change, Close, Connect, EndsV4, EndsV6, Figures, Head, Listen, Open, Task, flag, kind,
+};
+
+use super::{Event, Owner, Socket, Traffic, Tuple};
+
+/// Why bytes are no record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Undecodable {
+    /// Shorter than every record.
+    Short(usize),
+    /// No such kind.
+    Kind(u8),
+    /// Flag bits that mean nothing.
+    Flags(u8),
+    /// Not the length that this kind has.
+    Length {
+        /// Kind.
+        kind: u8,
+        /// Bytes.
+        len: usize,
+    },
+    /// Not a pair of TCP states.
+    States {
+        /// State left.
+        old: u8,
+        /// State entered.
+        new: u8,
+    },
+}
+
+impl fmt::Display for Undecodable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Short(len) => write!(f, "record of {len} bytes is too short"),
+            Self::Kind(kind) => write!(f, "record of unknown kind {kind}"),
+            Self::Flags(flags) => write!(f, "record with unknown flags {flags:#x}"),
+            Self::Length { kind, len } => write!(f, "record of kind {kind} with {len} bytes"),
+            Self::States { old, new } => write!(f, "record with states {old} and {new}"),
+        }
+    }
+}
+
+impl std::error::Error for Undecodable {}
+
+/// Decodes one record. Never panics, whatever the bytes.
+///
+/// # Errors
+///
+/// The first thing that is wrong with the record.
+pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
+    let bytes = Bytes(record);
+    if record.len() < size_of::<Head>() {
+        return Err(Undecodable::Short(record.len()));
+    }
+    let kind = bytes.u8(offset_of!(Head, kind));
+    let flags = bytes.u8(offset_of!(Head, flags));
+    if flags & !flag::ALL != 0 {
+        return Err(Undecodable::Flags(flags));
+    }
+    let v6 = flags & flag::V6 != 0;
+    let size = |v4: usize, v6_size: usize| if v6 { v6_size } else { v4 };
+    let expected = match kind {
+        kind::CONNECT => size(size_of::<Connect<EndsV4>>(), size_of::<Connect<EndsV6>>()),
+        kind::OPEN => size(size_of::<Open<EndsV4>>(), size_of::<Open<EndsV6>>()),
+        kind::CHANGE | kind::UNLISTEN => {
+            size(size_of::<Change<EndsV4>>(), size_of::<Change<EndsV6>>())
+        }
+        kind::CLOSE => size(size_of::<Close<EndsV4>>(), size_of::<Close<EndsV6>>()),
+        kind::LISTEN => size(size_of::<Listen<EndsV4>>(), size_of::<Listen<EndsV6>>()),
+        kind::CONNECT_SENT | kind::ACCEPT => size_of::<Task>(),
+        _ => return Err(Undecodable::Kind(kind)),
+    };
+    if record.len() != expected {
+        return Err(Undecodable::Length {
+            kind,
+            len: record.len(),
+        });
+    }
+
+    let id = bytes.u64(offset_of!(Head, id));
+    let old = bytes.u8(offset_of!(Head, old));
+    let new = bytes.u8(offset_of!(Head, new));
+    let task = matches!(kind, kind::CONNECT_SENT | kind::ACCEPT);
+    let states = state::ESTABLISHED..=state::NEW_SYN_RECV;
+    let plausible = task || (states.contains(&old) && states.contains(&new));
+    if !plausible {
+        return Err(Undecodable::States { old, new });
+    }
+    let socket = Socket {
+        id,
+        cookie: bytes.u64(offset_of!(Head, cookie)),
+        netns: bytes.u32(offset_of!(Head, netns)),
+    };
+
+    // The offsets before the endpoints do not depend on their size, which
+    // connmon-common asserts.
+    Ok(match kind {
+        kind::CONNECT => Event::Connect {
+            socket,
+            at_ns: bytes.u64(offset_of!(Connect<EndsV4>, at_ns)),
+            tuple: bytes.ends(offset_of!(Connect<EndsV4>, ends), v6),
+            owner: bytes.owner(offset_of!(Connect<EndsV4>, owner)),
+        },
+        kind::OPEN => Event::Open {
+            socket,
+            at_ns: bytes.u64(offset_of!(Open<EndsV4>, at_ns)),
+            tuple: bytes.ends(offset_of!(Open<EndsV4>, ends), v6),
+            old,
+            new,
+        },
+        kind::CHANGE => Event::Change {
+            socket,
+            tuple: bytes.ends(offset_of!(Change<EndsV4>, ends), v6),
+            old,
+            new,
+        },
+        kind::CLOSE => {
+            let figures = offset_of!(Close<EndsV4>, figures);
+            let read = flags & flag::ERROR != 0;
+            Event::Close {
+                socket,
+                at_ns: bytes.u64(offset_of!(Close<EndsV4>, at_ns)),
+                tuple: bytes.ends(offset_of!(Close<EndsV4>, ends), v6),
+                old,
+                error: if read {
+                    bytes.u32(figures + offset_of!(Figures, error))
+                } else {
+                    0
+                },
+                segments_out: read.then(|| bytes.u32(figures + offset_of!(Figures, segments_out))),
+                traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(figures)),
+            }
+        }
+        kind::LISTEN => {
+            let tuple = bytes.ends(offset_of!(Listen<EndsV4>, ends), v6);
+            Event::Listen {
+                socket,
+                address: tuple.local,
+                port: tuple.local_port,
+                owner: bytes.owner(offset_of!(Listen<EndsV4>, owner)),
+            }
+        }
+        kind::UNLISTEN => {
+            let tuple = bytes.ends(offset_of!(Change<EndsV4>, ends), v6);
+            Event::Unlisten {
+                socket,
+                address: tuple.local,
+                port: tuple.local_port,
+            }
+        }
+        kind::CONNECT_SENT => Event::ConnectSent {
+            id,
+            at_ns: bytes.u64(offset_of!(Task, at_ns)),
+            owner: bytes.owner(offset_of!(Task, owner)),
+        },
+        _ => Event::Accept {
+            id,
+            at_ns: bytes.u64(offset_of!(Task, at_ns)),
+            owner: bytes.owner(offset_of!(Task, owner)),
+        },
+    })
+}
+
+/// A record whose length has been checked. Reads past its end give zeroes,
+/// so that no arithmetic slip can panic.
+struct Bytes<'a>(&'a [u8]);
+
+impl Bytes<'_> {
+    fn array<const N: usize>(&self, at: usize) -> [u8; N] {
+        match self.0.get(at..).and_then(<[u8]>::first_chunk) {
+            Some(chunk) => *chunk,
+            None => [0; N],
+        }
+    }
+
+    fn u8(&self, at: usize) -> u8 {
+        u8::from_ne_bytes(self.array(at))
+    }
+
+    fn u16(&self, at: usize) -> u16 {
+        u16::from_ne_bytes(self.array(at))
+    }
+
+    fn u32(&self, at: usize) -> u32 {
+        u32::from_ne_bytes(self.array(at))
+    }
+
+    fn u64(&self, at: usize) -> u64 {
+        u64::from_ne_bytes(self.array(at))
+    }
+
+    fn ends(&self, at: usize, v6: bool) -> Tuple {
+        if v6 {
+            Tuple {
+                local: self.ipv6(at + offset_of!(EndsV6, local)),
+                local_port: self.u16(at + offset_of!(EndsV6, local_port)),
+                remote: self.ipv6(at + offset_of!(EndsV6, remote)),
+                remote_port: self.u16(at + offset_of!(EndsV6, remote_port)),
+            }
+        } else {
+            Tuple {
+                local: self.ipv4(at + offset_of!(EndsV4, local)),
+                local_port: self.u16(at + offset_of!(EndsV4, local_port)),
+                remote: self.ipv4(at + offset_of!(EndsV4, remote)),
+                remote_port: self.u16(at + offset_of!(EndsV4, remote_port)),
+            }
+        }
+    }
+
+    fn ipv4(&self, at: usize) -> IpAddr {
+        IpAddr::V4(Ipv4Addr::from(self.array::<4>(at)))
+    }
+
+    /// v4-mapped addresses unmapped: a listener may be bound to one.
+    fn ipv6(&self, at: usize) -> IpAddr {
+        Ipv6Addr::from(self.array::<16>(at)).to_canonical()
+    }
+
+    fn owner(&self, at: usize) -> Owner {
+        Owner {
+            pid: self.u32(at + offset_of!(wire::Owner, pid)),
+            comm: self.array(at + offset_of!(wire::Owner, comm)),
+            cgroup: self.u64(at + offset_of!(wire::Owner, cgroup)),
+        }
+    }
+
+    fn traffic(&self, at: usize) -> Traffic {
+        Traffic {
+            received_bytes: self.u64(at + offset_of!(Figures, received_bytes)),
+            sent_bytes: self.u64(at + offset_of!(Figures, sent_bytes)),
+            retransmitted_segments: self.u32(at + offset_of!(Figures, retransmitted_segments)),
+            srtt_us: self.u32(at + offset_of!(Figures, srtt_us)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use connmon_common::wire::MAX_RECORD_BYTES;
+    use proptest::prelude::*;
+
+    /// A record as the program writes it, piece by piece in layout order.
+    struct Record(Vec<u8>);
+
+    impl Record {
+        fn new(kind: u8, flags: u8, old: u8, new: u8) -> Self {
+            let mut bytes = vec![kind, flags, old, new];
+            bytes.extend(4_026_531_840_u32.to_ne_bytes());
+            bytes.extend(0xffff_8880_1234_5678_u64.to_ne_bytes());
+            bytes.extend(0x30e216_u64.to_ne_bytes());
+            Self(bytes)
+        }
+
+        fn u64(mut self, value: u64) -> Self {
+            self.0.extend(value.to_ne_bytes());
+            self
+        }
+
+        fn u32(mut self, value: u32) -> Self {
+            self.0.extend(value.to_ne_bytes());
+            self
+        }
+
+        fn owner(mut self) -> Self {
+            self.0.extend(7_u64.to_ne_bytes());
+            self.0.extend(b"curl\0\0\0\0\0\0\0\0\0\0\0\0");
+            self.u32(4321).u32(0)
+        }
+
+        fn v4(mut self) -> Self {
+            self.0.extend([10, 0, 0, 1, 203, 0, 113, 9]);
+            self.ports()
+        }
+
+        fn v6(mut self, local: Ipv6Addr) -> Self {
+            self.0.extend(local.octets());
+            self.0
+                .extend("2001:db8::9".parse::<Ipv6Addr>().unwrap().octets());
+            self.ports()
+        }
+
+        fn ports(mut self) -> Self {
+            self.0.extend(40000_u16.to_ne_bytes());
+            self.0.extend(443_u16.to_ne_bytes());
+            self.u32(0)
+        }
+    }
+
+    const SOCKET: Socket = Socket {
+        id: 0xffff_8880_1234_5678,
+        cookie: 0x30e216,
+        netns: 4_026_531_840,
+    };
+
+    fn tuple_v4() -> Tuple {
+        Tuple {
+            local: "10.0.0.1".parse().unwrap(),
+            local_port: 40000,
+            remote: "203.0.113.9".parse().unwrap(),
+            remote_port: 443,
+        }
+    }
+
+    fn owner() -> Owner {
+        Owner {
+            pid: 4321,
+            comm: *b"curl\0\0\0\0\0\0\0\0\0\0\0\0",
+            cgroup: 7,
+        }
+    }
+
+    #[test]
+    fn every_kind_decodes_to_its_event() {
+        let connect = Record::new(kind::CONNECT, 0, 7, 2).u64(5).owner().v4();
+        assert_eq!(
+            decode(&connect.0),
+            Ok(Event::Connect {
+                socket: SOCKET,
+                at_ns: 5,
+                tuple: tuple_v4(),
+                owner: owner(),
+            })
+        );
+        let local = "2001:db8::1".parse::<Ipv6Addr>().unwrap();
+        let open = Record::new(kind::OPEN, flag::V6, 3, 1).u64(6).v6(local);
+        let tuple = Tuple {
+            local: IpAddr::V6(local),
+            remote: "2001:db8::9".parse().unwrap(),
+            ..tuple_v4()
+        };
+        assert_eq!(
+            decode(&open.0),
+            Ok(Event::Open {
+                socket: SOCKET,
+                at_ns: 6,
+                tuple,
+                old: 3,
+                new: 1,
+            })
+        );
+        let change = Record::new(kind::CHANGE, 0, 1, 8).v4();
+        assert_eq!(
+            decode(&change.0),
+            Ok(Event::Change {
+                socket: SOCKET,
+                tuple: tuple_v4(),
+                old: 1,
+                new: 8,
+            })
+        );
+        let unlisten = Record::new(kind::UNLISTEN, 0, 10, 7).v4();
+        assert_eq!(
+            decode(&unlisten.0),
+            Ok(Event::Unlisten {
+                socket: SOCKET,
+                address: tuple_v4().local,
+                port: 40000,
+            })
+        );
+        let mapped = "::ffff:10.0.0.1".parse::<Ipv6Addr>().unwrap();
+        let listen = Record::new(kind::LISTEN, flag::V6, 7, 10)
+            .owner()
+            .v6(mapped);
+        assert_eq!(
+            decode(&listen.0),
+            Ok(Event::Listen {
+                socket: SOCKET,
+                address: tuple_v4().local,
+                port: 40000,
+                owner: owner(),
+            })
+        );
+        for (kind, sent) in [(kind::ACCEPT, false), (kind::CONNECT_SENT, true)] {
+            let record = Record::new(kind, 0, 0, 0).u64(9).owner();
+            let (id, at_ns, owner) = (SOCKET.id, 9, owner());
+            let expected = if sent {
+                Event::ConnectSent { id, at_ns, owner }
+            } else {
+                Event::Accept { id, at_ns, owner }
+            };
+            assert_eq!(decode(&record.0), Ok(expected));
+        }
+    }
+
+    #[test]
+    fn a_close_has_what_its_flags_say() {
+        let close = |flags| {
+            let record = Record::new(kind::CLOSE, flags, 9, 7).u64(8);
+            let figures = record.u64(1000).u64(500).u32(2).u32(250).u32(12).u32(104);
+            decode(&figures.v4().0).unwrap()
+        };
+        let expected = |error, segments_out, traffic| Event::Close {
+            socket: SOCKET,
+            at_ns: 8,
+            tuple: tuple_v4(),
+            old: 9,
+            error,
+            segments_out,
+            traffic,
+        };
+        let traffic = Traffic {
+            received_bytes: 1000,
+            sent_bytes: 500,
+            retransmitted_segments: 2,
+            srtt_us: 250,
+        };
+        assert_eq!(close(0), expected(0, None, None));
+        assert_eq!(close(flag::ERROR), expected(104, Some(12), None));
+        assert_eq!(
+            close(flag::ERROR | flag::TRAFFIC),
+            expected(104, Some(12), Some(traffic))
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        assert_eq!(decode(&[]), Err(Undecodable::Short(0)));
+        assert_eq!(
+            decode(&Record::new(0, 0, 1, 1).v4().0),
+            Err(Undecodable::Kind(0))
+        );
+        assert_eq!(
+            decode(&Record::new(kind::OPEN, 0x80, 3, 1).u64(0).v4().0),
+            Err(Undecodable::Flags(0x80))
+        );
+        assert_eq!(
+            decode(&Record::new(kind::CHANGE, 0, 0, 13).v4().0),
+            Err(Undecodable::States { old: 0, new: 13 })
+        );
+        // A v4 record that claims to be v6.
+        assert_eq!(
+            decode(&Record::new(kind::CHANGE, flag::V6, 1, 8).v4().0),
+            Err(Undecodable::Length {
+                kind: kind::CHANGE,
+                len: 40
+            })
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_decode_or_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..=MAX_RECORD_BYTES + 8)) {
+            let _ = decode(&bytes);
+        }
+
+        #[test]
+        fn any_kind_flags_and_length_decode_or_are_refused(
+            kind in 0_u8..10, flags in 0_u8..8, old in 0_u8..14, new in 0_u8..14,
+            tail in prop::collection::vec(any::<u8>(), 0..=MAX_RECORD_BYTES),
+        ) {
+            let mut record = Record::new(kind, flags, old, new).0;
+            record.extend(tail);
+            if let Ok(event) = decode(&record) {
+                // No v4-mapped address ever leaves this room.
+                let mapped = |address: IpAddr| matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+                if let Event::Open { tuple, .. } | Event::Close { tuple, .. } = event {
+                    prop_assert!(!mapped(tuple.local) && !mapped(tuple.remote));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,450 @@
+//! Report → telemetry text, format 0.0.4.
+//!
+//! What is not known is absent rather than zero: byte and round-trip families
+//! without traffic figures, accept waits without an accept probe, connect
+//! latency and failures in polling mode, which sees no handshakes, limits of
+//! accept queues that were read from /proc.
+
+use bytes::Bytes;
+use prometheus::{Encoder, TextEncoder};
+
+use super::families::{FAMILIES, Id};
+use super::process::{Process, ProcessFigures};
+use super::rows::{Rows, seconds};
+use crate::fold::{
+    AUDITED_STATES, CountryRow, Direction, FailureReason, ListenerRow, PortLabel, PortRow,
+    Snapshot, Sum,
+};
+use crate::report::{Report, Source, Status};
+use crate::version;
+
+/// Renders reports. Keeps rows between scrapes, so that a scrape mostly
+/// writes numbers.
+#[derive(Debug)]
+pub struct Metrics {
+    rows: Vec<Rows>,
+    listeners: ListenerKeys,
+    process: Option<Process>,
+    /// Length of the last text, the guess for the next one.
+    last_length: usize,
+}
+
+impl Metrics {
+    /// A renderer; opens /proc/self, which a sandbox may later forbid.
+    pub fn new() -> Self {
+        let process = Process::open()
+            .inspect_err(|error| log::warn!("no process_* metrics: /proc/self: {error}"))
+            .ok();
+        Self {
+            rows: FAMILIES.iter().map(Rows::new).collect(),
+            listeners: ListenerKeys::default(),
+            process,
+            last_length: 16 * 1024,
+        }
+    }
+
+    /// The telemetry text.
+    pub fn render(&mut self, report: &Report) -> Bytes {
+        let process = self.process.as_ref().and_then(Process::read);
+        self.render_with(report, process)
+    }
+
+    /// The telemetry text with given process figures, for tests.
+    pub fn render_with(&mut self, report: &Report, process: Option<ProcessFigures>) -> Bytes {
+        self.rows.iter_mut().for_each(Rows::begin);
+        let known = Known {
+            traffic: report.snapshot.traffic_known,
+            accepts: report.snapshot.accept_known,
+            connects: report.status.source == Source::Ebpf,
+        };
+        for country in &report.snapshot.countries {
+            self.country(country, known);
+        }
+        for port in &report.snapshot.ports {
+            self.port(port, known);
+        }
+        self.cross(&report.snapshot);
+        self.totals(&report.snapshot, known);
+        self.listeners(report);
+        self.fold(&report.snapshot);
+        self.events(&report.status);
+        self.reconcile(&report.status);
+        self.agent(&report.status);
+        if let Some(process) = process {
+            self.process(&process);
+        }
+        self.rows.iter_mut().for_each(Rows::end);
+        self.encode()
+    }
+
+    fn encode(&mut self) -> Bytes {
+        let mut text = Vec::with_capacity(self.last_length + self.last_length / 8);
+        let encoder = TextEncoder::new();
+        for family in self.rows.iter().filter_map(Rows::proto) {
+            // Fails for families without a name or rows, and there are none.
+            if let Err(error) = encoder.encode(std::slice::from_ref(family), &mut text) {
+                crate::limited!(
+                    log::Level::Error,
+                    "encode",
+                    "cannot encode metrics: {error}"
+                );
+            }
+        }
+        self.last_length = text.len();
+        Bytes::from(text)
+    }
+
+    fn country(&mut self, row: &CountryRow, known: Known) {
+        let key = (row.country.index() as u64) << 8;
+        let code = row.country.code();
+        for direction in Direction::ALL {
+            let flow = &row.flows[direction as usize];
+            let key = key | direction as u64;
+            let mut value = |id, value| {
+                self.count(id, key, value, |label| {
+                    label(code);
+                    label(direction.label());
+                });
+            };
+            value(Id::CountryConnections, flow.connections);
+            value(Id::CountryOpened, flow.opened);
+            value(Id::CountryClosed, flow.closed);
+            if known.traffic {
+                value(Id::CountryReceivedBytes, flow.received_bytes);
+                value(Id::CountrySentBytes, flow.sent_bytes);
+                value(Id::CountryRetransmitted, flow.retransmitted_segments);
+            }
+        }
+        if known.connects {
+            for reason in FailureReason::ALL {
+                let count = row.failures[reason as usize];
+                let key = key | reason as u64;
+                self.count(Id::CountryConnectFailures, key, count, |label| {
+                    label(code);
+                    label(reason.label());
+                });
+            }
+            self.summary(Id::CountryConnectLatency, key, row.connect_latency, code);
+        }
+        if known.traffic {
+            self.summary(Id::CountryRtt, key, row.rtt, code);
+        }
+    }
+
+    fn port(&mut self, row: &PortRow, known: Known) {
+        let direction = row.direction;
+        let key = port_key(row.port) << 8;
+        let mut value = |id, value| {
+            self.count(id, key | direction as u64, value, |label| {
+                label(&port_text(row.port));
+                label(direction.label());
+            });
+        };
+        value(Id::PortConnections, row.flow.connections);
+        value(Id::PortOpened, row.flow.opened);
+        value(Id::PortClosed, row.flow.closed);
+        value(Id::PortCloseWait, row.close_wait);
+        if known.traffic {
+            value(Id::PortReceivedBytes, row.flow.received_bytes);
+            value(Id::PortSentBytes, row.flow.sent_bytes);
+            value(Id::PortRetransmitted, row.flow.retransmitted_segments);
+        }
+        if let (Some(failures), true) = (&row.failures, known.connects) {
+            for reason in FailureReason::ALL {
+                let count = failures[reason as usize];
+                self.count(
+                    Id::PortConnectFailures,
+                    key | reason as u64,
+                    count,
+                    |label| {
+                        label(&port_text(row.port));
+                        label(reason.label());
+                    },
+                );
+            }
+        }
+        if let (Some(wait), true) = (row.accept_wait, known.accepts) {
+            let rows = &mut self.rows[Id::PortAcceptWait as usize];
+            rows.summary(key, wait, |label| label(&port_text(row.port)));
+        }
+    }
+
+    fn cross(&mut self, snapshot: &Snapshot) {
+        for row in &snapshot.cross {
+            let key =
+                (row.country.index() as u64) << 32 | port_key(row.port) << 8 | row.direction as u64;
+            let mut value = |id, value| {
+                self.count(id, key, value, |label| {
+                    label(row.country.code());
+                    label(&port_text(row.port));
+                    label(row.direction.label());
+                });
+            };
+            value(Id::CountryPortConnections, row.connections);
+            value(Id::CountryPortOpened, row.opened);
+        }
+    }
+
+    fn totals(&mut self, snapshot: &Snapshot, known: Known) {
+        let states = std::iter::once("established").chain(AUDITED_STATES.iter().map(|(_, s)| *s));
+        let counts = std::iter::once(snapshot.established).chain(snapshot.audited_states);
+        for (key, (state, count)) in states.zip(counts).enumerate() {
+            self.count(Id::StateConnections, key as u64, count, |label| {
+                label(state)
+            });
+        }
+        if known.connects {
+            let rows = &mut self.rows[Id::ConnectLatency as usize];
+            rows.histogram(0, &snapshot.connect_latency, |_| {});
+        }
+        if known.accepts {
+            let rows = &mut self.rows[Id::AcceptWait as usize];
+            rows.histogram(0, &snapshot.accept_wait, |_| {});
+        }
+        for direction in Direction::ALL {
+            let key = direction as u64;
+            let mut histogram = |id: Id, histograms: &[crate::fold::Histogram]| {
+                let histogram = &histograms[direction as usize];
+                self.rows[id as usize].histogram(key, histogram, |label| label(direction.label()));
+            };
+            histogram(Id::ConnectionDuration, &snapshot.duration);
+            if known.traffic {
+                histogram(Id::Rtt, &snapshot.rtt);
+            }
+        }
+    }
+
+    fn listeners(&mut self, report: &Report) {
+        let rows = &report.snapshot.listeners;
+        // /proc/net/tcp does not tell the limit, and 0 stands for that too.
+        let [_, by_proc, _] = report.status.namespaces;
+        let zero_is_known = report.status.source == Source::Ebpf && by_proc == 0;
+        self.listeners.update(rows);
+        for (row, key) in rows.iter().zip(&self.listeners.keys) {
+            let mut value = |id: Id, value: u64, owner: bool| {
+                self.rows[id as usize].value(*key, value as f64, |label| {
+                    if row.host {
+                        label("host");
+                    } else {
+                        label(&row.netns.to_string());
+                    }
+                    label(&row.address);
+                    label(&row.port.to_string());
+                    if owner {
+                        label(&row.process);
+                        label(&row.pid.to_string());
+                    }
+                });
+            };
+            value(Id::ListeningSocketInfo, row.sockets.into(), true);
+            value(Id::AcceptQueueLength, row.queue_length, false);
+            if row.queue_limit > 0 || zero_is_known {
+                value(Id::AcceptQueueLimit, row.queue_limit, false);
+            }
+        }
+    }
+
+    fn fold(&mut self, snapshot: &Snapshot) {
+        self.single(Id::TrackedConnections, snapshot.tracked as f64);
+        self.single(Id::UntrackedConnections, snapshot.untracked as f64);
+        self.single(Id::TableOverflow, snapshot.table_overflow as f64);
+        self.single(Id::TombstoneOverflow, snapshot.tombstone_overflow as f64);
+        self.single(Id::UnattributedEvents, snapshot.unattributed as f64);
+        if let Some(drift) = snapshot.drift {
+            self.single(Id::Drift, drift as f64);
+        }
+        self.labelled(Id::SeriesOverflow, &snapshot.series_overflow);
+        self.labelled(Id::SeriesEvicted, &snapshot.series_evicted);
+        let corrections = &snapshot.corrections;
+        self.labelled(
+            Id::ReconcileCorrections,
+            &[
+                ("added", corrections.added),
+                ("removed", corrections.removed),
+                ("seeded", corrections.seeded),
+                ("updated", corrections.updated),
+            ],
+        );
+    }
+
+    fn events(&mut self, status: &Status) {
+        self.single(Id::EventsProduced, status.events_produced as f64);
+        self.single(Id::EventsFolded, status.events_folded as f64);
+        self.labelled(
+            Id::EventsDropped,
+            &[
+                ("ring_full", status.dropped_ring_full),
+                ("undecodable", status.dropped_undecodable),
+            ],
+        );
+        for (probe, missed) in &status.missed_runs {
+            self.count(Id::ProbeMissedRuns, *probe as u64, *missed, |label| {
+                label(probe.label());
+            });
+        }
+        for rung in &status.rungs {
+            let key = (rung.probe as u64) << 8 | rung.method as u64;
+            let attached = rung.method != crate::kernel::Method::None;
+            self.count(Id::ProbeAttached, key, attached.into(), |label| {
+                label(rung.probe.label());
+                label(rung.method.label());
+            });
+        }
+        for program in &status.programs {
+            let key = text_key(&program.program);
+            let mut value = |id: Id, value| {
+                self.rows[id as usize].value(key, value, |label| label(&program.program));
+            };
+            value(Id::BpfProgramRuns, program.runs as f64);
+            value(Id::BpfProgramRunSeconds, seconds(program.run_time_ns));
+        }
+    }
+
+    fn reconcile(&mut self, status: &Status) {
+        let [startup, interval, loss] = status.reconcile_runs;
+        self.labelled(
+            Id::ReconcileRuns,
+            &[("startup", startup), ("interval", interval), ("loss", loss)],
+        );
+        self.single(Id::ReconcileDuration, status.reconcile_duration_s);
+        self.single(Id::ReconcileInterval, status.reconcile_interval_s);
+        let [diag, proc, unaudited] = status.namespaces;
+        self.labelled(
+            Id::NetworkNamespaces,
+            &[("diag", diag), ("proc", proc), ("unaudited", unaudited)],
+        );
+    }
+
+    fn agent(&mut self, status: &Status) {
+        self.single(Id::Up, f64::from(u8::from(status.up)));
+        if status.demo {
+            self.single(Id::Demo, 1.0);
+        }
+        self.count(Id::BuildInfo, 0, 1, |label| {
+            label(version::VERSION);
+            label(version::REVISION);
+            label(version::BRANCH);
+            label(version::RUSTC);
+            label(version::TARGET);
+        });
+        self.count(Id::SourceInfo, status.source as u64, 1, |label| {
+            label(status.source.label());
+        });
+        let database = &status.database;
+        // Another database is another row: its build time tells it apart.
+        let key = database.build_timestamp << 16 | database.reloads_ok & 0xffff;
+        self.count(Id::GeoipInfo, key, 1, |label| {
+            label(&database.database_type);
+            label(database.source);
+        });
+        self.single(Id::GeoipBuildTimestamp, database.build_timestamp as f64);
+        self.labelled(
+            Id::GeoipReloads,
+            &[
+                ("failure", database.reloads_failed),
+                ("success", database.reloads_ok),
+            ],
+        );
+    }
+
+    fn process(&mut self, process: &ProcessFigures) {
+        self.single(Id::ProcessCpuSeconds, process.cpu_seconds);
+        self.single(Id::ProcessOpenFds, process.open_fds);
+        self.single(Id::ProcessMaxFds, process.max_fds);
+        self.single(Id::ProcessVirtualMemory, process.virtual_memory_bytes);
+        self.single(
+            Id::ProcessVirtualMemoryMax,
+            process.virtual_memory_max_bytes,
+        );
+        self.single(Id::ProcessResidentMemory, process.resident_memory_bytes);
+        self.single(Id::ProcessStartTime, process.start_time_seconds);
+    }
+
+    fn single(&mut self, id: Id, value: f64) {
+        self.rows[id as usize].value(0, value, |_| {});
+    }
+
+    fn count(&mut self, id: Id, key: u64, value: u64, labels: impl FnOnce(&mut dyn FnMut(&str))) {
+        self.rows[id as usize].value(key, value as f64, labels);
+    }
+
+    fn summary(&mut self, id: Id, key: u64, sum: Sum, label_value: &str) {
+        self.rows[id as usize].summary(key, sum, |label| label(label_value));
+    }
+
+    /// Rows with one label, few of them.
+    fn labelled(&mut self, id: Id, rows: &[(&str, u64)]) {
+        for (value, count) in rows {
+            self.count(id, text_key(value), *count, |label| label(value));
+        }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What the source can tell.
+#[derive(Clone, Copy)]
+struct Known {
+    traffic: bool,
+    accepts: bool,
+    connects: bool,
+}
+
+/// FNV-1a, for the few families whose labels are words of our own.
+fn text_key(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+fn port_key(port: PortLabel) -> u64 {
+    match port {
+        PortLabel::Port(port) => port.into(),
+        PortLabel::Other => 1 << 16,
+    }
+}
+
+fn port_text(port: PortLabel) -> String {
+    match port {
+        PortLabel::Port(port) => port.to_string(),
+        PortLabel::Other => "other".to_owned(),
+    }
+}
+
+/// Numbers for listener rows, whose labels are too long to be keys: the same
+/// number for as long as a row stays at its place with the same labels.
+#[derive(Debug, Default)]
+struct ListenerKeys {
+    rows: Vec<ListenerRow>,
+    keys: Vec<u64>,
+    issued: u64,
+}
+
+impl ListenerKeys {
+    fn update(&mut self, rows: &[ListenerRow]) {
+        self.rows.truncate(rows.len());
+        self.keys.truncate(rows.len());
+        for (at, row) in rows.iter().enumerate() {
+            if self.rows.get(at).is_some_and(|old| same_labels(old, row)) {
+                continue;
+            }
+            self.issued += 1;
+            if at < self.rows.len() {
+                self.rows[at] = row.clone();
+                self.keys[at] = self.issued;
+            } else {
+                self.rows.push(row.clone());
+                self.keys.push(self.issued);
+            }
+        }
+    }
+}
+
+fn same_labels(a: &ListenerRow, b: &ListenerRow) -> bool {
+    let labels = |row: &ListenerRow| (row.netns, row.host, row.port, row.pid);
+    labels(a) == labels(b) && a.address == b.address && a.process == b.process
+}

@@ -1,0 +1,591 @@
+//! The HTTP server.
+//!
+//! | path | answer |
+//! |---|---|
+//! | `--web.telemetry-path` (`/metrics`) | text format 0.0.4; 503 until ready |
+//! | `/-/healthy` | 200 while the process works; no credentials |
+//! | `/-/ready` | 200 once the first reconcile is folded, 503 before; no credentials |
+//! | `/api/v1/summary` | JSON behind the page; 503 until ready |
+//! | `/` and the page's files | the page |
+//! | anything else | 404 |
+//!
+//! With a web configuration, everything but the two health paths is behind
+//! its rate limit and its users.
+//!
+//! Only GET and HEAD, no request bodies. Everything runs on one thread, the
+//! caller's; what takes a client's time is bounded by [`Limits`].
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body as _, Incoming};
+use hyper::header::CACHE_CONTROL;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode, Version, header};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::connections::{Admission, Connections, Slot, Watch};
+use super::encoding::{WORTH_COMPRESSING, gzip_small, wants_gzip};
+use super::flight::{self, Answer, Desk, Want};
+use super::limits::Limits;
+use super::listen;
+use super::response::{FULL, JSON, METRICS, PLAIN_TO_TLS, Reply};
+use super::stream::{Payload, Watched};
+use super::webconfig::{Entry, Gate};
+use super::{Asset, Content};
+use crate::config::Config;
+use crate::report::Reporter;
+
+/// Clients told that the server is full at the same time; beyond that they
+/// are just disconnected.
+const REFUSALS: usize = 16;
+
+/// How long such a client is given to read that, at most.
+const REFUSAL_TIME: Duration = Duration::from_millis(500);
+
+/// How long "ready" is repeated without asking the fold again, so that
+/// probing it, which needs no credentials, costs the fold nothing.
+const READY_KEPT: Duration = Duration::from_secs(1);
+
+/// Compressed files of the page kept; the page has a handful.
+const ASSETS_KEPT: usize = 32;
+
+/// Streams of one HTTP/2 connection at once.
+const STREAMS: u32 = 16;
+
+/// A bound, not yet serving server.
+#[derive(Debug)]
+pub struct Server {
+    listeners: Vec<TcpListener>,
+    telemetry_path: String,
+    max_requests: usize,
+    limits: Limits,
+    gate: Option<Gate>,
+}
+
+impl Server {
+    /// Reads `--web.config.file` with what it names and binds every
+    /// `--web.listen-address`. Needs no runtime, and is to be called before
+    /// privileges are dropped.
+    ///
+    /// # Errors
+    /// A [`crate::config::ConfigError`] for the web configuration, a
+    /// [`super::BindError`] for an address.
+    pub fn bind(config: &Config) -> anyhow::Result<Self> {
+        let gate = config
+            .web_config_file
+            .as_deref()
+            .map(|path| Gate::open(path).map_err(|error| config.refused("web.config.file", error)));
+        Ok(Self {
+            gate: gate.transpose()?,
+            listeners: listen::bind_all(&config.listen)?,
+            telemetry_path: config.telemetry_path.clone(),
+            max_requests: config.web_max_requests,
+            limits: Limits::default(),
+        })
+    }
+
+    /// Other limits than the documented ones (tests).
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// What is listened on, with the ports the kernel chose for port 0.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        let addresses = self.listeners.iter().map(TcpListener::local_addr);
+        addresses.filter_map(Result::ok).collect()
+    }
+
+    /// The files that are read again when they change: the web
+    /// configuration, certificate, key and client CAs. They have to stay
+    /// readable.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.gate.as_ref().map(Gate::files).unwrap_or_default()
+    }
+
+    /// A URL that leads to the page from this host, for the first words.
+    pub fn url(&self) -> Option<String> {
+        let address = *self.addresses().first()?;
+        let host = match address.ip() {
+            ip if ip.is_unspecified() => "localhost".to_owned(),
+            std::net::IpAddr::V6(ip) => format!("[{ip}]"),
+            ip => ip.to_string(),
+        };
+        let tls = self.gate.as_ref().is_some_and(Gate::is_tls);
+        let scheme = if tls { "https" } else { "http" };
+        Some(format!("{scheme}://{host}:{}/", address.port()))
+    }
+
+    /// Serves until `shutdown` resolves, then lets requests in flight end
+    /// ([`Limits::drain`]). To be polled inside a tokio runtime.
+    ///
+    /// # Panics
+    ///
+    /// When a rendering or a connection panicked: the panic is passed on, so
+    /// that the process ends instead of serving half of itself.
+    pub async fn serve(
+        self,
+        reporter: Arc<dyn Reporter>,
+        content: impl Content,
+        shutdown: impl Future<Output = ()>,
+    ) -> std::io::Result<()> {
+        let limits = Arc::new(self.limits);
+        let connections = Connections::new(Arc::clone(&limits));
+        let content = Arc::new(Mutex::new(content));
+        let (desk, renderer) = flight::open(reporter, Arc::clone(&content), limits.report);
+        let app = Arc::new(App {
+            telemetry_path: self.telemetry_path,
+            permits: (self.max_requests > 0).then(|| {
+                Arc::new(Semaphore::new(
+                    self.max_requests.min(Semaphore::MAX_PERMITS),
+                ))
+            }),
+            max_requests: self.max_requests,
+            desk,
+            content,
+            gate: self.gate,
+            connections: Arc::clone(&connections),
+            assets: Mutex::default(),
+            ready_at: Mutex::default(),
+        });
+        let (stop, stopping) = watch::channel(false);
+        let (accepted, mut newcomers) = mpsc::channel(1);
+
+        let mut background = JoinSet::new();
+        background.spawn(renderer);
+        for listener in self.listeners {
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            let accepted = accepted.clone();
+            background.spawn(accept(listener, accepted, Arc::clone(&connections)));
+        }
+        let mut serving = JoinSet::new();
+        let refusals = Arc::new(Semaphore::new(REFUSALS));
+        let mut tick = tokio::time::interval(limits.tick);
+        let mut shutdown = pin!(shutdown);
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut shutdown => break,
+                Some(ended) = background.join_next() => pass_panic_on(ended),
+                Some(ended) = serving.join_next() => pass_panic_on(ended),
+                _ = tick.tick() => {
+                    connections.cut_overdue();
+                    if let Some(gate) = &app.gate {
+                        // So that a broken file is complained about at once.
+                        gate.current();
+                    }
+                }
+                Some((stream, peer)) = newcomers.recv() => {
+                    match admit(&connections, peer, limits.fresh).await {
+                        Some(slot) => {
+                            let (app, limits) = (Arc::clone(&app), Arc::clone(&limits));
+                            serving.spawn(serve_client(stream, slot, app, limits, stopping.clone()));
+                        }
+                        // Nothing can be said before a TLS handshake.
+                        None if app.gate.as_ref().is_some_and(Gate::is_tls) => {}
+                        None => {
+                            if let Ok(permit) = Arc::clone(&refusals).try_acquire_owned() {
+                                serving.spawn(refuse(stream, permit));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        stop.send_replace(true);
+        drop(newcomers);
+        let drained = async {
+            while let Some(ended) = serving.join_next().await {
+                pass_panic_on(ended);
+            }
+        };
+        if tokio::time::timeout(limits.drain, drained).await.is_err() {
+            log::debug!("requests still in flight at the end were cut off");
+        }
+        Ok(())
+    }
+}
+
+fn pass_panic_on(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended
+        && let Ok(panic) = error.try_into_panic()
+    {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Accepts for ever. Failures that are the host's (no file descriptor, no
+/// memory) are waited out, and the connection idle longest is given up for
+/// its descriptor; those of one connection (reset before it was accepted)
+/// are its own.
+async fn accept(
+    listener: tokio::net::TcpListener,
+    accepted: mpsc::Sender<(TcpStream, SocketAddr)>,
+    connections: Arc<Connections>,
+) {
+    const FIRST_PAUSE: Duration = Duration::from_millis(20);
+    const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match listener.accept().await {
+            Ok(newcomer) => {
+                pause = FIRST_PAUSE;
+                if accepted.send(newcomer).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
+                    crate::limited!(
+                        log::Level::Warn,
+                        "http-accept",
+                        "cannot accept HTTP connections: {error}; trying again"
+                    );
+                    connections.cut_idlest();
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+                // A breath, lest a failure that stays become a busy loop.
+                _ => tokio::time::sleep(Duration::from_millis(1)).await,
+            },
+        }
+    }
+}
+
+/// A place for the newcomer, waiting a moment for one if need be: a client
+/// whose request follows at once is not to be cut off by the next.
+async fn admit(connections: &Arc<Connections>, peer: SocketAddr, moment: Duration) -> Option<Slot> {
+    let give_up = Instant::now() + moment;
+    loop {
+        let press = Instant::now() >= give_up;
+        match connections.admit(peer.ip(), press) {
+            Admission::Admitted(slot) => return Some(slot),
+            Admission::Wait(until) => tokio::time::sleep_until(until.min(give_up)).await,
+            Admission::Full if press => return None,
+            Admission::Full => tokio::time::sleep(Duration::from_millis(1)).await,
+        }
+    }
+}
+
+/// Tells a client that there is no room and waits for it to hang up, because
+/// closing with its request unread would reset the connection under the
+/// answer.
+async fn refuse(mut stream: TcpStream, _permit: OwnedSemaphorePermit) {
+    let tell = async {
+        stream.write_all(FULL).await?;
+        stream.shutdown().await?;
+        let mut unread = [0; 1024];
+        while stream.read(&mut unread).await? > 0 {}
+        std::io::Result::Ok(())
+    };
+    // However it went, the client is on its own now.
+    let _ = tokio::time::timeout(REFUSAL_TIME, tell).await;
+}
+
+async fn serve_client(
+    stream: TcpStream,
+    mut slot: Slot,
+    app: Arc<App>,
+    limits: Arc<Limits>,
+    stopping: watch::Receiver<bool>,
+) {
+    let _ = stream.set_nodelay(true);
+    let watch = slot.watch.clone();
+    let serve = async {
+        match app.gate.as_ref().and_then(Gate::tls) {
+            None => {
+                watch.handshaken(false);
+                serve_requests(stream, false, &watch, app, limits, stopping).await;
+            }
+            Some(tls) => match shake_hands(stream, tls, &watch).await {
+                Ok(stream) => {
+                    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                    watch.handshaken(http2);
+                    serve_requests(stream, http2, &watch, app, limits, stopping).await;
+                }
+                Err(error) => log::debug!("TLS handshake failed: {error}"),
+            },
+        }
+    };
+    tokio::select! {
+        () = serve => {}
+        _ = &mut slot.order => {}
+    }
+}
+
+/// The TLS handshake. A client that speaks plain HTTP is told so, as Go's
+/// server does.
+async fn shake_hands(
+    mut stream: TcpStream,
+    config: Arc<ServerConfig>,
+    watch: &Watch,
+) -> std::io::Result<TlsStream<Watched<TcpStream>>> {
+    let mut first = [0];
+    stream.peek(&mut first).await?;
+    if first[0].is_ascii_uppercase() {
+        stream.write_all(PLAIN_TO_TLS).await?;
+        stream.shutdown().await?;
+        let mut unread = [0; 1024];
+        while stream.read(&mut unread).await? > 0 {}
+        return Err(std::io::Error::other("the client spoke plain HTTP"));
+    }
+    let stream = Watched::new(stream, watch.clone());
+    TlsAcceptor::from(config).accept(stream).await
+}
+
+/// The requests of one connection, over whatever carries it.
+async fn serve_requests<S>(
+    stream: S,
+    http2: bool,
+    watch: &Watch,
+    app: Arc<App>,
+    limits: Arc<Limits>,
+    mut stopping: watch::Receiver<bool>,
+) where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let io = TokioIo::new(Watched::new(stream, watch.clone()));
+    let service = service_fn(|request: Request<Incoming>| {
+        let (app, watch) = (Arc::clone(&app), watch.clone());
+        async move { Ok::<_, Infallible>(app.handle(request, &watch).await) }
+    });
+    macro_rules! drive {
+        ($connection:expr) => {{
+            let mut connection = pin!($connection);
+            let stop = async { drop(stopping.wait_for(|stop| *stop).await) };
+            let result = tokio::select! {
+                result = connection.as_mut() => Some(result),
+                () = stop => None,
+            };
+            let result = match result {
+                Some(result) => result,
+                None => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = result {
+                log::debug!("HTTP connection ended: {error}");
+            }
+        }};
+    }
+    if http2 {
+        let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(STREAMS)
+            .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
+            .max_send_buf_size(64 * 1024);
+        drive!(builder.serve_connection(io, service))
+    } else {
+        let mut builder = hyper::server::conn::http1::Builder::new();
+        // hyper's own timeout would give an idle connection as long as a
+        // header; the watch tells the two apart.
+        builder
+            .header_read_timeout(None)
+            .max_headers(limits.header_fields)
+            .max_header_size(limits.header_bytes)
+            .max_buf_size(limits.header_bytes.max(64 * 1024));
+        drive!(builder.serve_connection(io, service))
+    }
+}
+
+/// What answers requests.
+struct App {
+    telemetry_path: String,
+    permits: Option<Arc<Semaphore>>,
+    max_requests: usize,
+    desk: Desk,
+    content: Arc<Mutex<dyn Content>>,
+    gate: Option<Gate>,
+    connections: Arc<Connections>,
+    /// Files of the page that were asked for, with their compressed form.
+    assets: Mutex<HashMap<String, (Asset, Bytes)>>,
+    /// When the agent was last known to be ready.
+    ready_at: Mutex<Option<Instant>>,
+}
+
+enum Route {
+    Healthy,
+    Ready,
+    Telemetry,
+    Summary,
+    Page,
+}
+
+impl App {
+    fn route(&self, path: &str) -> Route {
+        match path {
+            "/-/healthy" => Route::Healthy,
+            "/-/ready" => Route::Ready,
+            path if path == self.telemetry_path => Route::Telemetry,
+            "/api/v1/summary" => Route::Summary,
+            _ => Route::Page,
+        }
+    }
+
+    async fn handle(&self, request: Request<Incoming>, watch: &Watch) -> Response<Payload> {
+        let _handling = watch.request();
+        let (mut reply, permit) = self.reply(&request, watch).await;
+        if let Some(gate) = &self.gate {
+            gate.decorate(&mut reply.headers);
+        }
+        if request.method() == Method::HEAD {
+            reply = reply.without_body();
+        }
+        if request.version() >= Version::HTTP_2 {
+            reply.headers.remove(header::CONNECTION);
+        }
+        log::debug!(
+            "{} {} {}",
+            request.method(),
+            request.uri().path().escape_debug(),
+            reply.status.as_u16()
+        );
+        let body = Payload::new(reply.body, watch.response(), permit);
+        let mut response = Response::new(body);
+        *response.status_mut() = reply.status;
+        *response.headers_mut() = reply.headers;
+        response
+    }
+
+    async fn reply(
+        &self,
+        request: &Request<Incoming>,
+        watch: &Watch,
+    ) -> (Reply, Option<OwnedSemaphorePermit>) {
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            return (Reply::method_not_allowed(), None);
+        }
+        if !request.body().is_end_stream() {
+            return (Reply::body_refused(), None);
+        }
+        let path = request.uri().path();
+        let route = self.route(path);
+        if !matches!(route, Route::Healthy | Route::Ready)
+            && let Some(gate) = &self.gate
+        {
+            match gate.ask(request.headers()).await {
+                Entry::Open => {}
+                Entry::TooMany => return (Reply::too_many_requests(), None),
+                Entry::Unauthorized => return (Reply::unauthorized(), None),
+                Entry::Busy => {
+                    let line = "too many credentials are being checked, try again later";
+                    return (Reply::unavailable(line), None);
+                }
+            }
+        }
+        let _working = watch.work();
+        let gzip = wants_gzip(request.headers());
+        match route {
+            Route::Healthy => (Reply::line(StatusCode::OK, "connmon is healthy"), None),
+            Route::Ready => (self.readiness().await, None),
+            Route::Telemetry => self.scrape(Want::Metrics { gzip }, METRICS).await,
+            Route::Summary => self.scrape(Want::Summary { gzip }, JSON).await,
+            Route::Page => (self.page(path, gzip), None),
+        }
+    }
+
+    async fn readiness(&self) -> Reply {
+        let known = *self.ready_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.is_none_or(|at| at.elapsed() >= READY_KEPT) {
+            match self.desk.ask(Want::Readiness).await {
+                Answer::Ready | Answer::Body { .. } => {
+                    let mut ready_at = self.ready_at.lock().unwrap_or_else(PoisonError::into_inner);
+                    *ready_at = Some(Instant::now());
+                }
+                Answer::NotReady(what) => return waiting_for(&what),
+                Answer::Unavailable(why) => return Reply::unavailable(why),
+            }
+        }
+        Reply::line(StatusCode::OK, "connmon is ready")
+    }
+
+    /// An answer out of the report. The permit goes with the response: a
+    /// scrape is in flight until its last byte is taken.
+    async fn scrape(
+        &self,
+        want: Want,
+        content_type: &'static str,
+    ) -> (Reply, Option<OwnedSemaphorePermit>) {
+        let permit = match &self.permits {
+            None => None,
+            Some(permits) => match self.permit(permits).await {
+                Some(permit) => Some(permit),
+                None => {
+                    let line = format!(
+                        "limit of concurrent requests reached ({}, --web.max-requests), try again later",
+                        self.max_requests
+                    );
+                    return (Reply::unavailable(line), None);
+                }
+            },
+        };
+        let reply = match self.desk.ask(want).await {
+            Answer::Body { body, gzip } => {
+                Reply::new(StatusCode::OK, content_type, body).negotiated(gzip)
+            }
+            Answer::NotReady(what) => waiting_for(&what),
+            Answer::Unavailable(why) => Reply::unavailable(why),
+            Answer::Ready => Reply::unavailable("no report"),
+        };
+        (reply, permit)
+    }
+
+    /// A place among the scrapes in flight, if need be that of a client that
+    /// has been reading its answer for too long.
+    async fn permit(&self, permits: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+        if let Ok(permit) = Arc::clone(permits).try_acquire_owned() {
+            return Some(permit);
+        }
+        if !self.connections.cut_slowest_reader() {
+            return None;
+        }
+        // It lets go as soon as its task is polled.
+        let permit = Arc::clone(permits).acquire_owned();
+        let permit = tokio::time::timeout(Duration::from_millis(100), permit).await;
+        permit.ok()?.ok()
+    }
+
+    fn page(&self, path: &str, wants_gzip: bool) -> Reply {
+        let mut assets = self.assets.lock().unwrap_or_else(PoisonError::into_inner);
+        if !assets.contains_key(path) {
+            let content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(asset) = content.asset(path) else {
+                return Reply::line(StatusCode::NOT_FOUND, "no such page");
+            };
+            if assets.len() >= ASSETS_KEPT {
+                assets.clear();
+            }
+            let packed = gzip_small(&asset.body);
+            assets.insert(path.to_owned(), (asset, packed));
+        }
+        let (asset, packed) = &assets[path];
+        let small = asset.body.len() < WORTH_COMPRESSING || packed.len() >= asset.body.len();
+        let gzip = wants_gzip && !small;
+        let body = if gzip { packed } else { &asset.body };
+        Reply::new(StatusCode::OK, asset.content_type, body.clone())
+            .negotiated(gzip)
+            .with(CACHE_CONTROL, "no-cache")
+    }
+}
+
+fn waiting_for(what: &str) -> Reply {
+    Reply::unavailable(format_args!("not ready yet: waiting for {what}"))
+}

@@ -1,0 +1,143 @@
+//! Which connections are left out, decided alike for events, seeds and polls.
+
+use std::net::IpAddr;
+
+use super::{Network, RemoteFilter};
+use crate::event::Tuple;
+
+/// Why a connection is left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hidden {
+    /// `--filter.loopback exclude`.
+    Loopback,
+    /// `--filter.exclude`.
+    Excluded,
+}
+
+/// [`RemoteFilter`] with masks worked out.
+#[derive(Debug)]
+pub struct Filter {
+    exclude_loopback: bool,
+    /// (network, mask)
+    v4: Vec<(u32, u32)>,
+    v6: Vec<(u128, u128)>,
+}
+
+impl Filter {
+    /// Works the masks out.
+    pub fn new(filter: &RemoteFilter) -> Self {
+        let mut v4 = Vec::new();
+        let mut v6 = Vec::new();
+        for &Network { address, prefix } in &filter.exclude {
+            match address {
+                IpAddr::V4(address) => {
+                    let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32)));
+                    let mask = mask.unwrap_or(0);
+                    v4.push((u32::from(address) & mask, mask));
+                }
+                IpAddr::V6(address) => {
+                    let mask = u128::MAX.checked_shl(128 - u32::from(prefix.min(128)));
+                    let mask = mask.unwrap_or(0);
+                    v6.push((u128::from(address) & mask, mask));
+                }
+            }
+        }
+        Self {
+            exclude_loopback: filter.exclude_loopback,
+            v4,
+            v6,
+        }
+    }
+
+    /// Whether, and why, a connection is left out.
+    pub fn hides(&self, tuple: &Tuple) -> Option<Hidden> {
+        if self.exclude_loopback && is_loopback(tuple) {
+            return Some(Hidden::Loopback);
+        }
+        let excluded = match tuple.remote {
+            IpAddr::V4(remote) => {
+                let remote = u32::from(remote);
+                self.v4.iter().any(|&(net, mask)| remote & mask == net)
+            }
+            IpAddr::V6(remote) => {
+                let remote = u128::from(remote);
+                self.v6.iter().any(|&(net, mask)| remote & mask == net)
+            }
+        };
+        excluded.then_some(Hidden::Excluded)
+    }
+
+    /// Whether a listener on `address` can only ever have hidden connections.
+    pub(super) fn hides_listener(&self, address: IpAddr) -> bool {
+        self.exclude_loopback && address.to_canonical().is_loopback()
+    }
+}
+
+/// 127.0.0.0/8, ::1, or local address = remote address.
+pub(super) fn is_loopback(tuple: &Tuple) -> bool {
+    tuple.local == tuple.remote || tuple.remote.to_canonical().is_loopback()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hides(filter: &Filter, local: &str, remote: &str) -> Option<Hidden> {
+        filter.hides(&Tuple {
+            local: local.parse().unwrap(),
+            local_port: 1,
+            remote: remote.parse().unwrap(),
+            remote_port: 2,
+        })
+    }
+
+    #[test]
+    fn loopback_is_three_things() {
+        let filter = Filter::new(&RemoteFilter {
+            exclude_loopback: true,
+            exclude: Vec::new(),
+        });
+        let hidden = Some(Hidden::Loopback);
+        assert_eq!(hides(&filter, "127.0.0.1", "127.9.9.9"), hidden);
+        assert_eq!(hides(&filter, "::1", "::1"), hidden);
+        assert_eq!(hides(&filter, "10.0.0.1", "10.0.0.1"), hidden);
+        assert_eq!(
+            hides(&filter, "::ffff:127.0.0.1", "::ffff:127.0.0.1"),
+            hidden
+        );
+        assert_eq!(hides(&filter, "10.0.0.1", "10.0.0.2"), None);
+        assert!(filter.hides_listener("127.0.0.53".parse().unwrap()));
+        assert!(!filter.hides_listener("0.0.0.0".parse().unwrap()));
+        let open = Filter::new(&RemoteFilter::default());
+        assert_eq!(hides(&open, "::1", "::1"), None);
+    }
+
+    #[test]
+    fn networks_by_prefix_zero_and_full_included() {
+        let network = |text: &str, prefix| Network {
+            address: text.parse().unwrap(),
+            prefix,
+        };
+        let filter = Filter::new(&RemoteFilter {
+            exclude_loopback: false,
+            exclude: vec![
+                network("192.0.2.0", 24),
+                network("198.51.100.7", 32),
+                network("2001:db8::", 32),
+            ],
+        });
+        let hidden = Some(Hidden::Excluded);
+        assert_eq!(hides(&filter, "10.0.0.1", "192.0.2.255"), hidden);
+        assert_eq!(hides(&filter, "10.0.0.1", "192.0.3.0"), None);
+        assert_eq!(hides(&filter, "10.0.0.1", "198.51.100.7"), hidden);
+        assert_eq!(hides(&filter, "10.0.0.1", "198.51.100.6"), None);
+        assert_eq!(hides(&filter, "::2", "2001:db8:ffff::1"), hidden);
+        assert_eq!(hides(&filter, "::2", "2001:db9::1"), None);
+        let all = Filter::new(&RemoteFilter {
+            exclude_loopback: false,
+            exclude: vec![network("0.0.0.0", 0)],
+        });
+        assert_eq!(hides(&all, "10.0.0.1", "8.8.8.8"), hidden);
+        assert_eq!(hides(&all, "::2", "2001:db8::1"), None);
+    }
+}

@@ -1,0 +1,99 @@
+//! Histograms over the contract's bucket lists.
+
+use super::snapshot::Histogram;
+
+const US: u64 = 1_000;
+const MS: u64 = 1_000_000;
+const S: u64 = 1_000_000_000;
+
+/// Buckets of `connmon_connect_latency_seconds`, `connmon_accept_wait_seconds`
+/// and `connmon_rtt_seconds`, nanoseconds.
+pub(super) static LATENCY_NS: [u64; 18] = [
+    50 * US,
+    100 * US,
+    250 * US,
+    500 * US,
+    MS,
+    2_500 * US,
+    5 * MS,
+    10 * MS,
+    25 * MS,
+    50 * MS,
+    100 * MS,
+    250 * MS,
+    500 * MS,
+    S,
+    2_500 * MS,
+    5 * S,
+    10 * S,
+    30 * S,
+];
+
+/// Buckets of `connmon_connection_duration_seconds`, nanoseconds.
+pub(super) static DURATION_NS: [u64; 12] = [
+    MS,
+    10 * MS,
+    100 * MS,
+    S,
+    5 * S,
+    15 * S,
+    60 * S,
+    300 * S,
+    900 * S,
+    3_600 * S,
+    14_400 * S,
+    86_400 * S,
+];
+
+/// A histogram being filled.
+#[derive(Clone, Debug)]
+pub(super) struct Buckets {
+    bounds_ns: &'static [u64],
+    counts: [u64; LATENCY_NS.len() + 1],
+    sum_ns: u64,
+}
+
+impl Buckets {
+    pub(super) fn new(bounds_ns: &'static [u64]) -> Self {
+        debug_assert!(bounds_ns.len() <= LATENCY_NS.len());
+        Self {
+            bounds_ns,
+            counts: [0; LATENCY_NS.len() + 1],
+            sum_ns: 0,
+        }
+    }
+
+    /// A value on a bound belongs to that bound's bucket (`le`).
+    pub(super) fn observe(&mut self, value_ns: u64) {
+        let bucket = self.bounds_ns.partition_point(|&bound| bound < value_ns);
+        self.counts[bucket] += 1;
+        self.sum_ns = self.sum_ns.saturating_add(value_ns);
+    }
+
+    pub(super) fn snapshot(&self) -> Histogram {
+        Histogram {
+            bounds_ns: self.bounds_ns,
+            counts: self.counts[..=self.bounds_ns.len()].to_vec(),
+            sum_ns: self.sum_ns,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounds_are_inclusive_and_the_last_bucket_is_infinite() {
+        let mut buckets = Buckets::new(&DURATION_NS);
+        for value in [0, MS, MS + 1, 86_400 * S, 86_400 * S + 1] {
+            buckets.observe(value);
+        }
+        let histogram = buckets.snapshot();
+        assert_eq!(histogram.counts.len(), 13);
+        assert_eq!(histogram.counts[..3], [2, 1, 0]);
+        assert_eq!(histogram.counts[11..], [1, 1]);
+        assert_eq!(histogram.sum_ns, 2 * MS + 2 + 2 * 86_400 * S);
+        assert!(LATENCY_NS.is_sorted() && DURATION_NS.is_sorted());
+    }
+}

@@ -1,0 +1,118 @@
+//! Sees that the database file changed and opens the new one.
+//!
+//! The file is watched by its identity, once a second, rather than by
+//! inotify: that sees a rename, a rewrite in place and the double symlink
+//! swap of a Kubernetes volume alike, on every file system, and needs no
+//! watch on directories that come and go.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::{Database, DatabaseError};
+
+/// Watches one file. The caller polls about once a second, from a thread
+/// that may read files, and publishes what comes out.
+#[derive(Debug)]
+pub struct Reloader {
+    path: PathBuf,
+    /// What the database in use, or the last one refused, was read from.
+    seen: Option<Identity>,
+    /// A change seen at the last poll, to be read once it stays the same.
+    pending: Option<Option<Identity>>,
+    ok: u64,
+    failed: u64,
+}
+
+/// What a poll led to.
+#[derive(Debug)]
+pub enum Outcome {
+    /// A new database, opened and checked. Everything located from now on is
+    /// to be located by it.
+    Replaced(Database),
+    /// The file changed and cannot be used; the old database stays.
+    Refused(DatabaseError),
+}
+
+impl Reloader {
+    /// Opens the file for the first time.
+    ///
+    /// # Errors
+    /// When it cannot be used.
+    pub fn open(path: &Path) -> Result<(Self, Database), DatabaseError> {
+        // Identity first: a change while reading is then seen as a change.
+        let seen = Identity::of(path);
+        let database = Database::open(path)?;
+        let reloader = Self {
+            path: path.to_owned(),
+            seen,
+            pending: None,
+            ok: 0,
+            failed: 0,
+        };
+        Ok((reloader, database))
+    }
+
+    /// Reads the file again if it is another one than before and was the same
+    /// at two polls in a row (a writer may be half-way through it). With
+    /// `force` (SIGHUP) at once and in any case.
+    pub fn poll(&mut self, force: bool) -> Option<Outcome> {
+        let now = Identity::of(&self.path);
+        if !force {
+            if now == self.seen {
+                self.pending = None;
+                return None;
+            }
+            if self.pending.replace(now) != Some(now) {
+                return None;
+            }
+        }
+        self.pending = None;
+        self.seen = now;
+        Some(match Database::open(&self.path) {
+            Ok(database) => {
+                self.ok += 1;
+                log::info!(
+                    "country database {} reloaded: {}, built {}",
+                    self.path.display(),
+                    database.database_type(),
+                    database.build_timestamp()
+                );
+                Outcome::Replaced(database)
+            }
+            Err(error) => {
+                self.failed += 1;
+                log::error!("{error}; the one loaded before stays in use");
+                Outcome::Refused(error)
+            }
+        })
+    }
+
+    /// Successful and refused reloads, for `connmon_geoip_reloads_total`.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.ok, self.failed)
+    }
+}
+
+/// Changes whenever the content behind the path may have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Identity {
+    /// Of the file at the end of all symlinks; `None` when there is none.
+    fn of(path: &Path) -> Option<Self> {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        })
+    }
+}

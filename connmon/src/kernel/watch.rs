@@ -1,0 +1,25 @@
+//! Readiness of the ring for an async runtime.
+
+#![expect(
+    unsafe_code,
+    reason = "tokio asks the caller to vouch for the descriptor"
+)]
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Watches a descriptor for readability, through a duplicate of its own.
+///
+/// # Errors
+/// Without a descriptor to spare (EMFILE), or outside of a runtime.
+pub fn watch(descriptor: BorrowedFd<'_>) -> io::Result<AsyncFd<OwnedFd>> {
+    let own = descriptor.try_clone_to_owned()?;
+    // SAFETY: the descriptor must stay open and be the same file while it is
+    // registered. `AsyncFd` owns `own` and deregisters before it drops it,
+    // nothing else knows its number, and `OwnedFd::as_raw_fd` always gives
+    // that number.
+    unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }.map_err(Into::into)
+}

@@ -1,0 +1,182 @@
+//! sd_notify(3): tells systemd when the agent is ready, alive and stopping.
+//!
+//! The socket is opened once, at start: the serving thread may not open one
+//! later (see [`crate::sandbox`]). With [`crate::config`], the only place
+//! that reads the environment; `NOTIFY_SOCKET` and `WATCHDOG_*` are
+//! systemd's words, not the user's.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+
+/// The line to the service manager; mute when there is none.
+#[derive(Debug, Default)]
+pub struct Notify {
+    socket: Option<UnixDatagram>,
+    watchdog: Option<Duration>,
+}
+
+impl Notify {
+    /// From `NOTIFY_SOCKET`, `WATCHDOG_USEC` and `WATCHDOG_PID`. A socket
+    /// that cannot be reached is logged and left alone: monitoring goes on.
+    pub fn from_env() -> Self {
+        let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+            return Self::default();
+        };
+        let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
+        let watchdog = watchdog(
+            number("WATCHDOG_USEC"),
+            number("WATCHDOG_PID"),
+            std::process::id(),
+        );
+        match connect(&path) {
+            Ok(socket) => Self {
+                socket: Some(socket),
+                watchdog,
+            },
+            Err(error) => {
+                log::warn!(
+                    "notify socket {}: {error}: systemd will not learn that the agent is ready",
+                    path.display()
+                );
+                Self::default()
+            }
+        }
+    }
+
+    /// How often [`Notify::alive`] must be called: half the watchdog's
+    /// patience, as sd_watchdog_enabled(3) recommends.
+    pub fn interval(&self) -> Option<Duration> {
+        self.watchdog.map(|patience| patience / 2)
+    }
+
+    /// The first merge is folded, or took so long that the agent serves without
+    /// it (`connmon_up 0`); `status` is what `systemctl status` shows.
+    pub fn ready(&self, status: &str) {
+        self.send(&format!("READY=1\nSTATUS={}", one_line(status)));
+    }
+
+    /// What `systemctl status` shows.
+    pub fn status(&self, status: &str) {
+        self.send(&format!("STATUS={}", one_line(status)));
+    }
+
+    /// The fold answered: feed the watchdog.
+    pub fn alive(&self) {
+        self.send("WATCHDOG=1");
+    }
+
+    /// The agent is ending on its own accord.
+    pub fn stopping(&self) {
+        self.send("STOPPING=1");
+    }
+
+    fn send(&self, state: &str) {
+        let Some(socket) = &self.socket else { return };
+        if let Err(error) = socket.send(state.as_bytes()) {
+            log::debug!("notify socket: {error}: {state:?} not sent");
+        }
+    }
+}
+
+/// A path, or with a leading `@` a name in the abstract namespace.
+fn connect(path: &OsStr) -> io::Result<UnixDatagram> {
+    let address = match path.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        [b'/', ..] => SocketAddr::from_pathname(path)?,
+        _ => {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "neither an absolute path nor an abstract name",
+            ));
+        }
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(&address)?;
+    // A manager that does not read must not stop the agent.
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+/// The watchdog's patience, if it is meant for this process.
+fn watchdog(usec: Option<u64>, pid: Option<u64>, own_pid: u32) -> Option<Duration> {
+    let meant = pid.is_none_or(|pid| pid == u64::from(own_pid));
+    let usec = usec.filter(|&usec| usec > 0 && meant)?;
+    Some(Duration::from_micros(usec))
+}
+
+fn one_line(text: &str) -> String {
+    text.replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn receive(manager: &UnixDatagram) -> String {
+        let patience = Some(Duration::from_secs(10));
+        manager.set_read_timeout(patience).unwrap();
+        let mut buffer = [0; 512];
+        let length = manager.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    }
+
+    fn converse(name: &OsStr, manager: &UnixDatagram) {
+        let notify = Notify {
+            socket: Some(connect(name).unwrap()),
+            watchdog: watchdog(Some(30_000_000), None, 1),
+        };
+        assert_eq!(notify.interval(), Some(Duration::from_secs(15)));
+        // Also from behind the walls of the serving thread.
+        let plan = crate::sandbox::Plan::new(crate::config::SandboxChoice::Auto, true, true);
+        std::thread::spawn(move || {
+            plan.enter_serve().unwrap();
+            notify.ready("watching 3\nnamespaces");
+            notify.alive();
+            notify.stopping();
+        })
+        .join()
+        .unwrap();
+        assert_eq!(receive(manager), "READY=1\nSTATUS=watching 3 namespaces");
+        assert_eq!(receive(manager), "WATCHDOG=1");
+        assert_eq!(receive(manager), "STOPPING=1");
+    }
+
+    #[test]
+    fn a_manager_on_a_path_hears_the_whole_life() {
+        let path = std::env::temp_dir().join(format!("connmon-notify-{}", std::process::id()));
+        let manager = UnixDatagram::bind(&path).unwrap();
+        converse(path.as_os_str(), &manager);
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_manager_on_an_abstract_name_hears_it_too() {
+        let name = format!("connmon-notify-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&name).unwrap();
+        let manager = UnixDatagram::bind_addr(&address).unwrap();
+        converse(OsStr::new(&format!("@{name}")), &manager);
+    }
+
+    #[test]
+    fn without_a_manager_everything_is_silent() {
+        let notify = Notify::default();
+        notify.ready("");
+        notify.alive();
+        assert_eq!(notify.interval(), None);
+        assert!(connect(OsStr::new("vsock:2:1")).is_err());
+        assert!(connect(OsStr::new("/nonexistent/connmon")).is_err());
+    }
+
+    #[test]
+    fn the_watchdog_of_another_process_is_not_ours() {
+        assert_eq!(watchdog(Some(0), None, 7), None);
+        assert_eq!(watchdog(Some(1_000), Some(8), 7), None);
+        assert_eq!(watchdog(None, Some(7), 7), None);
+        let ours = watchdog(Some(1_000), Some(7), 7);
+        assert_eq!(ours, Some(Duration::from_millis(1)));
+    }
+}

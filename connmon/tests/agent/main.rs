@@ -1,0 +1,29 @@
+//! Tests that run the agent on this machine's own kernel. One harness, one
+//! file a concern; every agent started here is held to the laws of events
+//! and of connections.
+
+mod bytes;
+mod crowds;
+mod dashboards;
+mod e2e;
+mod floods;
+mod harness;
+mod held;
+mod idle;
+mod life;
+mod load;
+#[expect(dead_code, reason = "the walker's tests use more of it")]
+#[path = "../namespaces/mod.rs"]
+mod namespaces;
+mod page;
+mod privileges;
+mod stand_ins;
+mod storm;
+#[path = "../support/mod.rs"]
+mod support;
+mod tools;
+mod traffic;
+#[expect(dead_code, reason = "the page's own tests use more of it")]
+#[path = "../browser/webdriver.rs"]
+mod webdriver;
+mod world;

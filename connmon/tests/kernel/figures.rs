@@ -1,0 +1,214 @@
+//! Bytes, segments sent again and round-trip times, compared exactly.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::harness::{Agent, Scrape};
+use crate::network::{Qdisc, ROUTER};
+use crate::raw;
+use crate::scenarios::listen;
+use crate::traffic::{Family, Pair};
+use crate::world::{Counts, Outcome, World, in_guest};
+
+const SENT: &str = "connmon_port_sent_bytes_total";
+const RECEIVED: &str = "connmon_port_received_bytes_total";
+const AGAIN: &str = "connmon_port_retransmitted_segments_total";
+
+/// Payload is exact on every way to close, in both directions.
+pub fn bytes(world: &mut World<'_>) -> Outcome {
+    if !world.traced() {
+        let scrape = world.agent.scrape();
+        assert!(!scrape.has("connmon_port_sent_bytes_total"));
+        return Outcome::Held;
+    }
+    for family in Family::ALL {
+        let listening = listen(world, family);
+        let port = listening.port();
+        let (mut up, mut down) = (0, 0);
+        for round in 0..12 {
+            let mut pair = listening.pair();
+            let (now_up, now_down) = (1000 + round, 500 * (round % 3));
+            pair.exchange(now_up, now_down);
+            up += now_up;
+            down += now_down;
+            pair.close_in_turn(round);
+        }
+        let scrape = world.settled(port, Counts::both(12), &[]);
+        let moved = |family: &str, direction: &str| scrape.port(family, port, direction);
+        let (up, down) = (up as f64, down as f64);
+        assert_eq!(moved(SENT, "outbound"), up);
+        assert_eq!(moved(RECEIVED, "inbound"), up);
+        assert_eq!(moved(SENT, "inbound"), down);
+        assert_eq!(moved(RECEIVED, "outbound"), down);
+    }
+    Outcome::Held
+}
+
+/// Over a lossy link segments are sent again, and payload counts once.
+pub fn retransmits(world: &mut World<'_>) -> Outcome {
+    const PAYLOAD: usize = 400_000;
+    const CHUNK: usize = 1_000;
+    if let Err(why) = &world.network.routed {
+        return Outcome::NotApplicable(why.clone());
+    }
+    let lossy = match Qdisc::add(&["loss", "20%"]) {
+        Ok(lossy) => lossy,
+        Err(why) => return Outcome::NotApplicable(why),
+    };
+    let listener = world.network.listen_at_router();
+    let port = listener.local_addr().unwrap().port();
+    world.sees_listener(port);
+    let mut client = TcpStream::connect((ROUTER, port)).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        server.read_to_end(&mut all).unwrap();
+        all.len()
+    });
+    // Many small segments: a few large ones might all get through.
+    client.set_nodelay(true).unwrap();
+    for _ in 0..PAYLOAD / CHUNK {
+        client.write_all(&[1; CHUNK]).unwrap();
+        sleep(Duration::from_micros(200));
+    }
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(reader.join().unwrap(), PAYLOAD);
+    assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
+    // Both ends are through: nothing is sent any more.
+    let again = f64::from(raw::tcp_info(&client).unwrap().total_retrans);
+    assert!(again >= 1.0, "{again} segments sent again at 20 % loss");
+    drop((client, lossy));
+    let scrape = world.settled(port, Counts::both(1), &[]);
+    if world.traced() {
+        let moved = |family: &str, direction: &str| scrape.port(family, port, direction);
+        assert_eq!(moved(SENT, "outbound"), PAYLOAD as f64);
+        assert_eq!(moved(RECEIVED, "inbound"), PAYLOAD as f64);
+        assert_eq!(moved(AGAIN, "outbound"), again);
+    }
+    Outcome::Held
+}
+
+/// (sent outbound, received inbound, sent inbound, received outbound) of a
+/// port, and of its country, where nothing else counts.
+fn moved(scrape: &Scrape, port: u16) -> [f64; 4] {
+    let figures = [
+        (SENT, "outbound"),
+        (RECEIVED, "inbound"),
+        (SENT, "inbound"),
+        (RECEIVED, "outbound"),
+    ];
+    figures.map(|(family, direction)| scrape.port(family, port, direction))
+}
+
+fn moved_of_country(scrape: &Scrape) -> [f64; 4] {
+    let figures = [
+        ("sent", "outbound"),
+        ("received", "inbound"),
+        ("sent", "inbound"),
+        ("received", "outbound"),
+    ];
+    figures.map(|(what, direction)| {
+        let family = format!("connmon_country_{what}_bytes_total");
+        scrape.sum(&family, &[("country", "private"), ("direction", direction)])
+    })
+}
+
+/// Connections that live long are sampled: what they moved counts while they
+/// are open, what they moved before the agent's start never does, and nothing
+/// counts twice at the close.
+pub fn bytes_live(world: &mut World<'_>) -> Outcome {
+    // 200 times what a walk took: under emulation, on a busy machine, that is
+    // a minute.
+    const SPACED: Duration = Duration::from_secs(240);
+    if let Err(why) = &world.network.routed {
+        return Outcome::NotApplicable(why.clone());
+    }
+    let listener = world.network.listen_at_router();
+    let port = listener.local_addr().unwrap().port();
+    let pair = || {
+        let client = TcpStream::connect((ROUTER, port)).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        Pair { client, server }
+    };
+    let mut before = pair();
+    before.exchange(70_000, 3_000);
+    let mut args = world.rung.args();
+    // Samples are spaced by what a walk takes.
+    args.extend(["--traffic.interval", "200ms", "--listeners", "off"]);
+    let agent = Agent::start(&args);
+    let check = |what: &str, up: usize, down: usize, open: f64| {
+        let wanted = [up, up, down, down].map(|bytes| bytes as f64);
+        let until = Instant::now() + SPACED;
+        let scrape = loop {
+            let scrape = agent.scrape();
+            let now = moved(&scrape, port);
+            let over = now.iter().zip(wanted).any(|(now, wanted)| *now > wanted);
+            assert!(!over, "{what}: {now:?}, expected {wanted:?}");
+            let opens = ["inbound", "outbound"].map(|side| scrape.connections(port, side));
+            if opens == [open; 2] && now == wanted {
+                break scrape;
+            }
+            let late = Instant::now() >= until;
+            assert!(!late, "{what}: {now:?} of {wanted:?}, {opens:?} are open");
+            sleep(Duration::from_millis(20));
+        };
+        if in_guest() {
+            assert_eq!(moved_of_country(&scrape), wanted, "{what}");
+        }
+    };
+    let mut after = pair();
+    check("from before start", 0, 0, 2.0);
+    before.exchange(5_000, 700);
+    after.exchange(20_000, 10_000);
+    check("live", 25_000, 10_700, 2.0);
+    before.exchange(30, 40);
+    before.close();
+    after.exchange(100, 200);
+    after.reset();
+    check("closed", 25_130, 10_940, 0.0);
+    agent.stop();
+    world.lives(port, 2);
+    Outcome::Held
+}
+
+/// Over a link that delays by 50 ms, the round-trip time of either end is
+/// that and a little.
+pub fn rtt(world: &mut World<'_>) -> Outcome {
+    const DELAY: f64 = 0.05;
+    if let Err(why) = &world.network.routed {
+        return Outcome::NotApplicable(why.clone());
+    }
+    let late = match Qdisc::add(&["delay", "50ms"]) {
+        Ok(late) => late,
+        Err(why) => return Outcome::NotApplicable(why),
+    };
+    let listener = world.network.listen_at_router();
+    let port = listener.local_addr().unwrap().port();
+    let client = TcpStream::connect((ROUTER, port)).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    let mut pair = Pair { client, server };
+    pair.exchange(1000, 500);
+    let ends =
+        [&pair.client, &pair.server].map(|end| f64::from(raw::tcp_info(end).unwrap().rtt_us) / 1e6);
+    pair.close();
+    drop(late);
+    let scrape = world.settled(port, Counts::both(1), &[]);
+    let risen = |family: &str, labels: &[(&str, &str)]| {
+        scrape.sum(family, labels) - world.base().sum(family, labels)
+    };
+    let private = [("country", "private")];
+    let count = risen("connmon_country_rtt_seconds_count", &private);
+    let mean = risen("connmon_country_rtt_seconds_sum", &private) / count;
+    assert!(count == 2.0 || !in_guest(), "{count} round-trip times");
+    // What a busy machine adds, the kernel's own figure has as well.
+    let most = ends
+        .into_iter()
+        .fold(0.08, |most, rtt| f64::max(most, 1.5 * rtt));
+    assert!(
+        mean >= DELAY && mean <= most,
+        "{mean} s, the kernel says {ends:?}"
+    );
+    Outcome::Held
+}

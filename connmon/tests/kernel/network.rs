@@ -1,0 +1,147 @@
+//! A network namespace for every socket of this binary and of the agents it
+//! starts, so that nothing else on the machine is counted, and a router next
+//! to it.
+
+use std::fs::File;
+use std::net::TcpListener;
+use std::os::fd::AsFd as _;
+use std::panic::resume_unwind;
+use std::process::Command;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// Our end of the link to the router.
+pub const OURS: &str = "10.77.0.1";
+/// On our link, with nobody there.
+pub const NOBODY: &str = "10.77.0.9";
+/// The router's end of our link.
+pub const ROUTER: &str = "10.77.0.2";
+/// Behind the router, which knows no way.
+pub const BEYOND: &str = "10.99.0.1";
+
+/// Both namespaces; deleted when dropped.
+pub struct Network {
+    own: String,
+    router: String,
+    /// Whether there is a router; without veth there is none.
+    pub routed: Result<(), String>,
+}
+
+impl Network {
+    /// Makes them and moves the calling thread, and so all it starts later.
+    pub fn enter() -> Self {
+        let own = format!("xtask-k{}", std::process::id());
+        let router = format!("xtask-r{}", std::process::id());
+        for name in [&own, &router] {
+            ip(&["netns", "add", name]).expect("a network namespace");
+            ip(&["-n", name, "link", "set", "lo", "up"]).expect("lo goes up");
+        }
+        let routed = route(&own, &router);
+        let file = File::open(format!("/run/netns/{own}")).expect("the namespace is there");
+        move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
+            .expect("entering the namespace");
+        Self {
+            own,
+            router,
+            routed,
+        }
+    }
+}
+
+impl Network {
+    /// Runs `there` in the router's namespace.
+    pub fn at_router<T: Send>(&self, there: impl FnOnce() -> T + Send) -> T {
+        let file = File::open(format!("/run/netns/{}", self.router)).expect("it is there");
+        let enter = move || {
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
+                .expect("entering the namespace");
+            there()
+        };
+        std::thread::scope(|scope| scope.spawn(enter).join())
+            .unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// A listener on the other side of our link.
+    pub fn listen_at_router(&self) -> TcpListener {
+        self.at_router(|| TcpListener::bind((ROUTER, 0)).expect("listening"))
+    }
+}
+
+fn route(own: &str, router: &str) -> Result<(), String> {
+    let link = ["link", "add", "k0", "type", "veth", "peer", "name", "r0"];
+    ip(&[&["-n", own][..], &link, &["netns", router]].concat())?;
+    ip(&["-n", own, "address", "add", "10.77.0.1/24", "dev", "k0"])?;
+    ip(&["-n", router, "address", "add", "10.77.0.2/24", "dev", "r0"])?;
+    ip(&["-n", own, "link", "set", "k0", "up"])?;
+    ip(&["-n", router, "link", "set", "r0", "up"])?;
+    ip(&["-n", own, "route", "add", "default", "via", "10.77.0.2"])?;
+    let forward = "echo 1 > /proc/sys/net/ipv4/ip_forward";
+    ip(&["netns", "exec", router, "sh", "-c", forward])
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for name in [&self.own, &self.router] {
+            let _ = ip(&["netns", "delete", name]);
+        }
+    }
+}
+
+/// Runs `ip`.
+pub fn ip(args: &[&str]) -> Result<(), String> {
+    run("ip", args)
+}
+
+fn run(program: &str, args: &[&str]) -> Result<(), String> {
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .map_err(|error| format!("{program}: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!(
+        "{program} {}: {}",
+        args.join(" "),
+        String::from_utf8_lossy(&output.stderr).trim()
+    ))
+}
+
+/// What netem does to all that we send over our link, until dropped.
+pub struct Qdisc(());
+
+impl Qdisc {
+    /// `Err` where this kernel lacks it.
+    pub fn add(netem: &[&str]) -> Result<Self, String> {
+        let add = ["qdisc", "add", "dev", "k0", "root", "netem"];
+        run("tc", &[&add[..], netem].concat()).map(|()| Self(()))
+    }
+}
+
+impl Drop for Qdisc {
+    fn drop(&mut self) {
+        let _ = run("tc", &["qdisc", "delete", "dev", "k0", "root"]);
+    }
+}
+
+/// A network sysctl of our namespace, set back when dropped.
+pub struct Sysctl {
+    path: String,
+    before: String,
+}
+
+impl Sysctl {
+    /// `Err` where this kernel lacks it.
+    pub fn set(name: &str, value: &str) -> Result<Self, String> {
+        let path = format!("/proc/sys/net/{name}");
+        let before = std::fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
+        std::fs::write(&path, value).map_err(|error| format!("{path}: {error}"))?;
+        Ok(Self { path, before })
+    }
+}
+
+impl Drop for Sysctl {
+    fn drop(&mut self) {
+        let _ = std::fs::write(&self.path, &self.before);
+    }
+}

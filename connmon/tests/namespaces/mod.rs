@@ -1,0 +1,135 @@
+//! Network namespaces made for a test and deleted after it.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// Whether the test may make namespaces; says so when not, and fails then
+/// under `CI=true`.
+pub fn may_run(what: &str) -> bool {
+    let reason = if !rustix::process::geteuid().is_root() {
+        "needs root"
+    } else if Command::new("ip").arg("-V").output().is_err() {
+        "needs iproute2"
+    } else {
+        return true;
+    };
+    println!("skipped: {what}: {reason}");
+    assert!(
+        std::env::var_os("CI").is_none_or(|ci| ci != "true"),
+        "{reason}"
+    );
+    false
+}
+
+/// A namespace with `lo` up, made with `ip netns add`.
+pub struct Namespace {
+    pub name: String,
+}
+
+impl Namespace {
+    pub fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("reconcile-{}-{count}", std::process::id());
+        ip(&["netns", "add", &name]);
+        ip(&["-n", &name, "link", "set", "lo", "up"]);
+        Self { name }
+    }
+
+    pub fn inode(&self) -> u32 {
+        self.file().metadata().unwrap().ino().try_into().unwrap()
+    }
+
+    /// Runs `inside` on a thread of its own within the namespace; what it
+    /// opens stays there.
+    pub fn run<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
+        let file = self.file();
+        std::thread::scope(|scope| {
+            scope
+                .spawn(move || {
+                    enter(&file);
+                    inside()
+                })
+                .join()
+                .unwrap()
+        })
+    }
+
+    /// Runs a command inside and gives its output.
+    pub fn output(&self, command: &[&str]) -> String {
+        let output = Command::new("ip")
+            .args(["netns", "exec", &self.name])
+            .args(command)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{command:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// A process that does nothing inside, until dropped.
+    pub fn resident(&self) -> Resident {
+        let resident = Resident(
+            Command::new("ip")
+                .args(["netns", "exec", &self.name, "sleep", "600"])
+                .spawn()
+                .unwrap(),
+        );
+        // `ip` enters the namespace before it becomes `sleep`.
+        let link = format!("/proc/{}/ns/net", resident.pid());
+        let inode = u64::from(self.inode());
+        wait_until(|| std::fs::metadata(&link).unwrap().ino() == inode);
+        resident
+    }
+
+    fn file(&self) -> File {
+        File::open(format!("/run/netns/{}", self.name)).unwrap()
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip")
+            .args(["netns", "delete", &self.name])
+            .status();
+    }
+}
+
+pub struct Resident(Child);
+
+impl Resident {
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Moves the calling thread, for good.
+pub fn enter(namespace: &File) {
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+}
+
+/// Waits for up to 5 s.
+pub fn wait_until(mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(5);
+    while !condition() {
+        assert!(Instant::now() < until, "waited 5 s");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+pub fn ip(arguments: &[&str]) {
+    let output = Command::new("ip").args(arguments).output().unwrap();
+    assert!(output.status.success(), "ip {arguments:?}: {output:?}");
+}

@@ -1,0 +1,322 @@
+//! Each room of the sandbox, entered for real by a thread of this test:
+//! what must fail does, what the agent needs goes on.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+
+use connmon::config::SandboxChoice;
+use connmon::sandbox::{CapabilitySet, Measure, Plan, held};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// A directory of this test, removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("connmon-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path.canonicalize().unwrap())
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.0.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs `inside` in a thread that has entered a room.
+fn in_thread<T: Send>(inside: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| scope.spawn(inside).join().unwrap())
+}
+
+fn kernel_has_landlock() -> bool {
+    // Entering a room is the probe: the crate asks the kernel for its ABI.
+    in_thread(|| {
+        let report = Plan::new(SandboxChoice::Auto, true, true).enter_serve();
+        report.unwrap().landlock == Measure::InForce
+    })
+}
+
+#[test]
+fn serve_reads_its_directories_and_nothing_else() {
+    if !kernel_has_landlock() {
+        println!("not applicable: paths closed to the serving thread: no Landlock in this kernel");
+        return;
+    }
+    let scratch = Scratch::new("serve-paths");
+    let database = scratch.write("geo/country.mmdb", "one");
+    let secret = scratch.write("other/secret", "secret");
+    let mut plan = Plan::new(SandboxChoice::Strict, true, true);
+    plan.also_readable(&database);
+    in_thread(|| {
+        let report = plan.enter_serve().unwrap();
+        assert_eq!(report.lacks(), Vec::<String>::new());
+        assert_eq!(std::fs::read_to_string(&database).unwrap(), "one");
+        for path in [
+            secret.as_path(),
+            Path::new("/etc/passwd"),
+            Path::new("/proc/1/environ"),
+        ] {
+            let error = std::fs::read(path).unwrap_err();
+            assert_eq!(
+                error.kind(),
+                ErrorKind::PermissionDenied,
+                "{}",
+                path.display()
+            );
+        }
+        // What process_* metrics are made from.
+        for path in [
+            "/proc/self/stat",
+            "/proc/self/limits",
+            "/proc/self/status",
+            "/proc/stat",
+        ] {
+            assert!(!std::fs::read(path).unwrap().is_empty(), "{path}");
+        }
+        assert!(std::fs::read_dir("/proc/self/fd").unwrap().count() > 2);
+        assert!(std::fs::write(&database, "two").is_err());
+        assert!(std::fs::remove_file(&database).is_err());
+    });
+}
+
+#[test]
+fn serve_reloads_after_a_rename_and_after_symlink_swaps() {
+    let scratch = Scratch::new("serve-reload");
+    let renamed = scratch.write("renamed/web.yml", "one");
+    // As Kubernetes mounts a ConfigMap: file → ..data/file, ..data → ..1.
+    scratch.write("map/..1/web.yml", "one");
+    symlink("..1", scratch.0.join("map/..data")).unwrap();
+    let mapped = scratch.0.join("map/web.yml");
+    symlink("..data/web.yml", &mapped).unwrap();
+    // A release directory behind an absolute link.
+    scratch.write("releases/1/web.yml", "one");
+    symlink(scratch.0.join("releases/1"), scratch.0.join("current")).unwrap();
+    let released = scratch.0.join("current/web.yml");
+
+    let mut plan = Plan::new(SandboxChoice::Auto, true, true);
+    for file in [&renamed, &mapped, &released] {
+        plan.also_readable(file);
+    }
+    thread::scope(|scope| {
+        // Made in here, so that a panic below drops it and the thread ends.
+        let (swapped, wait) = std::sync::mpsc::channel();
+        let (entered, ready) = std::sync::mpsc::channel();
+        let inside = scope.spawn({
+            let (plan, files) = (&plan, [&renamed, &mapped, &released]);
+            move || {
+                plan.enter_serve().unwrap();
+                entered.send(()).unwrap();
+                wait.recv().unwrap();
+                files.map(|file| std::fs::read_to_string(file).unwrap())
+            }
+        });
+        ready.recv().unwrap();
+        let swap = |target: &Path, link: PathBuf| {
+            let new = scratch.0.join("swap");
+            symlink(target, &new).unwrap();
+            std::fs::rename(new, link).unwrap();
+        };
+        std::fs::rename(scratch.write("renamed/new", "two"), &renamed).unwrap();
+        scratch.write("map/..2/web.yml", "two");
+        swap(Path::new("..2"), scratch.0.join("map/..data"));
+        scratch.write("releases/2/web.yml", "two");
+        swap(&scratch.0.join("releases/2"), scratch.0.join("current"));
+        swapped.send(()).unwrap();
+        assert_eq!(inside.join().unwrap(), ["two", "two", "two"]);
+    });
+}
+
+#[test]
+fn serve_accepts_but_cannot_call_out_start_or_keep_anything() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let client = thread::spawn(move || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    });
+    let plan = Plan::new(SandboxChoice::Auto, true, true);
+    in_thread(|| {
+        let report = plan.enter_serve().unwrap();
+        assert_eq!(report.seccomp, Measure::InForce);
+        assert_eq!(report.no_new_privs, Measure::InForce);
+        assert_eq!(held(), CapabilitySet::empty());
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"served").unwrap();
+        // A worker thread is fine and is closed in as well.
+        let called_out = thread::spawn(move || TcpStream::connect(address))
+            .join()
+            .unwrap();
+        assert_eq!(called_out.unwrap_err().kind(), ErrorKind::PermissionDenied);
+        assert!(TcpListener::bind("127.0.0.1:0").is_err());
+        let program = Command::new("/bin/true").exec();
+        assert_eq!(program.kind(), ErrorKind::PermissionDenied);
+        assert!(Command::new("/bin/true").spawn().is_err());
+        assert!(aya::sys::is_map_supported(aya::maps::MapType::Array).is_err());
+    });
+    drop(listener);
+    assert_eq!(client.join().unwrap(), "served");
+}
+
+#[test]
+fn fold_keeps_map_lookups_and_loses_files_sockets_and_capabilities() {
+    let plan = Plan::new(SandboxChoice::Auto, true, true);
+    in_thread(|| {
+        let report = plan.enter_fold().unwrap();
+        assert_eq!(report.seccomp, Measure::InForce);
+        assert!(CapabilitySet::BPF.contains(report.kept), "{report}");
+        assert!(TcpStream::connect("127.0.0.1:9").is_err());
+        if report.landlock == Measure::InForce {
+            assert!(std::fs::read("/etc/passwd").is_err());
+        }
+        assert!(!std::fs::read("/proc/self/status").unwrap().is_empty());
+    });
+}
+
+/// A process in a network namespace of its own.
+struct Namespace(Child);
+
+impl Namespace {
+    fn new() -> Option<Self> {
+        let child = Command::new("unshare")
+            .args(["-n", "sh", "-c", "echo ready; exec sleep 60"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn();
+        let mut child = child.ok()?;
+        let mut ready = [0; 5];
+        let read = child.stdout.as_mut()?.read_exact(&mut ready);
+        let this = Self(child);
+        read.ok().map(|()| this)
+    }
+
+    fn enter(&self) -> std::io::Result<()> {
+        let file = std::fs::File::open(format!("/proc/{}/ns/net", self.0.id()))?;
+        Ok(move_into_link_name_space(
+            std::os::fd::AsFd::as_fd(&file),
+            Some(LinkNameSpaceType::Network),
+        )?)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn walker_reads_a_namespace_and_a_listener_younger_than_its_walls() {
+    let privileged = held().contains(CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE);
+    if !privileged {
+        println!("not applicable: setns by the walker: needs CAP_SYS_ADMIN and CAP_SYS_PTRACE");
+        return;
+    }
+    let plan = Plan::new(SandboxChoice::Strict, true, true);
+    thread::scope(|scope| {
+        let (namespace_made, wait) = std::sync::mpsc::channel::<Option<Namespace>>();
+        let (entered, ready) = std::sync::mpsc::channel();
+        let walker = scope.spawn({
+            let plan = &plan;
+            move || {
+                let report = plan.enter_walker().unwrap();
+                assert_eq!(report.landlock, Measure::NotWanted);
+                assert!(!held().contains(CapabilitySet::NET_ADMIN));
+                assert!(!held().contains(CapabilitySet::BPF));
+                entered.send(()).unwrap();
+                let namespace = wait.recv().unwrap()?;
+                namespace.enter().unwrap();
+                let tcp = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
+                // Owners: another user's descriptors are readable.
+                assert!(std::fs::read_dir("/proc/1/fd").is_ok());
+                assert!(
+                    TcpStream::connect("127.0.0.1:9").unwrap_err().kind()
+                        == ErrorKind::PermissionDenied
+                );
+                assert!(std::fs::write("/tmp/connmon-walker-wrote", "").is_err());
+                assert!(Command::new("/bin/true").spawn().is_err());
+                Some(tcp)
+            }
+        });
+        ready.recv().unwrap();
+        let namespace = Namespace::new();
+        let listener = namespace.as_ref().map(|namespace| {
+            in_thread(|| {
+                namespace.enter().unwrap();
+                TcpListener::bind("0.0.0.0:0").unwrap()
+            })
+        });
+        namespace_made.send(namespace).unwrap();
+        let tcp = walker.join().unwrap();
+        let (Some(tcp), Some(listener)) = (tcp, listener) else {
+            println!("skipped: walker in a younger namespace: unshare -n failed");
+            assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"));
+            return;
+        };
+        let port = format!(":{:04X} ", listener.local_addr().unwrap().port());
+        assert!(tcp.contains(&port), "{port} not in {tcp}");
+    });
+}
+
+#[test]
+fn strict_fails_and_auto_goes_on_where_the_kernel_lacks_landlock() {
+    use seccompiler::{SeccompAction, SeccompFilter};
+    // A kernel without Landlock, as far as this thread can tell.
+    let blind = || {
+        let program: seccompiler::BpfProgram = SeccompFilter::new(
+            [(libc::SYS_landlock_create_ruleset, Vec::new())].into(),
+            SeccompAction::Allow,
+            SeccompAction::Errno(libc::ENOSYS as u32),
+            std::env::consts::ARCH.try_into().unwrap(),
+        )
+        .unwrap()
+        .try_into()
+        .unwrap();
+        seccompiler::apply_filter(&program).unwrap();
+    };
+    in_thread(|| {
+        blind();
+        let plan = Plan::new(SandboxChoice::Strict, true, true);
+        let error = plan.enter_serve().unwrap_err().to_string();
+        assert!(error.contains("--sandbox strict: thread serve"), "{error}");
+        assert!(error.contains("landlock: not in this kernel"), "{error}");
+    });
+    in_thread(|| {
+        blind();
+        let plan = Plan::new(SandboxChoice::Auto, true, true);
+        let report = plan.enter_serve().unwrap();
+        assert_eq!(report.lacks().len(), 1, "{report}");
+        assert_eq!(report.seccomp, Measure::InForce);
+        assert!(std::fs::read("/etc/passwd").is_ok());
+    });
+}
+
+#[test]
+fn off_changes_nothing() {
+    in_thread(|| {
+        let before = held();
+        let plan = Plan::new(SandboxChoice::Off, true, true);
+        for report in [plan.enter_walker(), plan.enter_fold(), plan.enter_serve()] {
+            assert_eq!(report.unwrap().lacks(), Vec::<String>::new());
+        }
+        assert_eq!(held(), before);
+        assert!(Command::new("/bin/true").status().unwrap().success());
+        assert!(!rustix::thread::no_new_privs().unwrap());
+    });
+}

@@ -1,0 +1,110 @@
+//! What the kernel and criterion say of programs and benchmarks.
+
+use std::collections::HashMap;
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use serde::Deserialize;
+
+use crate::exec;
+
+const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+/// Keeps `kernel.bpf_stats_enabled` on while it lives.
+#[derive(Debug)]
+pub struct Statistics(String);
+
+impl Statistics {
+    /// Switches it on.
+    pub fn enable() -> Result<Self> {
+        let before = fs::read_to_string(SWITCH).context(SWITCH)?;
+        fs::write(SWITCH, "1").context(SWITCH)?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Statistics {
+    fn drop(&mut self) {
+        let _ = fs::write(SWITCH, self.0.trim());
+    }
+}
+
+/// Run time and count of one loaded program.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub struct Runs {
+    id: u32,
+    #[serde(default)]
+    run_time_ns: u64,
+    #[serde(default)]
+    run_cnt: u64,
+}
+
+/// Every loaded program by id.
+pub fn all() -> Result<HashMap<u32, Runs>> {
+    let output = Command::new("bpftool")
+        .args(["-j", "prog", "show"])
+        .output()
+        .context("cannot start bpftool")?;
+    let programs: Vec<Runs> =
+        serde_json::from_slice(&output.stdout).context("bpftool -j prog show")?;
+    Ok(programs
+        .into_iter()
+        .map(|program| (program.id, program))
+        .collect())
+}
+
+/// Nanoseconds per hit of the hook, between `start` and `end`, of the programs
+/// that were not there `before`: together, since they sit on the same one.
+pub fn cost(
+    before: &HashMap<u32, Runs>,
+    start: &HashMap<u32, Runs>,
+    end: &HashMap<u32, Runs>,
+) -> Option<f64> {
+    let (mut time, mut hits) = (0, 0);
+    for (id, runs) in end.iter().filter(|(id, _)| !before.contains_key(id)) {
+        let first = start.get(id).copied().unwrap_or_default();
+        time += runs.run_time_ns.saturating_sub(first.run_time_ns);
+        hits = hits.max(runs.run_cnt.saturating_sub(first.run_cnt));
+    }
+    (hits > 1000).then(|| time as f64 / hits as f64)
+}
+
+/// (what, directory under target/criterion, bound in elements per second).
+pub const CRITERION: &[(&str, &str, f64)] = &[
+    ("events folded per core, 100k connections", "fold/100k", 5e6),
+    (
+        "events folded per core, 1M connections, all addresses new",
+        "fold/1M",
+        2.5e6,
+    ),
+];
+
+/// Elements per second of a criterion benchmark's last run.
+pub fn criterion_rate(id: &str) -> Result<Option<f64>> {
+    #[derive(Deserialize)]
+    struct Estimates {
+        median: Estimate,
+    }
+    #[derive(Deserialize)]
+    struct Estimate {
+        point_estimate: f64,
+    }
+    #[derive(Deserialize)]
+    struct Benchmark {
+        throughput: Option<HashMap<String, u64>>,
+    }
+    let dir = exec::target_dir().join("criterion").join(id).join("new");
+    let Ok(estimates) = fs::read(dir.join("estimates.json")) else {
+        return Ok(None);
+    };
+    let estimates: Estimates = serde_json::from_slice(&estimates)?;
+    let benchmark: Benchmark = serde_json::from_slice(&fs::read(dir.join("benchmark.json"))?)?;
+    let elements = benchmark
+        .throughput
+        .and_then(|throughput| throughput.get("Elements").copied())
+        .context("a benchmark without a number of elements")?;
+    Ok(Some(
+        elements as f64 / (estimates.median.point_estimate / 1e9),
+    ))
+}

@@ -1,0 +1,416 @@
+//! The kernel tests on other kernels: fetched, booted under QEMU's software
+//! emulation, one line per kernel, rung and scenario.
+
+mod fetch;
+mod image;
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::{Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::exec;
+use fetch::{KERNELS, Kernel, Unpacked};
+use image::Payload;
+
+/// At once; each guest has two processors, and with more guests than this
+/// they wait for each other's locks.
+const GUESTS: usize = 2;
+
+/// A guest that takes longer hangs.
+const TIME: Duration = Duration::from_secs(900);
+
+/// The kernel's command line. Each read of a namespace's sockets goes through
+/// the whole hash of connections, which takes long under emulation at the size
+/// that the kernel gives it.
+const BOOT: &str = "console=ttyS0 panic=-1 quiet loglevel=2 thash_entries=1024";
+
+/// Every way to trace or poll; each is forced in each guest.
+const RUNGS: [&str; 4] = ["fentry", "kprobe", "tracepoint", "proc"];
+
+/// What a kernel cannot have, and why. Anything else that a guest calls not
+/// applicable has failed.
+const EXPECTED: &[(&str, &str, &str)] = &[(
+    "5.10",
+    "mptcp",
+    "Debian's cloud kernel 5.10 is built without MPTCP",
+)];
+
+/// `cargo xtask vm`.
+#[derive(Debug, Default, clap::Args)]
+pub struct Args {
+    /// Kernels to boot: 5.10, 6.1, 6.12, 7.2; all of them without this
+    #[arg(long, value_delimiter = ',', num_args = 1..)]
+    kernel: Vec<String>,
+    /// A kernel image of your own (its modules are taken to be built in)
+    #[arg(long, value_name = "PATH")]
+    vmlinuz: Option<PathBuf>,
+    /// Rungs to force: fentry, kprobe, tracepoint, proc; all without this
+    #[arg(long, value_delimiter = ',', num_args = 1..)]
+    rung: Vec<String>,
+    /// Only scenarios whose name contains this
+    #[arg(long)]
+    scenario: Option<String>,
+    /// Show all that the guests print
+    #[arg(long)]
+    verbose: bool,
+}
+
+/// What the guests came to.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Scenarios that passed.
+    pub passed: u64,
+    /// Scenarios and guests that failed.
+    pub failed: u64,
+    /// `skipped: …` lines.
+    pub skipped: Vec<String>,
+    /// `not applicable: …` lines.
+    pub not_applicable: Vec<String>,
+    /// A guest ended before its work did.
+    stopped: bool,
+}
+
+/// A guest ready to boot.
+struct Guest {
+    name: String,
+    vmlinuz: PathBuf,
+    initrd: PathBuf,
+}
+
+/// Boots and prints; the last line counts.
+///
+/// # Errors
+/// When something cannot be built, packed or started.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let outcome = matrix(args)?;
+    let failed = outcome.failed
+        + if strict() {
+            outcome.skipped.len() as u64
+        } else {
+            0
+        };
+    println!("{} passed, {failed} failed", outcome.passed);
+    Ok(if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn strict() -> bool {
+    std::env::var_os("CI").is_some_and(|ci| ci == "true")
+}
+
+/// Fetches, packs, boots, counts.
+///
+/// # Errors
+/// As [`run`].
+pub fn matrix(args: &Args) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    let dir = exec::target_dir().join("vm");
+    std::fs::create_dir_all(&dir)?;
+    for tool in [
+        "qemu-system-x86_64",
+        "busybox",
+        "cpio",
+        "ip",
+        "ss",
+        "tc",
+        "strip",
+    ] {
+        if !exec::has(tool) {
+            outcome.skip(format!("kernels in guests: {tool} is missing"));
+            return Ok(outcome);
+        }
+    }
+    let (agent, test) = build()?;
+    let payload = Payload {
+        agent,
+        test,
+        args: match &args.scenario {
+            Some(scenario) => vec!["--scenario".into(), scenario.clone()],
+            None => Vec::new(),
+        },
+        rungs: if args.rung.is_empty() {
+            RUNGS.map(Into::into).into()
+        } else {
+            args.rung.clone()
+        },
+    };
+    let mut guests = VecDeque::new();
+    for (name, unpacked) in kernels(args, &dir, &mut outcome)? {
+        let dir = dir.join(&name);
+        std::fs::create_dir_all(&dir)?;
+        guests.push_back(Guest {
+            initrd: image::pack(&dir, &unpacked, &payload)
+                .with_context(|| format!("packing for kernel {name}"))?,
+            vmlinuz: unpacked.vmlinuz,
+            name,
+        });
+    }
+    let guests = Mutex::new(guests);
+    let total = Mutex::new(outcome);
+    let next = || guests.lock().ok().and_then(|mut guests| guests.pop_front());
+    std::thread::scope(|scope| {
+        for _ in 0..GUESTS {
+            scope.spawn(|| {
+                while let Some(guest) = next() {
+                    let came_to = guest.boot(&payload.rungs, args.verbose);
+                    if let Ok(mut total) = total.lock() {
+                        total.add(came_to);
+                    }
+                }
+            });
+        }
+    });
+    total
+        .into_inner()
+        .map_err(|_| anyhow::anyhow!("a guest's thread panicked"))
+}
+
+/// The kernels asked for; one that cannot be had is a skip.
+fn kernels(args: &Args, dir: &Path, outcome: &mut Outcome) -> Result<Vec<(String, Unpacked)>> {
+    if let Some(vmlinuz) = &args.vmlinuz {
+        let unpacked = Unpacked {
+            vmlinuz: vmlinuz.clone(),
+            modules: None,
+        };
+        return Ok(vec![("own".into(), unpacked)]);
+    }
+    for asked in &args.kernel {
+        if !KERNELS.iter().any(|kernel| kernel.name == asked) {
+            bail!(
+                "--kernel {asked}: there are {}",
+                KERNELS.map(|kernel| kernel.name).join(", ")
+            );
+        }
+    }
+    let wanted =
+        |kernel: &&Kernel| args.kernel.is_empty() || args.kernel.iter().any(|a| a == kernel.name);
+    let mut fetched = Vec::new();
+    for kernel in KERNELS.iter().filter(wanted) {
+        match kernel.fetch(dir) {
+            Ok(unpacked) => fetched.push((kernel.name.to_owned(), unpacked)),
+            Err(error) => outcome.skip(format!("kernel {}: {error:#}", kernel.name)),
+        }
+    }
+    Ok(fetched)
+}
+
+/// Builds the agent and its kernel tests as `cargo test` does, so that one
+/// build serves both.
+fn build() -> Result<(PathBuf, PathBuf)> {
+    let mut command = exec::cargo();
+    command.args([
+        "test",
+        "--no-run",
+        "--locked",
+        // One package alone would have other features, and be built anew.
+        "--workspace",
+        "--test=kernel",
+        "--message-format=json-render-diagnostics",
+    ]);
+    let output = command
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot start `{}`", exec::shown(&command)))?;
+    if !output.status.success() {
+        bail!("`{}` failed: {}", exec::shown(&command), output.status);
+    }
+    let built = |name: &str, kind: &str| {
+        String::from_utf8_lossy(&output.stdout)
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .filter(|message| {
+                message["target"]["name"] == name && message["target"]["kind"][0] == kind
+            })
+            .find_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
+            .with_context(|| format!("cargo built no {kind} {name}"))
+    };
+    Ok((built("connmon", "bin")?, built("kernel", "test")?))
+}
+
+impl Guest {
+    /// Boots to the end. A guest that stopped on its way, with nothing failed
+    /// until then, is booted once more: an emulated kernel hangs now and then
+    /// on a busy machine.
+    fn boot(&self, rungs: &[String], verbose: bool) -> Outcome {
+        let first = self.boot_once(rungs, verbose);
+        if !first.stopped || first.failed > 1 {
+            return first;
+        }
+        println!("again: {}: the guest stopped on its way", self.name);
+        self.boot_once(rungs, verbose)
+    }
+
+    /// Failures of QEMU itself are failed lines.
+    fn boot_once(&self, rungs: &[String], verbose: bool) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut tail = VecDeque::new();
+        let mut done = Vec::new();
+        let mut ended = false;
+        let ran = self.lines(|line| {
+            if verbose {
+                println!("[{}] {line}", self.name);
+            }
+            if outcome.line(&self.name, line) {
+                return;
+            }
+            if let Some(rest) = line.strip_prefix("guest: rung ") {
+                done.push(rest.to_owned());
+            }
+            ended |= line == "guest: end";
+            tail.push_back(line.to_owned());
+            if tail.len() > 60 {
+                tail.pop_front();
+            }
+        });
+        let complete = ended
+            && rungs.iter().all(|rung| {
+                done.iter().any(|line| {
+                    line == &format!("{rung} exit 0") || line == &format!("{rung} exit 1")
+                })
+            });
+        outcome.stopped = ran.is_err() || !complete;
+        if let Err(error) = &ran {
+            outcome.fail(format!("FAIL {} - guest {error:#}", self.name));
+        } else if !complete {
+            outcome.fail(format!("FAIL {} - guest did not run every rung", self.name));
+        }
+        if outcome.failed > 0 && !verbose {
+            for line in tail {
+                println!("[{}] {line}", self.name);
+            }
+        }
+        outcome
+    }
+
+    /// Hands on what the guest prints on its serial line.
+    fn lines(&self, mut each: impl FnMut(&str)) -> Result<()> {
+        // What else runs goes first.
+        let mut command = Command::new("nice");
+        command
+            .args(["-n", "19", "qemu-system-x86_64"])
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"])
+            .args(["-m", "2048", "-nographic", "-no-reboot", "-nic", "none"])
+            .arg("-kernel")
+            .arg(&self.vmlinuz)
+            .arg("-initrd")
+            .arg(&self.initrd)
+            .args(["-append", BOOT]);
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot start `{}`", exec::shown(&command)))?;
+        let output = child.stdout.take().context("piped")?;
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || read_lines(output, &sender));
+        let until = Instant::now() + TIME;
+        let in_time = loop {
+            match receiver.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(line) => each(&line),
+                Err(mpsc::RecvTimeoutError::Disconnected) => break true,
+                Err(mpsc::RecvTimeoutError::Timeout) => break false,
+            }
+        };
+        if !in_time {
+            child.kill()?;
+        }
+        child.wait()?;
+        if !in_time {
+            bail!("did not end within {} s", TIME.as_secs());
+        }
+        Ok(())
+    }
+}
+
+fn read_lines(output: impl Read, sender: &mpsc::Sender<String>) {
+    for line in BufReader::new(output).split(b'\n') {
+        let Ok(line) = line else { return };
+        let line = String::from_utf8_lossy(&line);
+        if sender.send(line.trim_end_matches('\r').to_owned()).is_err() {
+            return;
+        }
+    }
+}
+
+impl Outcome {
+    fn skip(&mut self, what: String) {
+        let line = format!("skipped: {what}");
+        println!("{line}");
+        self.skipped.push(line);
+    }
+
+    fn fail(&mut self, line: String) {
+        println!("{line}");
+        self.failed += 1;
+    }
+
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped.extend(other.skipped);
+        self.not_applicable.extend(other.not_applicable);
+    }
+
+    /// Takes one line of a guest; whether it was a scenario's.
+    fn line(&mut self, kernel: &str, line: &str) -> bool {
+        let mut words = line.splitn(5, ' ');
+        let (verdict, _release, rung, scenario) =
+            (words.next(), words.next(), words.next(), words.next());
+        let (Some(verdict), Some(rung), Some(scenario)) = (verdict, rung, scenario) else {
+            return false;
+        };
+        let rest = words.next().unwrap_or_default();
+        match verdict {
+            "PASS" => {
+                println!("{line}");
+                self.passed += 1;
+            }
+            "FAIL" => self.fail(line.to_owned()),
+            "NA" => {
+                let expected = EXPECTED
+                    .iter()
+                    .find(|(k, s, _)| *k == kernel && *s == scenario);
+                match expected {
+                    Some((_, _, why)) => {
+                        let line = format!("not applicable: {kernel} {rung} {scenario}: {why}");
+                        println!("{line}");
+                        self.not_applicable.push(line);
+                    }
+                    None if kernel == "own" => println!("{line}"),
+                    None => self.fail(format!(
+                        "FAIL {kernel} {rung} {scenario} not expected to be missing here: {rest}"
+                    )),
+                }
+            }
+            _ => return false,
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_line_of_a_guest_is_counted_once() {
+        let mut outcome = Outcome::default();
+        assert!(outcome.line("5.10", "PASS 5.10.0-40 fentry fin-client 12 ms"));
+        assert!(outcome.line("5.10", "FAIL 5.10.0-40 fentry refused it was not"));
+        assert!(outcome.line("5.10", "NA 5.10.0-40 fentry mptcp protocol not supported"));
+        assert!(outcome.line("6.1", "NA 6.1.0-40 fentry mptcp protocol not supported"));
+        assert!(!outcome.line("6.1", "guest: end"));
+        assert!(!outcome.line("6.1", "[    0.0] a kernel line that is long"));
+        assert_eq!((outcome.passed, outcome.failed), (1, 2));
+        assert_eq!(outcome.not_applicable.len(), 1);
+    }
+}
