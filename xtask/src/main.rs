@@ -11,6 +11,7 @@ mod fuzz;
 mod install;
 mod lint;
 mod run;
+mod tally;
 mod test;
 mod vm;
 

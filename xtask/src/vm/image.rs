@@ -32,10 +32,19 @@ pub struct Payload {
     pub agent: PathBuf,
     /// The test binary.
     pub test: PathBuf,
-    /// Its arguments beside `--rung`.
-    pub args: Vec<String>,
-    /// The rungs, one run each.
-    pub rungs: Vec<String>,
+    /// Its runs: rung, and what the names of its scenarios contain.
+    pub runs: Vec<(String, Option<String>)>,
+}
+
+impl Payload {
+    /// The same binaries with other runs.
+    pub fn with(&self, runs: Vec<(String, Option<String>)>) -> Self {
+        Self {
+            agent: self.agent.clone(),
+            test: self.test.clone(),
+            runs,
+        }
+    }
 }
 
 /// Packs `dir/initrd` and returns its path.
@@ -117,14 +126,13 @@ fn init_script(modules: &[String], payload: &Payload) -> String {
     }
     // The firmware leaves its last line open.
     script += "echo\n";
-    for rung in &payload.rungs {
-        let args = payload
-            .args
-            .iter()
-            .map(|arg| format!(" '{arg}'"))
-            .collect::<String>();
+    for (rung, scenario) in &payload.runs {
+        let only = scenario
+            .as_ref()
+            .map(|scenario| format!(" --scenario '{scenario}'"))
+            .unwrap_or_default();
         script +=
-            &format!("/bin/kernel-test --rung {rung}{args}\necho \"guest: rung {rung} exit $?\"\n");
+            &format!("/bin/kernel-test --rung {rung}{only}\necho \"guest: rung {rung} exit $?\"\n");
     }
     script + "echo \"guest: end\"\nreboot -f\n"
 }
