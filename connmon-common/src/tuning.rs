@@ -30,15 +30,27 @@ pub struct PerCpu {
     /// State changes that `state_nested` took because the kernel left
     /// `state_tp_btf` out.
     pub caught: u64,
-    /// Sockets whose change `state_tp_btf` has seen and `state_nested` has
+    /// State changes that the kernel left `state_tp` out of.
+    pub lost: u64,
+    /// Word of a change that the first program has seen and the second has
     /// not yet: of a context that was interrupted, or of the one that runs;
     /// of the one that interrupted it.
-    pub seen: [u64; 2],
+    pub seen: [Seen; 2],
     /// Changes in the second place since the first was last asked for.
     pub waited: u64,
 }
 
-const _: () = assert!(core::mem::size_of::<PerCpu>() == 80);
+const _: () = assert!(core::mem::size_of::<PerCpu>() == 104);
+
+/// Word of one change.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Seen {
+    /// The socket's kernel address; 0 for none.
+    pub socket: u64,
+    /// Old and new state.
+    pub states: u64,
+}
 
 /// A first place of [`PerCpu::seen`] that outlives so many changes in the
 /// second belongs to nobody: more than one softirq handles before it yields.

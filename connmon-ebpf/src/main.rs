@@ -13,6 +13,7 @@ mod accept;
 mod connect;
 mod emit;
 mod globals;
+mod nested;
 mod set_state;
 mod socket;
 

@@ -17,11 +17,12 @@ use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::{btf_tracepoint, tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, TracePointContext};
 use connmon_common::state::{CLOSE, CLOSE_WAIT, ESTABLISHED, LISTEN, SYN_RECV, SYN_SENT};
-use connmon_common::tuning::{PerCpu, SEEN_WAITS, probe};
+use connmon_common::tuning::{PerCpu, probe};
 use connmon_common::wire::{Change, Close, Connect, EndsV4, EndsV6, Head, Listen, Open, kind};
 
-use crate::emit::{add_one, counters, emit, write_owner};
+use crate::emit::{counters, emit, write_owner};
 use crate::globals::{DROP_LOOPBACK, ONLY_NETNS, OWNERS};
+use crate::nested;
 use crate::socket::{
     AF_INET, AF_INET6, BtfSocket, Ends, FullSocket, Socket, TracedSocket, former_port,
     is_loopback_v4, is_loopback_v6, is_v4_mapped, write_figures,
@@ -33,87 +34,14 @@ fn state_tp_btf(ctx: BtfTracePointContext) -> i32 {
     if let Some(counters) = counters() {
         from_btf(&ctx, counters);
         // SAFETY: this CPU's map value.
-        unsafe { tell_seen(counters, ctx.arg(0)) };
+        unsafe { nested::tell_seen(counters, ctx.arg(0), ctx.arg(1), ctx.arg(2)) };
     }
     0
 }
 
-/// Second on the same tracepoint, for the changes that the kernel keeps from
-/// [`state_tp_btf`]. Since 6.1 a program does not run while it runs already
-/// on the CPU (`__bpf_trace_run`), and an interrupt in its midst can hand a
-/// whole batch of packets, with all their state changes, to the softirq on
-/// its way out. This program is not in the midst of itself then.
-#[btf_tracepoint(function = "inet_sock_set_state")]
-fn state_nested(ctx: BtfTracePointContext) -> i32 {
-    if let Some(counters) = counters() {
-        // SAFETY: this CPU's map value.
-        let seen = unsafe { was_seen(counters, ctx.arg(0)) };
-        if !seen {
-            // SAFETY: an aligned counter of the map value.
-            unsafe { add_one(addr_of_mut!((*counters).caught)) };
-            from_btf(&ctx, counters);
-        }
-    }
-    0
-}
-
-/// Leaves word of `socket` for [`was_seen`]: in the second place when this
-/// context has interrupted another one between its two programs. A softirq
-/// interrupts no softirq, so two places are enough; and a socket's lock keeps
-/// it from changing state on two levels at once.
-///
-/// # Safety
-///
-/// `counters` must be those of this CPU.
+/// Sends what a run by BTF asks for.
 #[inline(always)]
-unsafe fn tell_seen(counters: *mut PerCpu, socket: u64) {
-    // SAFETY: the caller's. Volatile, since an interrupt reads and writes it.
-    unsafe {
-        let place = addr_of_mut!((*counters).seen).cast::<u64>();
-        if place.read_volatile() == 0 {
-            place.write_volatile(socket);
-        } else {
-            place.add(1).write_volatile(socket);
-        }
-    }
-}
-
-/// Whether [`tell_seen`] left word of `socket`, and takes that away. Word
-/// that is never asked for, because [`state_nested`] itself was interrupted,
-/// goes after [`SEEN_WAITS`].
-///
-/// # Safety
-///
-/// As [`tell_seen`].
-#[inline(always)]
-unsafe fn was_seen(counters: *mut PerCpu, socket: u64) -> bool {
-    // SAFETY: as in `tell_seen`.
-    unsafe {
-        let place = addr_of_mut!((*counters).seen).cast::<u64>();
-        let waited = addr_of_mut!((*counters).waited);
-        if place.read_volatile() == socket {
-            place.write_volatile(0);
-            // That of a context within this one cannot be due any more.
-            place.add(1).write_volatile(0);
-            waited.write_volatile(0);
-            return true;
-        }
-        if place.add(1).read_volatile() != socket {
-            return false;
-        }
-        place.add(1).write_volatile(0);
-        let count = waited.read_volatile() + 1;
-        waited.write_volatile(count);
-        if count >= SEEN_WAITS {
-            waited.write_volatile(0);
-            place.write_volatile(0);
-        }
-        true
-    }
-}
-
-#[inline(always)]
-fn from_btf(ctx: &BtfTracePointContext, counters: *mut PerCpu) {
+pub fn from_btf(ctx: &BtfTracePointContext, counters: *mut PerCpu) {
     let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
     set_state(&BtfSocket(ctx.arg(0)), counters, old as u8, new as u8);
 }
@@ -132,7 +60,10 @@ fn state_tp(ctx: TracePointContext) -> u32 {
         )
     };
     if let Some(counters) = counters() {
-        set_state(&TracedSocket(context), counters, old as u8, new as u8);
+        let socket = TracedSocket(context);
+        set_state(&socket, counters, old as u8, new as u8);
+        // SAFETY: this CPU's map value.
+        unsafe { nested::tell_seen(counters, socket.id(), old as i32, new as i32) };
     }
     0
 }

@@ -58,6 +58,7 @@ fn every_architecture_has_the_same_programs_maps_and_globals() {
         "state_tp_btf",
         "state_nested",
         "state_tp",
+        "state_lost",
         "connect_fentry",
         "accept_kret",
     ] {

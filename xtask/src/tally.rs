@@ -103,6 +103,9 @@ pub struct Libtest {
     words: BTreeMap<String, Vec<String>>,
     /// Whose output this is, and whether it has panicked.
     current: Option<(String, bool)>,
+    /// `FAIL …` lines of the binary that runs; those of one that passes are
+    /// what its tests printed.
+    scenarios: Vec<String>,
 }
 
 impl Libtest {
@@ -119,6 +122,11 @@ impl Libtest {
             self.passed += count("passed");
             self.failed += count("failed");
             self.current = None;
+            let scenarios = std::mem::take(&mut self.scenarios);
+            if counts.starts_with("FAILED") {
+                let each = scenarios.into_iter().map(|line| (line, Vec::new()));
+                self.words.extend(each);
+            }
         } else if line.starts_with("skipped: ") {
             self.skipped.push(line.to_owned());
         } else if line.starts_with("not applicable: ") {
@@ -151,7 +159,7 @@ impl Libtest {
         } else if line.starts_with("FAIL ") {
             // A scenario of the kernel's tests, which name it so.
             let end = line.floor_char_boundary(4 * LENGTH);
-            self.words.insert(line[..end].to_owned(), Vec::new());
+            self.scenarios.push(line[..end].to_owned());
         }
     }
 
@@ -228,7 +236,9 @@ mod tests {
     fn a_failed_scenario_is_its_line() {
         let read = read(
             "PASS 6.18 auto fin 3 ms\nFAIL 6.18 auto rst it was not\n\
-             test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out\n",
+             test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out\n\
+             FAIL 5.10 of a unit test\n\
+             test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n",
         );
         let line = "FAIL 6.18 auto rst it was not";
         assert_eq!(read.failures(), [(line.into(), String::new())]);

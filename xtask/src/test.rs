@@ -1,7 +1,7 @@
 //! Every test, one summary.
 
 use std::io::{BufRead, BufReader};
-use std::process::{ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -62,8 +62,9 @@ fn test_targets() -> Result<Vec<String>> {
         .collect())
 }
 
-/// The agent's tests load the machine, and want it for themselves. Most
-/// others wait, and leave that time to the guests, which run the same build.
+/// The agent's tests load the machine, and want it for themselves; what they
+/// leave of it builds the others. Most of those wait, and leave that time to
+/// the guests, which run the same build.
 fn everything() -> Result<Tally> {
     let targets = test_targets()?;
     let (loading, waiting): (Vec<_>, Vec<_>) = (targets.iter())
@@ -71,9 +72,13 @@ fn everything() -> Result<Tally> {
         .partition(|target| target == "--test=agent");
     ensure!(loading.len() == 1, "no test `agent` among {targets:?}");
     let units = ["--lib", "--bins", "--examples"].map(str::to_owned);
+    // In its own step, or the others would be built first.
+    exec::run(exec::cargo().args(BUILD).arg("--no-run").args(&loading))?;
+    let others = std::thread::spawn(build_others);
     let loading = Run::new(&loading)?;
+    let _ = others.join();
     let (rest, guests) = std::thread::scope(|scope| {
-        let guests = scope.spawn(|| vm::matrix(&vm::Args::default()));
+        let guests = scope.spawn(|| vm::matrix(&vm::Args::all(!is_long())));
         let rest = Run::new(&[&units[..], &waiting].concat())
             .and_then(|rest| Ok([rest, Run::new(&["--doc".to_owned()])?]));
         rest.map(|rest| (rest, guests.join()))
@@ -83,6 +88,27 @@ fn everything() -> Result<Tally> {
         tally.add(run.settled()?);
     }
     Ok(tally)
+}
+
+/// What every build and run of tests shares, so that each needs no other
+/// build.
+const BUILD: [&str; 4] = ["test", "--workspace", "--locked", "--no-fail-fast"];
+
+/// Builds every test, with the time that nobody else wants. What fails here
+/// fails again when they are to run.
+fn build_others() {
+    let cargo = exec::cargo();
+    let mut command = Command::new("nice");
+    command.args(["-n", "19"]).arg(cargo.get_program());
+    command.current_dir(exec::root()).args(BUILD);
+    if let Err(error) = exec::run(command.args(["--no-run", "--quiet"])) {
+        println!("{error:#}");
+    }
+}
+
+/// Whether the storms and the guests run in full length.
+fn is_long() -> bool {
+    std::env::var_os("CONNMON_STORM").is_some_and(|storm| storm == "long")
 }
 
 /// Makes the release and checks it.
@@ -110,8 +136,7 @@ impl Run {
     /// Runs it, passing its output on and counting.
     fn new(args: &[String]) -> Result<Self> {
         let mut command = exec::cargo();
-        command.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
-        command.args(args);
+        command.args(BUILD).args(args);
         if !args.iter().any(|arg| arg == "--") {
             command.arg("--");
         }

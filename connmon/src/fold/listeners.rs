@@ -3,6 +3,10 @@
 //! Events keep it current; every walk's LISTEN rows bring accept-queue
 //! lengths, owners and what the events missed. A group that two complete
 //! walks in a row do not show, and no event speaks of, ends.
+//!
+//! A namespace read under a stand-in goes by another name in events. A group
+//! that only events told of and one of a stand-in at the same address and
+//! port are then taken for the same, once a walk has shown the second.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -49,6 +53,12 @@ struct State {
     touched: bool,
     /// Absent from the last complete walk.
     missed: bool,
+    /// No row has shown it.
+    told: bool,
+    /// Its rows come under a stand-in for its namespace.
+    stand_in: bool,
+    /// Of a stand-in: its namespace in events; 0 where none spoke of it.
+    heard_as: NetnsId,
 }
 
 /// The inventory.
@@ -58,6 +68,8 @@ pub(super) struct Listeners {
     max: usize,
     host: NetnsId,
     groups: BTreeMap<Group, State>,
+    /// Some group came under a stand-in, so events may go by another name.
+    stand_ins: bool,
     /// Groups that ended since the walk under way began; `None` without one.
     ended: Option<Vec<Group>>,
     /// Groups that found no place, and whether an event or a row spoke of
@@ -74,6 +86,7 @@ impl Listeners {
             max,
             host,
             groups: BTreeMap::new(),
+            stand_ins: false,
             ended: None,
             unplaced: BTreeMap::new(),
             overflow: 0,
@@ -82,7 +95,10 @@ impl Listeners {
 
     /// A socket began to listen.
     pub(super) fn listen(&mut self, netns: NetnsId, address: IpAddr, port: u16, owner: &Owner) {
-        if let Some(state) = self.group((netns, address, port)) {
+        let group = (netns, address, port);
+        let group = self.under_stand_in(group, false).unwrap_or(group);
+        if let Some(state) = self.group(group) {
+            state.told |= state.now.count == 0;
             state.touched = true;
             state.missed = false;
             state.now.count += 1;
@@ -93,6 +109,7 @@ impl Listeners {
     /// A socket stopped listening. Who owns what is left, the next walk says.
     pub(super) fn unlisten(&mut self, netns: NetnsId, address: IpAddr, port: u16) {
         let group = (netns, address, port);
+        let group = self.under_stand_in(group, true).unwrap_or(group);
         let Some(state) = self.groups.get_mut(&group) else {
             return;
         };
@@ -108,6 +125,30 @@ impl Listeners {
         }
     }
 
+    /// The group of a stand-in that an event about `group` means, unless it
+    /// has one of its own: the one that an event has named so before, or, where
+    /// it may be a `guess`, the only one that none has named.
+    fn under_stand_in(&self, group: Group, guess: bool) -> Option<Group> {
+        if !self.stand_ins || self.groups.contains_key(&group) {
+            return None;
+        }
+        let (netns, address, port) = group;
+        let mut unnamed = Vec::new();
+        for (&found, state) in &self.groups {
+            if state.stand_in && (found.1, found.2) == (address, port) {
+                match state.heard_as {
+                    0 => unnamed.push(found),
+                    heard_as if heard_as == netns => return Some(found),
+                    _ => {}
+                }
+            }
+        }
+        match unnamed[..] {
+            [only] if guess => Some(only),
+            _ => None,
+        }
+    }
+
     /// A walk begins.
     pub(super) fn begin(&mut self) {
         self.ended = Some(Vec::new());
@@ -120,8 +161,9 @@ impl Listeners {
         }
     }
 
-    /// A LISTEN row.
-    pub(super) fn row(&mut self, netns: NetnsId, row: &Row) {
+    /// A LISTEN row, of a namespace or of a stand-in for one.
+    pub(super) fn row(&mut self, netns: NetnsId, stand_in: bool, row: &Row) {
+        self.stand_ins |= stand_in;
         let group = (netns, row.tuple.local, row.tuple.local_port);
         let may_have_ended = self
             .ended
@@ -134,6 +176,8 @@ impl Listeners {
             return;
         }
         if let Some(state) = self.group(group) {
+            state.told = false;
+            state.stand_in = stand_in;
             state.next.count += 1;
             state.next.add_owner(&row.owner);
             state.next.queue_length += u64::from(row.receive_queue);
@@ -189,11 +233,38 @@ impl Listeners {
     }
 
     /// A walk is over; `covered` says which namespaces still exist. Groups of
-    /// the others end the way absent ones do.
-    pub(super) fn end(&mut self, covered: impl Fn(NetnsId) -> bool, all: bool) {
+    /// the others end the way absent ones do, those that no walk reached under
+    /// the name that events use (`named`) at once where a stand-in has them.
+    pub(super) fn end(
+        &mut self,
+        covered: impl Fn(NetnsId) -> bool,
+        named: impl Fn(NetnsId) -> bool,
+        all: bool,
+    ) {
         self.ended = None;
         if !all {
             return;
+        }
+        let told: Vec<Group> = (self.groups.iter())
+            .filter(|(group, state)| state.told && !state.touched && !named(group.0))
+            .map(|(&group, _)| group)
+            .collect();
+        for group in told {
+            let Some(told) = self.groups.remove(&group) else {
+                continue;
+            };
+            let same = self.groups.iter_mut().find(|(found, state)| {
+                state.stand_in && state.heard_as == 0 && (found.1, found.2) == (group.1, group.2)
+            });
+            if let Some((_, state)) = same {
+                state.heard_as = group.0;
+                if state.now.pid == 0 {
+                    state.now.pid = told.now.pid;
+                    state.now.comm = told.now.comm;
+                }
+            } else {
+                self.groups.insert(group, told);
+            }
         }
         self.groups.retain(|group, state| {
             if covered(group.0) || state.touched {
@@ -294,10 +365,10 @@ mod tests {
     fn walk(listeners: &mut Listeners, netns: NetnsId, rows: &[Row]) {
         listeners.begin();
         for row in rows {
-            listeners.row(netns, row);
+            listeners.row(netns, false, row);
         }
         listeners.end_namespace(netns, true);
-        listeners.end(|other| other == netns, true);
+        listeners.end(|other| other == netns, |other| other == netns, true);
     }
 
     const ANY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
@@ -335,7 +406,7 @@ mod tests {
         listeners.listen(1, ANY, 80, &owner(1, b"a"));
         listeners.begin();
         listeners.unlisten(1, ANY, 80);
-        listeners.row(1, &row("0.0.0.0", 80, (0, 1), owner(1, b"a")));
+        listeners.row(1, false, &row("0.0.0.0", 80, (0, 1), owner(1, b"a")));
         listeners.end_namespace(1, true);
         assert!(listeners.snapshot().is_empty());
     }
@@ -356,6 +427,75 @@ mod tests {
         walk(&mut listeners, 1, &[]);
         walk(&mut listeners, 1, &[]);
         assert!(listeners.snapshot().is_empty(), "its namespace is gone");
+    }
+
+    /// A walk that reads one namespace, under a stand-in for it.
+    fn walk_stand_in(listeners: &mut Listeners, stand_in: NetnsId, rows: &[Row]) {
+        listeners.begin();
+        for row in rows {
+            listeners.row(stand_in, true, row);
+        }
+        listeners.end_namespace(stand_in, true);
+        listeners.end(|_| true, |other| other == stand_in, true);
+    }
+
+    #[test]
+    fn a_listener_under_a_stand_in_is_the_one_that_events_spoke_of() {
+        const STAND_IN: NetnsId = 4_000_000_000;
+        let mut listeners = Listeners::new(true, 10, 1);
+        let rows = [row("0.0.0.0", 80, (0, 1), owner(0, b""))];
+        listeners.listen(7, ANY, 80, &owner(20, b"nginx"));
+        walk_stand_in(&mut listeners, STAND_IN, &rows);
+        let seen = listeners.snapshot();
+        assert_eq!(seen.len(), 1, "{seen:?}");
+        assert_eq!((seen[0].netns, seen[0].sockets), (STAND_IN, 1));
+        assert_eq!((seen[0].process.as_str(), seen[0].pid), ("nginx", 20));
+        // Further events of that namespace mean the same group.
+        listeners.listen(7, ANY, 80, &owner(10, b"nginx"));
+        let seen = listeners.snapshot();
+        assert_eq!((seen.len(), seen[0].sockets, seen[0].pid), (1, 2, 10));
+        // Another namespace's do not.
+        listeners.listen(8, ANY, 80, &owner(30, b"caddy"));
+        listeners.unlisten(8, ANY, 80);
+        listeners.unlisten(7, ANY, 80);
+        assert_eq!(listeners.snapshot()[0].sockets, 1);
+        listeners.unlisten(7, ANY, 80);
+        assert!(listeners.snapshot().is_empty());
+    }
+
+    #[test]
+    fn a_listener_of_before_under_a_stand_in_ends_with_its_event() {
+        let mut listeners = Listeners::new(true, 10, 1);
+        let rows = [row("0.0.0.0", 80, (0, 1), owner(0, b""))];
+        walk_stand_in(&mut listeners, 4_000_000_000, &rows);
+        listeners.unlisten(7, ANY, 81);
+        assert_eq!(listeners.snapshot().len(), 1);
+        listeners.unlisten(7, ANY, 80);
+        assert!(listeners.snapshot().is_empty());
+        // Of two, nobody knows which: the walks will tell.
+        let mut listeners = Listeners::new(true, 10, 1);
+        listeners.begin();
+        for stand_in in [4_000_000_000, 4_000_000_001] {
+            listeners.row(stand_in, true, &rows[0]);
+            listeners.end_namespace(stand_in, true);
+        }
+        listeners.end(|_| true, |other| other != 7, true);
+        listeners.unlisten(7, ANY, 80);
+        assert_eq!(listeners.snapshot().len(), 2);
+    }
+
+    #[test]
+    fn a_listener_that_is_told_while_a_stand_in_is_read_waits_for_the_next_walk() {
+        let mut listeners = Listeners::new(true, 10, 1);
+        let rows = [row("0.0.0.0", 80, (0, 1), owner(0, b""))];
+        listeners.begin();
+        listeners.row(4_000_000_000, true, &rows[0]);
+        listeners.listen(7, ANY, 80, &owner(20, b"nginx"));
+        listeners.end_namespace(4_000_000_000, true);
+        listeners.end(|_| true, |other| other != 7, true);
+        assert_eq!(listeners.snapshot().len(), 2, "it may be another's");
+        walk_stand_in(&mut listeners, 4_000_000_000, &rows);
+        assert_eq!(listeners.snapshot().len(), 1);
     }
 
     #[test]
@@ -388,7 +528,7 @@ mod tests {
         // A namespace read in part says nothing of what it did not show.
         listeners.begin();
         listeners.end_namespace(1, false);
-        listeners.end(|_| true, true);
+        listeners.end(|_| true, |_| true, true);
         walk(&mut listeners, 1, &rows);
         assert_eq!(listeners.overflow, 3);
         // One that gets a place, loses it and comes back is a new loss, as is

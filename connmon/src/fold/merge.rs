@@ -344,7 +344,8 @@ impl Fold {
         let port = row.tuple.local_port;
         progress.listening.insert(port);
         if progress.pass == 0 {
-            self.listeners.row(progress.netns, row);
+            let stand_in = progress.netns != progress.key_netns;
+            self.listeners.row(progress.netns, stand_in, row);
         }
         if !self.filter.hides_listener(row.tuple.local) {
             progress.listening_anywhere.insert(port);
@@ -541,6 +542,7 @@ impl Fold {
         }
         self.listeners.end(
             |netns| !progress.listed || progress.coverage(netns) != Coverage::Unlisted,
+            |netns| !progress.stand_ins || progress.covered.contains_key(&netns),
             progress.audits(),
         );
         if progress.seeding {

@@ -7,7 +7,9 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use aya::Ebpf;
 use aya::programs::links::FdLink;
-use aya::programs::{BtfTracePoint, FEntry, FExit, KProbe, Program, ProgramError, TracePoint};
+use aya::programs::{
+    BtfTracePoint, FEntry, FExit, KProbe, Program, ProgramError, RawTracePoint, TracePoint,
+};
 use connmon_common::tuning::tracepoint::ASSERTED;
 
 use super::load::KernelTypes;
@@ -64,17 +66,41 @@ pub fn attach_state(
     climb.finish(Probe::SetState, attached)
 }
 
-/// Attaches the second of `state_tp_btf`, which must be attached already:
+/// Attaches the second of the state program, which must be attached already:
 /// the kernel runs the programs of a tracepoint in the order in which they
 /// came. The reason in words when that fails.
-pub fn attach_nested(
+pub fn attach_second(
     ebpf: &mut Ebpf,
     types: Result<&KernelTypes, &str>,
+    method: Method,
 ) -> Result<Attached, String> {
-    let mut climb = Climb::new(ebpf, types);
-    let attached = climb.try_rung(Probe::SetState, Method::TpBtf, "state_nested");
-    let (_, attached) = attached.ok_or_else(|| climb.reasons.join("; "))?;
-    Ok(attached)
+    if method == Method::TpBtf {
+        let mut climb = Climb::new(ebpf, types);
+        let attached = climb.try_rung(Probe::SetState, method, "state_nested");
+        let (_, attached) = attached.ok_or_else(|| climb.reasons.join("; "))?;
+        return Ok(attached);
+    }
+    let name = "state_lost";
+    let attach = |program: &mut Program| {
+        let program: &mut RawTracePoint = program.try_into()?;
+        program.load()?;
+        program.attach(Probe::SetState.label())?;
+        Ok(program.fd()?.as_fd().try_clone_to_owned()?)
+    };
+    let program = program(ebpf, name)?;
+    let attached = attach(program).map_err(|error: ProgramError| brief(&error));
+    if attached.is_err()
+        && let Program::RawTracePoint(program) = program
+    {
+        // As in `Climb::try_rung`.
+        let _ = program.unload();
+    }
+    Ok(Attached {
+        probe: Probe::SetState,
+        name,
+        program: attached?,
+        link: None,
+    })
 }
 
 /// Attaches a function probe. Counts do not depend on it.

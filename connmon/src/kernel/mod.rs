@@ -129,6 +129,8 @@ pub struct Tracer {
     taken: u64,
     /// Missed runs of the state program that nothing made good.
     missed: u64,
+    /// A second program tells of missed runs, on any kernel.
+    lost_told: bool,
     ring_bytes: u32,
     rungs: Vec<Rung>,
     meters: Vec<ProgramMeter>,
@@ -177,9 +179,13 @@ impl Tracer {
             return Err(AttachError::state(&rung, options.ring_buffer_bytes));
         };
         let mut meters = vec![ProgramMeter::new(attached, &rung)];
-        if meters[0].missed().is_some() && rung.method == Method::TpBtf {
-            match ladder::attach_nested(&mut ebpf, known) {
-                Ok(attached) => meters.push(ProgramMeter::second(attached)),
+        let mut lost_told = false;
+        if meters[0].missed().is_some() || rung.method == Method::Tracepoint {
+            match ladder::attach_second(&mut ebpf, known, rung.method) {
+                Ok(attached) => {
+                    lost_told = rung.method == Method::Tracepoint;
+                    meters.push(ProgramMeter::second(attached));
+                }
                 Err(reason) => {
                     log::info!("state changes within interrupts may be missed: {reason}")
                 }
@@ -199,6 +205,7 @@ impl Tracer {
             counters,
             taken: 0,
             missed: 0,
+            lost_told,
             ring_bytes: options.ring_buffer_bytes,
             rungs,
             meters,
@@ -253,6 +260,10 @@ impl Tracer {
             .filter_map(ProgramMeter::missed)
             .collect();
         let totals = self.counters.read();
+        if self.lost_told {
+            missed.retain(|(probe, _)| *probe != Probe::SetState);
+            missed.insert(0, (Probe::SetState, totals.lost));
+        }
         for (probe, missed) in &mut missed {
             if *probe == Probe::SetState {
                 // Runs that were missed between the two readings and caught

@@ -80,6 +80,8 @@ pub struct Totals {
     pub ring_full: u64,
     /// Missed runs of the state program that its second made good.
     pub caught: u64,
+    /// Missed runs of the classic tracepoint's program, as its second tells.
+    pub lost: u64,
 }
 
 /// Reads the per-CPU counters without allocating.
@@ -114,6 +116,7 @@ impl CounterReader {
             totals.produced += cpu[..RING_FULL].iter().sum::<u64>();
             totals.ring_full += cpu[RING_FULL..CAUGHT].iter().sum::<u64>();
             totals.caught += cpu[CAUGHT];
+            totals.lost += cpu[LOST];
         }
         totals
     }
@@ -123,6 +126,7 @@ impl CounterReader {
 const WORDS: usize = size_of::<PerCpu>() / 8;
 const RING_FULL: usize = std::mem::offset_of!(PerCpu, ring_full) / 8;
 const CAUGHT: usize = std::mem::offset_of!(PerCpu, caught) / 8;
+const LOST: usize = std::mem::offset_of!(PerCpu, lost) / 8;
 const _: () = assert!(std::mem::offset_of!(PerCpu, produced) == 0);
 
 /// What the kernel keeps about one attached program.

@@ -57,7 +57,12 @@ fn with_bpf_alone_seeds_of_other_namespaces_meet_their_events() {
     command.args(["--ports.allow", &TRACED_PORT.to_string()]);
     let agent = Agent::spawn(command);
     let first = agent.scrape();
+    let listeners = |scrape: &Scrape| {
+        let port = TRACED_PORT.to_string();
+        scrape.sum("connmon_listening_socket_info", &[("port", &port)])
+    };
     assert_eq!(gauges(&first, TRACED_PORT), (60.0, 60.0), "{}", agent.log());
+    assert_eq!(listeners(&first), 3.0);
     held.pop();
     agent.until("two namespaces", |scrape| {
         gauges(scrape, TRACED_PORT) == (40.0, 40.0)
@@ -72,8 +77,13 @@ fn with_bpf_alone_seeds_of_other_namespaces_meet_their_events() {
     // Removing takes two of them.
     let later = agent.until("two audits", |scrape| audits(scrape) >= 2.0);
     assert_eq!(gauges(&later, TRACED_PORT), (45.0, 45.0));
+    agent.until("one listener a namespace", |scrape| {
+        listeners(scrape) == 3.0
+    });
     drop(held);
-    agent.until("none", |scrape| gauges(scrape, TRACED_PORT) == (0.0, 0.0));
+    agent.until("none", |scrape| {
+        gauges(scrape, TRACED_PORT) == (0.0, 0.0) && listeners(scrape) == 0.0
+    });
     let last = agent.scrape();
     let port = TRACED_PORT.to_string();
     let opened = last.sum("connmon_port_connections_opened_total", &[("port", &port)]);

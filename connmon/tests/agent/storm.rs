@@ -56,11 +56,11 @@ fn audits(scrape: &Scrape) -> f64 {
     scrape.sum("connmon_reconcile_runs_total", &[])
 }
 
-/// Waits until another audit, begun after now, has found nothing to correct.
-fn no_drift(agent: &Agent) -> Scrape {
-    // One more may be under way.
-    let before = audits(&agent.scrape());
+/// Waits until an audit, begun after there had been so many, has found nothing
+/// to correct.
+fn no_drift(agent: &Agent, before: f64) -> Scrape {
     agent.until("no drift", |scrape| {
+        // One more may have been under way.
         audits(scrape) >= before + 2.0 && scrape.get("connmon_drift_connections", &[]) == Some(0.0)
     })
 }
@@ -208,7 +208,7 @@ fn an_overflown_ring_is_counted_and_healed() {
         last.sum("connmon_unattributed_events_total", &[]),
         last.sum("connmon_events_dropped_total", &[])
     );
-    no_drift(&agent);
+    no_drift(&agent, stopped);
     assert!(
         last.sum(
             "connmon_reconcile_corrections_total",
@@ -257,11 +257,12 @@ fn namespaces_of_before_are_there_at_the_first_scrape() {
     // Half of them end under it, with all they hold.
     let kept = held.split_off(held.len() / 2);
     drop(held);
+    let ended = audits(&agent.scrape());
     let left = 2.0 * kept.len() as f64 * f64::from(connections);
     agent.until("half of them", |scrape| {
         gauge(scrape, NAMESPACED_PORT) == left
     });
-    assert_eq!(gauge(&no_drift(&agent), NAMESPACED_PORT), left);
+    assert_eq!(gauge(&no_drift(&agent, ended), NAMESPACED_PORT), left);
     drop(kept);
     agent.until("none of them", |scrape| {
         gauge(scrape, NAMESPACED_PORT) == 0.0
@@ -304,7 +305,7 @@ fn every_loaded_namespace_is_exact_and_one_ends_under_it() {
         load.stop();
         assert_eq!(gauge(&agent.scrape(), port), 0.0);
     }
-    no_drift(&agent);
+    no_drift(&agent, audits(&agent.scrape()));
     agent.stop();
 }
 
@@ -334,10 +335,11 @@ fn a_namespace_whose_end_is_lost_is_evicted() {
     agent.signal(SIGCONT);
     let port = load.port();
     load.stop();
+    let stopped = audits(&agent.scrape());
     agent.until("its eviction", |scrape| {
         gauge(scrape, LOST_PORT) == 0.0 && gauge(scrape, port) == 0.0
     });
-    let last = no_drift(&agent);
+    let last = no_drift(&agent, stopped);
     assert!(dropped(&last) > 0.0, "nothing was lost");
     assert_eq!((gauge(&last, LOST_PORT), gauge(&last, port)), (0.0, 0.0));
     agent.stop();

@@ -57,9 +57,22 @@ pub struct Args {
     /// Only scenarios whose name contains this
     #[arg(long)]
     scenario: Option<String>,
+    /// On the kernels between the oldest and the newest, the highest rung only
+    #[arg(long)]
+    short: bool,
     /// Show all that the guests print
     #[arg(long)]
     verbose: bool,
+}
+
+impl Args {
+    /// Every kernel and rung, or the short form.
+    pub fn all(short: bool) -> Self {
+        Self {
+            short,
+            ..Self::default()
+        }
+    }
 }
 
 /// A guest that can be packed and booted.
@@ -67,6 +80,7 @@ struct Guest {
     name: String,
     dir: PathBuf,
     kernel: Unpacked,
+    payload: Payload,
 }
 
 /// What one boot came to.
@@ -118,18 +132,39 @@ pub fn matrix(args: &Args) -> Result<Tally> {
     } else {
         args.rung.clone()
     };
-    let payload = Payload {
-        agent,
-        test,
-        runs: (rungs.into_iter())
-            .map(|rung| (rung, args.scenario.clone()))
-            .collect(),
-    };
+    let runs: Vec<_> = (rungs.into_iter())
+        .map(|rung| (rung, args.scenario.clone()))
+        .collect();
     let mut guests = VecDeque::new();
-    for (name, kernel) in kernels(args, &dir, &mut tally)? {
+    let kernels = kernels(args, &dir, &mut tally)?;
+    let between = 1..kernels.len().saturating_sub(1);
+    for (at, (name, kernel)) in kernels.into_iter().enumerate() {
         let dir = dir.join(&name);
         std::fs::create_dir_all(&dir)?;
-        guests.push_back(Guest { name, dir, kernel });
+        let mut payload = Payload {
+            agent: agent.clone(),
+            test: test.clone(),
+            runs: runs.clone(),
+        };
+        if args.short && between.contains(&at) {
+            let left = payload.runs.split_off(1);
+            let left: Vec<_> = left.iter().map(|(rung, _)| rung.as_str()).collect();
+            println!("not in the short form: {name} {}", left.join(", "));
+            // The longest first.
+            guests.push_back(Guest {
+                name,
+                dir,
+                kernel,
+                payload,
+            });
+        } else {
+            guests.push_front(Guest {
+                name,
+                dir,
+                kernel,
+                payload,
+            });
+        }
     }
     let guests = Mutex::new(guests);
     let booted = Mutex::new(Vec::new());
@@ -138,7 +173,7 @@ pub fn matrix(args: &Args) -> Result<Tally> {
         for _ in 0..GUESTS {
             scope.spawn(|| {
                 while let Some(guest) = next() {
-                    let boot = guest.boot(&payload, args.verbose);
+                    let boot = guest.boot(args.verbose);
                     if let Ok(mut booted) = booted.lock() {
                         booted.push((guest, boot));
                     }
@@ -152,7 +187,7 @@ pub fn matrix(args: &Args) -> Result<Tally> {
     for (guest, boot) in booted {
         let boot = boot?;
         tally.add(if boot.worth_another() {
-            guest.again(boot, &payload, args.verbose)?
+            guest.again(boot, args.verbose)?
         } else {
             boot.tally
         });
@@ -226,23 +261,23 @@ impl Guest {
     /// Boots to the end. A guest that stopped on its way, with nothing failed
     /// until then, is booted once more: an emulated kernel hangs now and then
     /// on a busy machine.
-    fn boot(&self, payload: &Payload, verbose: bool) -> Result<Boot> {
-        let first = self.boot_once(payload, verbose)?;
+    fn boot(&self, verbose: bool) -> Result<Boot> {
+        let first = self.boot_once(&self.payload, verbose)?;
         if !first.stopped || !first.failed.is_empty() {
             return Ok(first);
         }
         println!("again: {}: the guest stopped on its way", self.name);
-        self.boot_once(payload, verbose)
+        self.boot_once(&self.payload, verbose)
     }
 
     /// Runs the few that failed once more, with no other guest beside it:
     /// under emulation a busy machine fails one in hundreds.
-    fn again(&self, first: Boot, payload: &Payload, verbose: bool) -> Result<Tally> {
+    fn again(&self, first: Boot, verbose: bool) -> Result<Tally> {
         let runs = (first.failed.iter())
             .map(|(rung, scenario, _)| (rung.clone(), Some(scenario.clone())))
             .collect();
         println!("again: {}: {runs:?}", self.name);
-        let second = self.boot_once(&payload.with(runs), verbose)?;
+        let second = self.boot_once(&self.payload.with(runs), verbose)?;
         let mut tally = first.tally;
         for (rung, scenario, line) in first.failed {
             if second.passed.contains(&(rung, scenario)) {
