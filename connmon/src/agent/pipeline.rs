@@ -277,11 +277,14 @@ impl Pipeline {
                 self.fold.lost(lost.events);
             }
             self.schedule.loss(monotonic_ns());
+            let remedy = match lost.events {
+                0 => "",
+                _ => "; a larger --ebpf.ring-buffer-size may help",
+            };
             crate::limited!(
                 log::Level::Warn,
                 "events-lost",
-                "{} events dropped and {} program runs missed: auditing now; a larger \
-                     --ebpf.ring-buffer-size may help",
+                "{} events dropped and {} program runs missed: auditing now{remedy}",
                 lost.events,
                 lost.missed_runs,
             );
