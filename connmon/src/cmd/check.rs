@@ -391,11 +391,17 @@ fn judge_rung(rung: &Rung) -> (Outcome, String, &'static str) {
         (Probe::SetState, Method::Tracepoint) => (
             Outcome::Degraded,
             why("tracepoint, slower than tp_btf"),
-            remedy_for(reason),
+            match remedy_for(reason) {
+                FUNCTION_PROBES => "please report this line with the kernel's release",
+                remedy => remedy,
+            },
         ),
         (_, method) => (Outcome::Ok, why(method.label()), ""),
     }
 }
+
+/// What a kernel must have for the function probes, when no more is known.
+const FUNCTION_PROBES: &str = "run a kernel with CONFIG_KPROBES; counts do not depend on it";
 
 /// What helps a probe up its ladder.
 fn remedy_for(reason: &str) -> &'static str {
@@ -408,7 +414,7 @@ fn remedy_for(reason: &str) -> &'static str {
     } else if reason.contains("os error 1)") {
         "the kernel refuses trampolines and kprobes: see lockdown and capabilities; counts do not depend on it"
     } else {
-        "run a kernel with CONFIG_KPROBES; counts do not depend on it"
+        FUNCTION_PROBES
     }
 }
 
@@ -552,6 +558,18 @@ mod tests {
             .iter()
             .filter(|line| line.check.starts_with("feature: "));
         assert_eq!(features.count(), sandbox::features().len());
+    }
+
+    #[test]
+    fn a_state_program_that_does_not_load_is_no_matter_of_kprobes() {
+        let reason = "tp_btf: load: Invalid argument (os error 22) (bad access)";
+        let mut findings = good();
+        findings.tracing.as_mut().ok().unwrap().rungs[0] =
+            rung(Probe::SetState, Method::Tracepoint, Some(reason));
+        let lines = judge(&findings);
+        let line = find(&lines, "probe inet_sock_set_state");
+        assert_eq!(line.result, Outcome::Degraded);
+        assert!(line.remedy.contains("report"), "{line:?}");
     }
 
     #[test]

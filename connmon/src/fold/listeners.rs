@@ -57,6 +57,8 @@ struct State {
     told: bool,
     /// Its rows come under a stand-in for its namespace.
     stand_in: bool,
+    /// Which walk showed it first.
+    seen: u32,
     /// Of a stand-in: its namespace in events; 0 where none spoke of it.
     heard_as: NetnsId,
 }
@@ -70,6 +72,8 @@ pub(super) struct Listeners {
     groups: BTreeMap<Group, State>,
     /// Some group came under a stand-in, so events may go by another name.
     stand_ins: bool,
+    /// Walks so far.
+    walks: u32,
     /// Groups that ended since the walk under way began; `None` without one.
     ended: Option<Vec<Group>>,
     /// Groups that found no place, and whether an event or a row spoke of
@@ -87,6 +91,7 @@ impl Listeners {
             host,
             groups: BTreeMap::new(),
             stand_ins: false,
+            walks: 0,
             ended: None,
             unplaced: BTreeMap::new(),
             overflow: 0,
@@ -175,7 +180,11 @@ impl Listeners {
             }
             return;
         }
+        let walks = self.walks;
         if let Some(state) = self.group(group) {
+            if state.now.count == 0 && state.next.count == 0 {
+                state.seen = walks;
+            }
             state.told = false;
             state.stand_in = stand_in;
             state.next.count += 1;
@@ -232,39 +241,18 @@ impl Listeners {
         }
     }
 
-    /// A walk is over; `covered` says which namespaces still exist. Groups of
-    /// the others end the way absent ones do, those that no walk reached under
-    /// the name that events use (`named`) at once where a stand-in has them.
-    pub(super) fn end(
-        &mut self,
-        covered: impl Fn(NetnsId) -> bool,
-        named: impl Fn(NetnsId) -> bool,
-        all: bool,
-    ) {
+    /// A walk is over; `covered` says which namespaces still exist, under the
+    /// name that they were read by, or may. Groups of the others end the way
+    /// absent ones do; those that only events told of end at once where a
+    /// stand-in has them.
+    pub(super) fn end(&mut self, covered: impl Fn(NetnsId) -> bool, all: bool) {
         self.ended = None;
         if !all {
             return;
         }
-        let told: Vec<Group> = (self.groups.iter())
-            .filter(|(group, state)| state.told && !state.touched && !named(group.0))
-            .map(|(&group, _)| group)
-            .collect();
-        for group in told {
-            let Some(told) = self.groups.remove(&group) else {
-                continue;
-            };
-            let same = self.groups.iter_mut().find(|(found, state)| {
-                state.stand_in && state.heard_as == 0 && (found.1, found.2) == (group.1, group.2)
-            });
-            if let Some((_, state)) = same {
-                state.heard_as = group.0;
-                if state.now.pid == 0 {
-                    state.now.pid = told.now.pid;
-                    state.now.comm = told.now.comm;
-                }
-            } else {
-                self.groups.insert(group, told);
-            }
+        self.walks = self.walks.wrapping_add(1);
+        if self.stand_ins {
+            self.find_told(&covered);
         }
         self.groups.retain(|group, state| {
             if covered(group.0) || state.touched {
@@ -273,6 +261,35 @@ impl Listeners {
             !std::mem::replace(&mut state.missed, true)
         });
         self.unplaced.retain(|group, met| covered(group.0) || *met);
+    }
+
+    /// Gives groups that only events told of to those of stand-ins: each to
+    /// the one first seen last, among those that no event has named.
+    fn find_told(&mut self, covered: impl Fn(NetnsId) -> bool) {
+        let told: Vec<Group> = (self.groups.iter())
+            .filter(|(group, state)| state.told && !state.touched && !covered(group.0))
+            .map(|(&group, _)| group)
+            .collect();
+        for group in told {
+            let same = (self.groups.iter())
+                .filter(|(found, state)| {
+                    let unnamed = state.stand_in && state.heard_as == 0;
+                    unnamed && (found.1, found.2) == (group.1, group.2)
+                })
+                .min_by_key(|(_, state)| self.walks.wrapping_sub(state.seen))
+                .map(|(&found, _)| found);
+            let Some(same) = same else { continue };
+            let Some(told) = self.groups.remove(&group) else {
+                continue;
+            };
+            if let Some(state) = self.groups.get_mut(&same) {
+                state.heard_as = group.0;
+                if state.now.pid == 0 {
+                    state.now.pid = told.now.pid;
+                    state.now.comm = told.now.comm;
+                }
+            }
+        }
     }
 
     fn group(&mut self, group: Group) -> Option<&mut State> {
@@ -368,7 +385,7 @@ mod tests {
             listeners.row(netns, false, row);
         }
         listeners.end_namespace(netns, true);
-        listeners.end(|other| other == netns, |other| other == netns, true);
+        listeners.end(|other| other == netns, true);
     }
 
     const ANY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
@@ -436,7 +453,7 @@ mod tests {
             listeners.row(stand_in, true, row);
         }
         listeners.end_namespace(stand_in, true);
-        listeners.end(|_| true, |other| other == stand_in, true);
+        listeners.end(|other| other == stand_in, true);
     }
 
     #[test]
@@ -479,8 +496,36 @@ mod tests {
             listeners.row(stand_in, true, &rows[0]);
             listeners.end_namespace(stand_in, true);
         }
-        listeners.end(|_| true, |other| other != 7, true);
+        listeners.end(|other| other != 7, true);
         listeners.unlisten(7, ANY, 80);
+        assert_eq!(listeners.snapshot().len(), 2);
+    }
+
+    #[test]
+    fn a_listener_goes_to_the_stand_in_that_is_new_and_with_its_namespace() {
+        let mut listeners = Listeners::new(true, 10, 1);
+        let rows = [row("0.0.0.0", 80, (0, 1), owner(0, b""))];
+        let read = |listeners: &mut Listeners, stand_ins: &[NetnsId]| {
+            listeners.begin();
+            for &stand_in in stand_ins {
+                listeners.row(stand_in, true, &rows[0]);
+                listeners.end_namespace(stand_in, true);
+            }
+            listeners.end(|other| stand_ins.contains(&other), true);
+        };
+        read(&mut listeners, &[4_000_000_001, 4_000_000_003]);
+        listeners.listen(7, ANY, 80, &owner(20, b"nginx"));
+        let all = [4_000_000_001, 4_000_000_002, 4_000_000_003];
+        read(&mut listeners, &all);
+        let seen: Vec<_> = (listeners.snapshot().iter())
+            .map(|row| (row.netns, row.pid))
+            .collect();
+        assert_eq!(seen, [(all[0], 0), (all[1], 20), (all[2], 0)]);
+        // A namespace that ended, and an event that meant none of the rest.
+        listeners.listen(9, ANY, 81, &owner(30, b"caddy"));
+        for _ in 0..3 {
+            read(&mut listeners, &all[..2]);
+        }
         assert_eq!(listeners.snapshot().len(), 2);
     }
 
@@ -492,7 +537,7 @@ mod tests {
         listeners.row(4_000_000_000, true, &rows[0]);
         listeners.listen(7, ANY, 80, &owner(20, b"nginx"));
         listeners.end_namespace(4_000_000_000, true);
-        listeners.end(|_| true, |other| other != 7, true);
+        listeners.end(|other| other != 7, true);
         assert_eq!(listeners.snapshot().len(), 2, "it may be another's");
         walk_stand_in(&mut listeners, 4_000_000_000, &rows);
         assert_eq!(listeners.snapshot().len(), 1);
@@ -528,7 +573,7 @@ mod tests {
         // A namespace read in part says nothing of what it did not show.
         listeners.begin();
         listeners.end_namespace(1, false);
-        listeners.end(|_| true, |_| true, true);
+        listeners.end(|_| true, true);
         walk(&mut listeners, 1, &rows);
         assert_eq!(listeners.overflow, 3);
         // One that gets a place, loses it and comes back is a new loss, as is

@@ -540,9 +540,15 @@ impl Fold {
             // What could not be looked for yet goes after the next walk.
             self.lost = true;
         }
+        // Where stand-ins were read, a namespace that was not read under its
+        // own name was under one of theirs, unless some were not read at all.
+        let some_unread = !progress.listed || progress.any_incomplete || summary.unaudited > 0;
         self.listeners.end(
-            |netns| !progress.listed || progress.coverage(netns) != Coverage::Unlisted,
-            |netns| !progress.stand_ins || progress.covered.contains_key(&netns),
+            |netns| match progress.covered.get(&netns) {
+                Some(Coverage::Complete | Coverage::Incomplete) => true,
+                Some(_) if !progress.stand_ins => true,
+                _ => !progress.listed || (progress.stand_ins && some_unread),
+            },
             progress.audits(),
         );
         if progress.seeding {
