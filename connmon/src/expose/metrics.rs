@@ -6,7 +6,6 @@
 //! accept queues that were read from /proc.
 
 use bytes::Bytes;
-use prometheus::{Encoder, TextEncoder};
 
 use super::families::{FAMILIES, Id};
 use super::process::{Process, ProcessFigures};
@@ -79,16 +78,8 @@ impl Metrics {
 
     fn encode(&mut self) -> Bytes {
         let mut text = Vec::with_capacity(self.last_length + self.last_length / 8);
-        let encoder = TextEncoder::new();
-        for family in self.rows.iter().filter_map(Rows::proto) {
-            // Fails for families without a name or rows, and there are none.
-            if let Err(error) = encoder.encode(std::slice::from_ref(family), &mut text) {
-                crate::limited!(
-                    log::Level::Error,
-                    "encode",
-                    "cannot encode metrics: {error}"
-                );
-            }
+        for rows in &self.rows {
+            rows.encode(&mut text);
         }
         self.last_length = text.len();
         Bytes::from(text)
