@@ -13,8 +13,9 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::connections::{Responding, Watch};
 
 /// Bytes of a body given to hyper at a time, so that what is not sent yet is
-/// counted as such and not lost sight of in a buffer.
-const CHUNK: usize = 32 * 1024;
+/// counted as such and not lost sight of in a buffer. With half of it, a body
+/// goes out in pieces of one segment, each of which wakes its reader.
+const CHUNK: usize = 128 * 1024;
 
 /// A stream whose every sign of life is noted.
 pub(crate) struct Watched<S> {
