@@ -65,11 +65,19 @@ pub fn missing() -> Option<&'static str> {
     (!debian).then_some("no dpkg: this is not Debian")
 }
 
-/// Makes everything, checks it, and says how many checks it passed.
+/// What was made.
+pub struct Release {
+    /// The agent.
+    pub binary: PathBuf,
+    /// How many checks it passed.
+    pub checked: u64,
+}
+
+/// Makes everything and checks it.
 ///
 /// # Errors
 /// As [`run`].
-pub fn release(args: &Args) -> anyhow::Result<u64> {
+pub fn release(args: &Args) -> anyhow::Result<Release> {
     let dist = Dist::new()?;
     let mut checked = 0;
     let mut check = |what: &str, result: anyhow::Result<()>| -> anyhow::Result<()> {
@@ -128,7 +136,7 @@ pub fn release(args: &Args) -> anyhow::Result<u64> {
         let bytes = fs::metadata(&file)?.len();
         println!("{bytes:>10}  {}", file.display());
     }
-    Ok(checked)
+    Ok(Release { binary, checked })
 }
 
 struct Dist {

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use anyhow::{Context as _, Result, anyhow};
 
-use crate::exec;
+use crate::{exec, install};
 
 /// (target, folders with seeds).
 const TARGETS: [(&str, &[&str]); 5] = [
@@ -16,8 +16,7 @@ const TARGETS: [(&str, &[&str]); 5] = [
     ("web_config", &["connmon/fixtures/web"]),
 ];
 
-/// The version that is installed where there is none.
-const CARGO_FUZZ: &str = "0.13.2";
+const CARGO_FUZZ: (&str, &str) = ("cargo-fuzz", "0.13.2");
 
 /// `cargo xtask fuzz`.
 #[derive(Debug, clap::Args)]
@@ -34,14 +33,7 @@ pub struct Args {
 /// # Errors
 /// When cargo-fuzz cannot be had, or a target found something.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    if !has_cargo_fuzz() {
-        println!("installing cargo-fuzz {CARGO_FUZZ}");
-        exec::run(
-            exec::cargo()
-                .args(["install", "--locked", "--quiet", "cargo-fuzz"])
-                .args(["--version", CARGO_FUZZ]),
-        )?;
-    }
+    install::cargo_tool(CARGO_FUZZ)?;
     for asked in &args.target {
         anyhow::ensure!(
             TARGETS.iter().any(|(target, _)| target == asked),
@@ -94,14 +86,4 @@ fn fuzz() -> Command {
     // Sanitizers are not for stable compilers; this one obeys all the same.
     command.env("RUSTC_BOOTSTRAP", "1").arg("fuzz");
     command
-}
-
-fn has_cargo_fuzz() -> bool {
-    let mut command: Command = exec::cargo();
-    command
-        .args(["fuzz", "--version"])
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success())
 }

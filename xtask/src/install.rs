@@ -160,7 +160,7 @@ pub fn cargo_tool((name, version): (&str, &str)) -> Result<()> {
             .args(["install", "--locked", "--version", version, name])
             .env("CARGO_PROFILE_RELEASE_LTO", "off")
             .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
-            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"),
+            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0"),
     )
 }
 

@@ -1,6 +1,7 @@
 //! Every test, one summary.
 
 use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -117,16 +118,32 @@ fn release(tally: &mut Tally) {
         tally.skip(&format!("dist: {reason}"));
         return;
     }
-    match dist::release(&dist::Args::default()) {
-        Ok(checks) => tally.passed += checks,
+    let checked = dist::release(&dist::Args::default()).and_then(|release| {
+        tally.passed += release.checked;
+        let storm = RESTARTS.map(str::to_owned);
+        Run::of(&storm, &[("CONNMON_AGENT", release.binary)])?.settled()
+    });
+    match checked {
+        Ok(restarts) => tally.add(restarts),
         Err(error) => tally.fail(format!("{error:#}")),
     }
 }
+
+/// Restarts under load once more, by the agent as released, which leaves the
+/// load the time to be one.
+const RESTARTS: [&str; 5] = [
+    "--test=agent",
+    "--",
+    "--exact",
+    "storm::restarts_under_load_start_with_the_truth",
+    "--test-threads=1",
+];
 
 /// One `cargo test`.
 struct Run {
     /// What was asked for.
     args: Vec<String>,
+    environment: Vec<(&'static str, PathBuf)>,
     read: Libtest,
     /// It ended as it should, or with tests that failed.
     sound: bool,
@@ -135,8 +152,14 @@ struct Run {
 impl Run {
     /// Runs it, passing its output on and counting.
     fn new(args: &[String]) -> Result<Self> {
+        Self::of(args, &[])
+    }
+
+    /// The same with some variables.
+    fn of(args: &[String], environment: &[(&'static str, PathBuf)]) -> Result<Self> {
         let mut command = exec::cargo();
         command.args(BUILD).args(args);
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
         if !args.iter().any(|arg| arg == "--") {
             command.arg("--");
         }
@@ -158,6 +181,7 @@ impl Run {
         let status = child.wait().with_context(|| format!("`{shown}`"))?;
         Ok(Self {
             args: args.to_vec(),
+            environment: environment.to_vec(),
             sound: status.success() || read.failed > 0,
             read,
         })
@@ -176,7 +200,7 @@ impl Run {
             let alone = ["--", "--exact", "--test-threads=1"].map(str::to_owned);
             let before = self.args.iter().take_while(|arg| *arg != "--");
             let args: Vec<String> = before.chain(&alone).chain(&names).cloned().collect();
-            Some(Self::new(&args)?.read)
+            Some(Self::of(&args, &self.environment)?.read)
         } else {
             None
         };

@@ -118,9 +118,11 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// The binary under test.
+    /// The binary under test: this build's, or the one that `CONNMON_AGENT`
+    /// names.
     pub fn binary() -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_connmon"));
+        let given = std::env::var_os("CONNMON_AGENT");
+        let mut command = Command::new(given.unwrap_or(env!("CARGO_BIN_EXE_connmon").into()));
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("CONNMON_") {
                 command.env_remove(name);

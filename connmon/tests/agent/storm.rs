@@ -65,6 +65,10 @@ fn no_drift(agent: &Agent, before: f64) -> Scrape {
     })
 }
 
+/// Connections a second that restarts are to bear. The agent of a debug build
+/// leaves two processors no time for as many; a released one does.
+const AIM: f64 = 20_000.0;
+
 #[test]
 fn restarts_under_load_start_with_the_truth() {
     if !may_run("restarts under load") {
@@ -79,6 +83,7 @@ fn restarts_under_load_start_with_the_truth() {
     let (mut rounds, mut tries) = (0, 0);
     let wanted = scale(4, 20);
     let (mut opened, mut elapsed) = (0, Duration::ZERO);
+    let mut at_speed = 0;
     while rounds < wanted {
         tries += 1;
         assert!(tries <= 3 * wanted, "the load is too fast for any bound");
@@ -88,8 +93,9 @@ fn restarts_under_load_start_with_the_truth() {
         let first = agent.scrape();
         let actual = load.established();
         let changed = load.changes() - before;
-        opened += load.opened() - opened_before;
-        elapsed += started.elapsed();
+        let (opened_now, elapsed_now) = (load.opened() - opened_before, started.elapsed());
+        opened += opened_now;
+        elapsed += elapsed_now;
         let seen = gauge(&first, load.port());
         // Each end of a connection is a socket; what the load's clients are
         // doing right now is not in its count yet.
@@ -130,13 +136,14 @@ fn restarts_under_load_start_with_the_truth() {
             agent.stop();
         }
         rounds += 1;
+        at_speed += u32::from(opened_now as f64 >= AIM * elapsed_now.as_secs_f64());
     }
     let agent = start(&ports, &[]);
     let all = load.stop();
     println!(
-        "{all} connections under {tries} restarts, {rounds} of them judged; {:.0} a second while \
-         an agent started, of 20000 aimed at: {} CPUs carried the load, the agent of a debug \
-         build and all other tests",
+        "{all} connections under {tries} restarts, {rounds} of them judged, {at_speed} of these \
+         at {AIM} a second or more; {:.0} a second while an agent started, on {} CPUs that \
+         carried load, agent and whatever else was running",
         opened as f64 / elapsed.as_secs_f64(),
         std::thread::available_parallelism().unwrap()
     );
