@@ -175,8 +175,8 @@ pub struct Socket(Dialogue<OwnedFd>);
 trait Channel {
     /// Sends a request to the kernel.
     fn send(&self, request: &[u8]) -> rustix::io::Result<()>;
-    /// Waits for a datagram.
-    fn receive(&self, buffer: &mut [u8]) -> rustix::io::Result<Received>;
+    /// Waits for a datagram, or takes one that is there: EAGAIN without.
+    fn receive(&self, buffer: &mut [u8], wait: bool) -> rustix::io::Result<Received>;
 }
 
 /// A datagram that was read.
@@ -194,8 +194,12 @@ impl Channel for OwnedFd {
         rustix::net::send(self, request, SendFlags::empty()).map(drop)
     }
 
-    fn receive(&self, buffer: &mut [u8]) -> rustix::io::Result<Received> {
-        let (read, length, from) = rustix::net::recvfrom(self, buffer, RecvFlags::TRUNC)?;
+    fn receive(&self, buffer: &mut [u8], wait: bool) -> rustix::io::Result<Received> {
+        let flags = match wait {
+            true => RecvFlags::TRUNC,
+            false => RecvFlags::TRUNC | RecvFlags::DONTWAIT,
+        };
+        let (read, length, from) = rustix::net::recvfrom(self, buffer, flags)?;
         let from_kernel = from
             .and_then(|from| SocketAddrNetlink::try_from(from).ok())
             .is_some_and(|from| from.pid() == 0);
@@ -298,19 +302,42 @@ impl<C: Channel> Dialogue<C> {
             !states.has(row.state) || sink(row)
         };
         let mut last = String::new();
-        for _ in 0..ATTEMPTS {
+        let (mut attempts, mut was_busy) = (ATTEMPTS, false);
+        while attempts > 0 {
+            attempts -= 1;
             match self.attempt(family, states, info, buffer, undecodable, &mut sink) {
                 Ok(Attempt::Complete) => return Dumped::Complete,
                 Ok(Attempt::Stopped) => return Dumped::Stopped,
                 Ok(Attempt::Broken(why)) => last = why,
                 Err(error) => last = format!("sock_diag: {error}"),
-                Ok(Attempt::Refused(error)) if !delivered.get() => return Dumped::Refused(error),
-                Ok(Attempt::Refused(error)) => last = format!("sock_diag: {error}"),
+                Ok(Attempt::Refused(error)) => {
+                    if error.raw_os_error() == Some(libc::EBUSY) && !was_busy {
+                        // An attempt before was not read to its end.
+                        (attempts, was_busy) = (attempts + 1, true);
+                    } else if !delivered.get() {
+                        return Dumped::Refused(error);
+                    }
+                    last = format!("sock_diag: {error}");
+                }
             }
-            // Answers to the broken attempt may still be queued; they carry
-            // its sequence number and are ignored by the next one.
+            self.drain(buffer);
         }
         Dumped::Partial(last)
+    }
+
+    /// Reads what is left of a broken attempt. The kernel makes a dump's next
+    /// part when one is read (`netlink_recvmsg`), and refuses another dump by
+    /// EBUSY until that has come to its end; where it had no memory for a
+    /// part, it goes on when that refusal is read.
+    fn drain(&mut self, buffer: &mut DumpBuffer) {
+        let mut errors = 0;
+        while errors < DRAIN_ERRORS {
+            match retry(|| self.channel.receive(&mut buffer.0, false)) {
+                Ok(_) => {}
+                Err(rustix::io::Errno::NOBUFS) => errors += 1,
+                Err(_) => break,
+            }
+        }
     }
 
     fn attempt(
@@ -334,7 +361,6 @@ impl<C: Channel> Dialogue<C> {
             }
         };
         if let Err(error) = sent {
-            // EBUSY: the attempt before is still being dumped.
             return Ok(Attempt::Broken(format!("sock_diag request: {error}")));
         }
         let (mut interrupted, mut skipped) = (false, 0);
@@ -343,7 +369,7 @@ impl<C: Channel> Dialogue<C> {
                 read,
                 length,
                 from_kernel,
-            } = match retry(|| self.channel.receive(&mut buffer.0)) {
+            } = match retry(|| self.channel.receive(&mut buffer.0, true)) {
                 Ok(received) => received,
                 Err(rustix::io::Errno::NOBUFS) => {
                     return Ok(Attempt::Broken(
@@ -581,6 +607,8 @@ const fn align(length: usize) -> usize {
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// A dump and one repetition.
 const ATTEMPTS: usize = 2;
+/// Failed reads, with a remainder to be thrown away, after which it is left.
+const DRAIN_ERRORS: usize = 16;
 const DUMP_BUFFER_BYTES: usize = 32 * 1024;
 
 // include/uapi/linux/netlink.h, sock_diag.h and inet_diag.h.
@@ -614,6 +642,8 @@ const TCPI_BYTES_RECEIVED: usize = 128;
 const TCPI_BYTES_SENT: usize = 200;
 const TCPI_BYTES_RETRANS: usize = 208;
 
+#[cfg(test)]
+mod overrun;
 #[cfg(test)]
 mod scripted;
 

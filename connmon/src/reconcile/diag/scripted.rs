@@ -18,6 +18,10 @@ enum Step {
     Forged(Vec<Message>),
     /// Messages to the request before the last one.
     Stale(Vec<Message>),
+    /// What is there without waiting, of the last request.
+    Left(Vec<Message>),
+    /// As above, an error.
+    LeftError(Errno),
     Error(Errno),
 }
 
@@ -38,15 +42,23 @@ impl Channel for Script {
         Ok(())
     }
 
-    fn receive(&self, buffer: &mut [u8]) -> rustix::io::Result<Received> {
-        let step = self.steps.borrow_mut().pop_front();
+    fn receive(&self, buffer: &mut [u8], wait: bool) -> rustix::io::Result<Received> {
+        let mut steps = self.steps.borrow_mut();
+        let is_left = matches!(steps.front(), Some(Step::Left(_) | Step::LeftError(_)));
+        assert!(!wait || !is_left, "waited for what was there");
+        if !wait && !is_left {
+            return Err(Errno::AGAIN);
+        }
+        let step = steps.pop_front();
         let sequence = self.sequence.get();
         let (bytes, fit, from_kernel) = match step.expect("read beyond the script") {
-            Step::Answer(messages) => (datagram(&messages, sequence), usize::MAX, true),
+            Step::Answer(messages) | Step::Left(messages) => {
+                (datagram(&messages, sequence), usize::MAX, true)
+            }
             Step::Cut(messages, fit) => (datagram(&messages, sequence), fit, true),
             Step::Forged(messages) => (datagram(&messages, sequence), usize::MAX, false),
             Step::Stale(messages) => (datagram(&messages, sequence - 1), usize::MAX, true),
-            Step::Error(errno) => return Err(errno),
+            Step::Error(errno) | Step::LeftError(errno) => return Err(errno),
         };
         let read = bytes.len().min(fit).min(buffer.len());
         buffer[..read].copy_from_slice(&bytes[..read]);
@@ -130,14 +142,48 @@ fn partial(dumped: Dumped) -> String {
 #[test]
 fn a_dump_that_ran_out_of_buffer_space_is_repeated_in_full() {
     let (dumped, ports, requests) = dump([
+        Step::Answer(vec![socket(1)]),
         Step::Error(Errno::NOBUFS),
-        // What the first attempt had queued is not taken for the second's.
+        // The kernel goes on with it, and takes no other request before its end.
+        Step::Left(vec![socket(8)]),
+        Step::LeftError(Errno::NOBUFS),
+        Step::Left(vec![socket(8), done()]),
+        // What was queued nevertheless is not taken for the second's.
         Step::Stale(vec![socket(9), done()]),
         Step::Answer(vec![socket(1), socket(2)]),
         Step::Answer(vec![socket(3), done()]),
     ]);
     assert!(matches!(dumped, Dumped::Complete), "{dumped:?}");
-    assert_eq!((ports, requests), (vec![1, 2, 3], 2));
+    assert_eq!((ports, requests), (vec![1, 1, 2, 3], 2));
+}
+
+#[test]
+fn a_dump_refused_for_the_one_before_is_asked_for_once_more() {
+    let busy = || Step::Answer(vec![refused(libc::EBUSY)]);
+    let rest = || Step::Left(vec![socket(8), done()]);
+    let (dumped, ports, requests) = dump([
+        Step::Error(Errno::NOBUFS),
+        busy(),
+        // Reading the refusal sets the kernel going again.
+        rest(),
+        Step::Answer(vec![socket(1), done()]),
+    ]);
+    assert!(matches!(dumped, Dumped::Complete), "{dumped:?}");
+    assert_eq!((ports, requests), (vec![1], 3));
+
+    // Not for ever.
+    let (dumped, _, requests) = dump([busy(), rest(), busy()]);
+    assert!(matches!(dumped, Dumped::Refused(_)), "{dumped:?}");
+    assert_eq!(requests, 2);
+}
+
+#[test]
+fn what_never_comes_to_an_end_is_left() {
+    let errors = || (0..DRAIN_ERRORS).map(|_| Step::LeftError(Errno::NOBUFS));
+    let attempt = || std::iter::once(Step::Error(Errno::NOBUFS)).chain(errors());
+    let (dumped, _, requests) = dump(attempt().chain(attempt()));
+    assert!(partial(dumped).contains("ran out of buffer space"));
+    assert_eq!(requests, 2);
 }
 
 #[test]

@@ -1,0 +1,62 @@
+//! Dumps on a socket of the running kernel that has overrun.
+
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+use super::*;
+
+/// A request that the kernel answers by an error alone.
+const NO_SUCH_REQUEST: u16 = 0x7f;
+
+/// Has the kernel answer more than the socket has room for, which is the one
+/// way to an ENOBUFS that needs no memory to run out (`netlink_overrun`); a
+/// dump begun then stops at its first part (`netlink_dump`).
+fn overrun(socket: &Socket) {
+    let fd = &socket.0.channel;
+    // The kernel's minimum.
+    sockopt::set_socket_recv_buffer_size(fd, 1).unwrap();
+    for _ in 0..64 {
+        let request: [u8; REQUEST_BYTES] = message_to_kernel(NO_SUCH_REQUEST, 0);
+        fd.send(&request).unwrap();
+    }
+}
+
+#[test]
+fn a_dump_after_an_overrun_is_complete() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let client = TcpStream::connect(address).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    let mut socket = Socket::open().unwrap();
+    for overruns in [false, true, false] {
+        if overruns {
+            overrun(&socket);
+        }
+        let mut sockets = 0;
+        let dumped = socket.dump(
+            Family::V4,
+            States::OPEN,
+            false,
+            &mut DumpBuffer::default(),
+            &mut 0,
+            |row| {
+                sockets += u32::from(row.tuple.local_port == address.port());
+                true
+            },
+        );
+        assert!(matches!(dumped, Dumped::Complete), "{dumped:?}");
+        // A broken dump's rows may come twice.
+        assert!(
+            (1..=1 + u32::from(overruns)).contains(&sockets),
+            "{sockets}"
+        );
+    }
+    drop((client, server));
+}
+
+#[test]
+fn an_overrun_is_met_as_such() {
+    let socket = Socket::open().unwrap();
+    overrun(&socket);
+    let received = socket.0.channel.receive(&mut [0; 64], false);
+    assert_eq!(received.err(), Some(rustix::io::Errno::NOBUFS));
+}
