@@ -54,20 +54,34 @@ pub fn all() -> Result<HashMap<u32, Runs>> {
         .collect())
 }
 
-/// Nanoseconds per hit of the hook, between `start` and `end`, of the programs
-/// that were not there `before`: together, since they sit on the same one.
+/// What programs on one hook cost, in nanoseconds, the reading of the clock
+/// that measures it included once for each run.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// All of them together, for each hit of the hook.
+    pub hit: f64,
+    /// The mean of their runs.
+    pub run: f64,
+}
+
+/// Of the programs that were not there `before`, between `start` and `end`.
 pub fn cost(
     before: &HashMap<u32, Runs>,
     start: &HashMap<u32, Runs>,
     end: &HashMap<u32, Runs>,
-) -> Option<f64> {
-    let (mut time, mut hits) = (0, 0);
-    for (id, runs) in end.iter().filter(|(id, _)| !before.contains_key(id)) {
+) -> Option<Cost> {
+    let (mut time, mut runs, mut hits) = (0, 0, 0);
+    for (id, last) in end.iter().filter(|(id, _)| !before.contains_key(id)) {
         let first = start.get(id).copied().unwrap_or_default();
-        time += runs.run_time_ns.saturating_sub(first.run_time_ns);
-        hits = hits.max(runs.run_cnt.saturating_sub(first.run_cnt));
+        time += last.run_time_ns.saturating_sub(first.run_time_ns);
+        let here = last.run_cnt.saturating_sub(first.run_cnt);
+        runs += here;
+        hits = hits.max(here);
     }
-    (hits > 1000).then(|| time as f64 / hits as f64)
+    (hits > 1000).then(|| Cost {
+        hit: time as f64 / hits as f64,
+        run: time as f64 / runs as f64,
+    })
 }
 
 /// (what, directory under target/criterion, bound in elements per second).
