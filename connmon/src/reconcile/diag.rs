@@ -245,6 +245,10 @@ impl Socket {
             SocketFlags::CLOEXEC,
             Some(netlink::SOCK_DIAG),
         )?;
+        // To the kernel, which then refuses what other processes send
+        // (`netlink_getsockbyportid`): who is root in a user namespace of its
+        // own could keep the queue full and a dump from going on.
+        rustix::net::connect(&fd, &SocketAddrNetlink::new(0, 0))?;
         // A dump is produced by the very calls that read it, so this bounds
         // nothing but a kernel that does not answer at all.
         sockopt::set_socket_timeout(&fd, sockopt::Timeout::Recv, Some(ANSWER_TIMEOUT))?;
@@ -311,11 +315,14 @@ impl<C: Channel> Dialogue<C> {
                 Ok(Attempt::Broken(why)) => last = why,
                 Err(error) => last = format!("sock_diag: {error}"),
                 Ok(Attempt::Refused(error)) => {
-                    if error.raw_os_error() == Some(libc::EBUSY) && !was_busy {
+                    match error.raw_os_error() {
                         // An attempt before was not read to its end.
-                        (attempts, was_busy) = (attempts + 1, true);
-                    } else if !delivered.get() {
-                        return Dumped::Refused(error);
+                        Some(libc::EBUSY) if !was_busy => {
+                            (attempts, was_busy) = (attempts + 1, true);
+                        }
+                        Some(libc::EBUSY | libc::ENOBUFS | libc::ENOMEM) => {}
+                        _ if delivered.get() => {}
+                        _ => return Dumped::Refused(error),
                     }
                     last = format!("sock_diag: {error}");
                 }

@@ -231,6 +231,11 @@ fn rules(room: Room) -> Result<Rules, BackendError> {
                     equal(2, libc::NETLINK_SOCK_DIAG as u32)?,
                 ],
             )?;
+            // To the kernel: shorter than any address of the Internet's, which
+            // another thread's sockets could be led to.
+            let length = size_of::<libc::sockaddr_nl>() as u32;
+            const { assert!(size_of::<libc::sockaddr_nl>() < size_of::<libc::sockaddr_in>()) };
+            allow_if(libc::SYS_connect, vec![equal(2, length)?])?;
         }
         Room::Fold => {
             for command in [
@@ -338,7 +343,6 @@ mod tests {
                 libc::SYS_perf_event_open,
                 libc::SYS_unlinkat,
                 libc::SYS_renameat2,
-                libc::SYS_connect,
                 libc::SYS_kill,
                 libc::SYS_pidfd_getfd,
                 libc::SYS_memfd_create,
@@ -346,6 +350,9 @@ mod tests {
             ] {
                 assert!(!rules.contains_key(&call), "{room}: {call}");
             }
+        }
+        for room in [Room::Fold, Room::Serve] {
+            assert!(!rules(room).unwrap().contains_key(&libc::SYS_connect));
         }
         assert!(!rules(Room::Serve).unwrap().contains_key(&libc::SYS_socket));
         assert!(!rules(Room::Serve).unwrap().contains_key(&libc::SYS_bpf));
@@ -373,7 +380,8 @@ mod tests {
             libc::SYS_socket,
             [libc::AF_INET as c_long, libc::SOCK_STREAM as c_long, 0],
         ),
-        ("connect", libc::SYS_connect, [-1, 0, 0]),
+        ("connect inet", libc::SYS_connect, [-1, 0, 16]),
+        ("connect inet6", libc::SYS_connect, [-1, 0, 28]),
         ("landlock", libc::SYS_landlock_create_ruleset, [0, 0, -1]),
         (
             "mmap exec",

@@ -1,4 +1,5 @@
-//! Dumps on a socket of the running kernel that has overrun.
+//! Dumps on a socket of the running kernel that has overrun, or that others
+//! would fill.
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
@@ -59,4 +60,23 @@ fn an_overrun_is_met_as_such() {
     overrun(&socket);
     let received = socket.0.channel.receive(&mut [0; 64], false);
     assert_eq!(received.err(), Some(rustix::io::Errno::NOBUFS));
+}
+
+#[test]
+fn other_processes_cannot_send_to_it() {
+    let socket = Socket::open().unwrap();
+    let address = rustix::net::getsockname(&socket.0.channel).unwrap();
+    let other = rustix::net::socket_with(
+        AddressFamily::NETLINK,
+        SocketType::RAW,
+        SocketFlags::CLOEXEC,
+        Some(netlink::SOCK_DIAG),
+    )
+    .unwrap();
+    let sent = rustix::net::sendto(&other, &[0; 64], SendFlags::empty(), &address);
+    // EPERM without CAP_NET_ADMIN, whatever the socket is like.
+    let refused = [rustix::io::Errno::CONNREFUSED, rustix::io::Errno::PERM];
+    assert!(refused.contains(&sent.unwrap_err()), "{sent:?}");
+    let received = socket.0.channel.receive(&mut [0; 64], false);
+    assert_eq!(received.err(), Some(rustix::io::Errno::AGAIN));
 }

@@ -172,9 +172,23 @@ fn a_dump_refused_for_the_one_before_is_asked_for_once_more() {
     assert_eq!((ports, requests), (vec![1], 3));
 
     // Not for ever.
-    let (dumped, _, requests) = dump([busy(), rest(), busy()]);
-    assert!(matches!(dumped, Dumped::Refused(_)), "{dumped:?}");
-    assert_eq!(requests, 2);
+    let (dumped, _, requests) = dump([busy(), rest(), busy(), rest(), busy(), rest()]);
+    assert!(partial(dumped).starts_with("sock_diag: "));
+    assert_eq!(requests, 3);
+}
+
+#[test]
+fn want_of_memory_is_no_refusal() {
+    for errno in [libc::ENOBUFS, libc::ENOMEM] {
+        let short = || Step::Answer(vec![refused(errno)]);
+        let (dumped, ports, requests) = dump([short(), Step::Answer(vec![socket(1), done()])]);
+        assert!(matches!(dumped, Dumped::Complete), "{dumped:?}");
+        assert_eq!((ports, requests), (vec![1], 2));
+
+        let (dumped, _, requests) = dump([short(), short()]);
+        assert!(partial(dumped).starts_with("sock_diag: "));
+        assert_eq!(requests, 2);
+    }
 }
 
 #[test]
