@@ -4,7 +4,7 @@
 mod namespaces;
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -18,6 +18,7 @@ use connmon::reconcile::{
     Access, Row, Trigger, Walk, WalkMessage, WalkMessages, WalkSummary, Walker, WalkerOptions,
 };
 use namespaces::{Namespace, ip, may_run, wait_until};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 const AUDIT: Walk = Walk {
     trigger: Trigger::Interval,
@@ -345,6 +346,81 @@ fn the_host_alone_is_the_host_alone() {
     assert_eq!(seen.parts.len(), 1);
     assert_eq!(seen.summary.diag + seen.summary.proc, 1);
     assert_eq!(seen.summary.unaudited, 0);
+}
+
+/// In a container that has the host's processes and a network of its own.
+#[test]
+fn the_host_stays_the_host_without_capabilities() {
+    let what = "the host stays the host without capabilities";
+    if !may_run(what) {
+        return;
+    }
+    if let Err(error) = std::fs::metadata("/proc/1/ns/net") {
+        println!("skipped: {what}: /proc/1/ns/net: {error}");
+        return;
+    }
+    let executable = std::env::current_exe().unwrap();
+    let text = Namespace::new().output(&[
+        executable.to_str().unwrap(),
+        "--exact",
+        "host_child",
+        "--ignored",
+        "--nocapture",
+    ]);
+    assert!(text.contains("1 passed"), "{text}");
+}
+
+/// Run by the test above in another namespace.
+#[test]
+#[ignore = "run by another test, in another namespace"]
+fn host_child() {
+    let [own, host] = ["self", "1"].map(|process| {
+        let file = std::fs::metadata(format!("/proc/{process}/ns/net")).unwrap();
+        u32::try_from(file.ino()).unwrap()
+    });
+    assert_ne!(own, host);
+    let options = WalkerOptions {
+        all_netns: false,
+        listeners: false,
+        ..WalkerOptions::default()
+    };
+    let (walker, messages) =
+        Walker::spawn_after(options, || drop_capabilities(CapabilitySet::all())).unwrap();
+    let seen = Handle { walker, messages }.walk(AUDIT);
+    assert_eq!(seen.parts.len(), 1);
+    let part = seen.only(host);
+    assert_eq!((part.access, part.complete), (Access::Proc, true));
+    assert_eq!(seen.summary.unaudited, 0);
+}
+
+/// With the right to enter namespaces, and none to look into processes.
+#[test]
+fn a_mount_and_an_unreadable_process_are_one_namespace() {
+    if !may_run("a mount and an unreadable process are one namespace") {
+        return;
+    }
+    let namespace = Namespace::new();
+    let resident = namespace.resident();
+    let table = std::fs::metadata(format!("/proc/{}/net/tcp", resident.pid())).unwrap();
+    let (walker, messages) = Walker::spawn_after(WalkerOptions::default(), || {
+        drop_capabilities(CapabilitySet::SYS_PTRACE)
+    })
+    .unwrap();
+    let seen = Handle { walker, messages }.walk(AUDIT);
+    assert_eq!(seen.only(namespace.inode()).access, Access::Diag);
+    let stand_in = u32::try_from(table.ino()).unwrap();
+    assert_eq!(seen.parts(stand_in).count(), 0, "it was read twice");
+}
+
+/// For the calling thread alone.
+fn drop_capabilities(dropped: CapabilitySet) -> io::Result<()> {
+    let left = capabilities(None)?.permitted - dropped;
+    let sets = CapabilitySets {
+        effective: left,
+        permitted: left,
+        inheritable: CapabilitySet::empty(),
+    };
+    Ok(set_capabilities(None, sets)?)
 }
 
 #[test]

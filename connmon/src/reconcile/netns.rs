@@ -1,6 +1,6 @@
 //! Which network namespaces there are, and ways into each.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -21,7 +21,8 @@ pub const MAX_NAMESPACES: usize = 4096;
 pub enum Handle {
     /// It is the walker's own.
     Own,
-    /// A process in it.
+    /// A process in it, or a thread of one whose first thread has ended:
+    /// `/proc` leads to both alike.
     Process(u32),
     /// A file that holds it, as `ip netns add` makes them.
     Mount(PathBuf),
@@ -35,6 +36,9 @@ pub struct Namespace {
     /// Whether `id` is the inode of its `/proc/<pid>/net/tcp` instead, for
     /// want of the right to read the namespace's own.
     pub stand_in: bool,
+    /// Inode of its `/proc/<pid>/net/tcp`, where it is that which tells it
+    /// from others because its own may not be read, or not for long.
+    pub table: Option<u64>,
     /// Ways in, at most [`MAX_HANDLES`] and a mount: processes come and go,
     /// and all that were seen first may have ended by the time they are used.
     pub handles: Vec<Handle>,
@@ -85,6 +89,9 @@ impl Default for Roots {
 /// Ways in that are kept per namespace.
 pub const MAX_HANDLES: usize = 3;
 
+/// Threads that are looked at when the first one of a process has ended.
+const MAX_THREADS: usize = 8;
+
 impl Roots {
     /// The calling process's namespace.
     ///
@@ -95,47 +102,63 @@ impl Roots {
     }
 
     /// The namespace called `host`: pid 1's where that can be read, else the
-    /// agent's own, which it usually is.
+    /// agent's own, which it usually is. The log says so where it is not, or
+    /// where nothing tells.
     ///
     /// # Errors
     /// Without a readable `/proc/self/ns/net`.
     pub fn host(&self) -> io::Result<NetnsId> {
-        namespace_link(&self.proc.join("1/ns/net")).or_else(|_| self.own())
+        let first = self.process(1).join("ns/net");
+        let error = match namespace_link(&first) {
+            Ok(host) => return Ok(host),
+            Err(error) => error,
+        };
+        let table = |handle: Handle| self.table(&handle, Family::V4).and_then(inode);
+        let firsts = table(Handle::Process(1));
+        if firsts.is_none() || firsts != table(Handle::Own) {
+            crate::limited!(
+                log::Level::Warn,
+                "host-netns",
+                "{}: {error}; the agent's own network namespace is taken for the host's",
+                first.display(),
+            );
+        }
+        self.own()
     }
 
-    /// The host's namespace alone.
+    /// The host's namespace, to be asked for before the right to read it is
+    /// given up: its table can still be read, and told from others, after.
     ///
     /// # Errors
     /// Without a readable `/proc/self/ns/net`.
-    pub fn find_host(&self) -> io::Result<Found> {
+    pub fn host_namespace(&self) -> io::Result<Namespace> {
         let (own, host) = (self.own()?, self.host()?);
         let handle = if own == host {
             Handle::Own
         } else {
             Handle::Process(1)
         };
-        Ok(Found {
-            namespaces: vec![Namespace {
-                id: host,
-                stand_in: false,
-                handles: vec![handle],
-            }],
-            ..Found::default()
+        Ok(Namespace {
+            id: host,
+            stand_in: false,
+            table: self.table(&handle, Family::V4).and_then(inode),
+            handles: vec![handle],
         })
     }
 
     /// Every namespace some process is in or some mount holds. Processes
-    /// that end meanwhile are nothing special.
+    /// that end meanwhile are nothing special. `home` is the way back from
+    /// namespaces that only entering tells apart, see [`within`].
     ///
     /// # Errors
     /// Without a readable `/proc`.
-    pub fn find(&self) -> io::Result<Found> {
+    pub fn find(&self, home: &File) -> io::Result<Found> {
         let mut finder = Finder::default();
         finder.note(self.own()?, false, Handle::Own);
         let mut unreadable = Vec::new();
         for pid in self.pids()? {
-            match namespace_link(&self.process(pid).join("ns/net")) {
-                Ok(id) => finder.note(id, false, Handle::Process(pid)),
+            match self.living(pid, |task| namespace_link(&task.join("ns/net"))) {
+                Ok((task, id)) => finder.note(id, false, Handle::Process(task)),
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                     unreadable.push(pid);
                 }
@@ -159,7 +182,7 @@ impl Roots {
             }
         }
         if !unreadable.is_empty() {
-            self.note_unreadable(&unreadable, &mut finder);
+            self.note_unreadable(&unreadable, home, &mut finder);
         }
         Ok(finder.found)
     }
@@ -167,42 +190,66 @@ impl Roots {
     /// Tells the namespaces of processes we may not look into apart by the
     /// inode of `/proc/<pid>/net/tcp`, which needs no right at all: it
     /// belongs to the namespace (`proc_net` entries are per `struct net`).
-    fn note_unreadable(&self, pids: &[u32], finder: &mut Finder) {
-        let mut known = HashMap::new();
-        for namespace in &finder.found.namespaces {
-            for handle in &namespace.handles {
-                if let Some(inode) = self
-                    .table(handle, Family::V4)
-                    .and_then(|path| fs::metadata(path).ok())
-                    .map(|file| file.ino())
-                {
-                    known.insert(inode, namespace.id);
-                    break;
-                }
-            }
-        }
+    fn note_unreadable(&self, pids: &[u32], home: &File, finder: &mut Finder) {
+        let namespaces = &finder.found.namespaces;
+        let known: HashSet<u64> = namespaces
+            .iter()
+            .filter_map(|namespace| self.table_inode(namespace, home))
+            .collect();
         for &pid in pids {
-            let handle = Handle::Process(pid);
-            let Some(path) = self.table(&handle, Family::V4) else {
-                continue;
-            };
-            match fs::metadata(&path) {
-                Ok(file) => {
-                    if !known.contains_key(&file.ino()) {
-                        finder.note(stand_in(file.ino()), true, handle);
+            let table = |process: &Path| process.join("net").join(Family::V4.proc_file());
+            match self.living(pid, |task| Ok(fs::metadata(table(task))?.ino())) {
+                Ok((task, inode)) => {
+                    if !known.contains(&inode) {
+                        finder.note(stand_in(inode), true, Handle::Process(task));
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                     finder.found.hidden.get_or_insert_with(|| {
                         format!(
                             "{}: {error}; CAP_SYS_PTRACE lets it be read",
-                            path.display()
+                            table(&self.process(pid)).display()
                         )
                     });
                 }
                 Err(_) => {}
             }
         }
+    }
+
+    /// The inode of a namespace's table by the first way that leads to it.
+    fn table_inode(&self, namespace: &Namespace, home: &File) -> Option<u64> {
+        namespace.handles.iter().find_map(|handle| {
+            if let Some(path) = self.table(handle, Family::V4) {
+                return inode(path);
+            }
+            // Nothing shows a mounted namespace's table from outside.
+            let there = self.open(namespace, handle).ok()?;
+            within(&there, home, || inode(self.own_table(Family::V4))).ok()?
+        })
+    }
+
+    /// What `look` finds in the directory of a process, or of another of its
+    /// threads: a first thread that ended before the others is in no
+    /// namespace any more. With the id that leads there.
+    fn living<T>(&self, pid: u32, look: impl Fn(&Path) -> io::Result<T>) -> io::Result<(u32, T)> {
+        let process = self.process(pid);
+        let gone = match look(&process) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => error,
+            result => return result.map(|found| (pid, found)),
+        };
+        let tasks = process.join("task");
+        let Ok(entries) = fs::read_dir(&tasks) else {
+            return Err(gone);
+        };
+        entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+            .filter(|&tid| tid != pid)
+            .take(MAX_THREADS)
+            .map(|tid| look(&tasks.join(tid.to_string())).map(|found| (tid, found)))
+            .find(|result| !matches!(result, Err(error) if error.kind() == io::ErrorKind::NotFound))
+            .unwrap_or(Err(gone))
     }
 
     /// The path of a namespace's table as seen through a handle.
@@ -257,16 +304,16 @@ impl Roots {
             }
             Err(error) => return Err(error),
         };
-        let same = match (handle, namespace.stand_in) {
+        let same = match (handle, namespace.table) {
             (Handle::Own | Handle::Mount(_), _) => true,
-            (Handle::Process(pid), false) => {
+            (Handle::Process(pid), None) => {
                 namespace_link(&self.process(*pid).join("ns/net"))? == namespace.id
             }
-            (Handle::Process(_), true) => {
+            (Handle::Process(_), Some(inode)) => {
                 let v4 = self
                     .table(handle, Family::V4)
                     .ok_or(io::ErrorKind::NotFound)?;
-                stand_in(fs::metadata(v4)?.ino()) == namespace.id
+                fs::metadata(v4)?.ino() == inode
             }
         };
         if same {
@@ -282,14 +329,17 @@ impl Roots {
     /// # Errors
     /// Without a readable `/proc`.
     pub fn open_own_table(&self, family: Family) -> io::Result<Option<File>> {
-        let path = self.proc.join("thread-self/net").join(family.proc_file());
-        match File::open(path) {
+        match File::open(self.own_table(family)) {
             Ok(file) => Ok(Some(file)),
             Err(error) if error.kind() == io::ErrorKind::NotFound && family == Family::V6 => {
                 Ok(None)
             }
             Err(error) => Err(error),
         }
+    }
+
+    fn own_table(&self, family: Family) -> PathBuf {
+        self.proc.join("thread-self/net").join(family.proc_file())
     }
 
     /// Processes, ascending.
@@ -383,6 +433,7 @@ impl Finder {
                 namespaces.push(Namespace {
                     id,
                     stand_in,
+                    table: stand_in.then_some(id.into()),
                     handles: vec![handle],
                 });
             }
@@ -400,6 +451,10 @@ impl Finder {
 /// (`proc_alloc_inum`), so they are distinct.
 fn stand_in(inode: u64) -> NetnsId {
     inode as NetnsId
+}
+
+fn inode(path: PathBuf) -> Option<u64> {
+    fs::metadata(path).ok().map(|file| file.ino())
 }
 
 /// The inode in a link such as `net:[4026531840]`.
@@ -458,6 +513,12 @@ mod tests {
                 mounts: vec![self.0.path().join("missing"), self.0.path().into()],
             }
         }
+
+        fn find(&self) -> Found {
+            // No mount here leads anywhere, so there is nowhere to return from.
+            let home = File::open(self.0.path()).unwrap();
+            self.roots().find(&home).unwrap()
+        }
     }
 
     #[test]
@@ -468,7 +529,7 @@ mod tests {
         }
         tree.process("30", None); // a zombie: no link
         fs::write(tree.0.path().join("version"), "").unwrap();
-        let found = tree.roots().find().unwrap();
+        let found = tree.find();
         assert_eq!(found.overflow, 0);
         assert_eq!(found.hidden, None);
         let ids: Vec<_> = found.namespaces.iter().map(|ns| ns.id).collect();
@@ -479,6 +540,18 @@ mod tests {
         );
         let nine: Vec<_> = [3, 5, 6].map(Handle::Process).to_vec();
         assert_eq!(found.namespaces[1].handles, nine);
+    }
+
+    #[test]
+    fn a_process_whose_first_thread_ended_is_found_by_another() {
+        let tree = Tree::new(7);
+        tree.process("50/task/50", None);
+        tree.process("50/task/51", Some(9));
+        tree.process("60/task/60", None); // ended as a whole
+        let found = tree.find();
+        let ids: Vec<_> = found.namespaces.iter().map(|ns| ns.id).collect();
+        assert_eq!(ids, [7, 9]);
+        assert_eq!(found.namespaces[1].handles, [Handle::Process(51)]);
     }
 
     #[test]
@@ -513,13 +586,30 @@ mod tests {
         let tree = Tree::new(7);
         assert_eq!(tree.roots().host().unwrap(), 7);
         assert_eq!(
-            tree.roots().find_host().unwrap().namespaces[0].handles,
+            tree.roots().host_namespace().unwrap().handles,
             [Handle::Own]
         );
         tree.process("1", Some(5));
         assert_eq!(tree.roots().host().unwrap(), 5);
-        let found = tree.roots().find_host().unwrap();
-        assert_eq!(found.namespaces[0].handles, [Handle::Process(1)]);
+        let host = tree.roots().host_namespace().unwrap();
+        assert_eq!(host.handles, [Handle::Process(1)]);
+    }
+
+    #[test]
+    fn the_hosts_table_is_known_when_the_link_cannot_be_read_any_more() {
+        let tree = Tree::new(7);
+        tree.process("1", Some(5));
+        let table = tree.0.path().join("1/net/tcp");
+        fs::write(&table, "").unwrap();
+        let roots = tree.roots();
+        let host = roots.host_namespace().unwrap();
+        fs::remove_file(tree.0.path().join("1/ns/net")).unwrap();
+        let open = || roots.open_table(&host, &Handle::Process(1), Family::V4);
+        assert!(open().unwrap().is_some());
+        // The old file keeps its inode from being used again.
+        fs::rename(&table, tree.0.path().join("old")).unwrap();
+        fs::write(&table, "").unwrap();
+        assert_eq!(open().unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

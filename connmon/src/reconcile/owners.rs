@@ -13,8 +13,9 @@ use crate::event::Owner;
 
 /// Owners of listening sockets, found once and checked at each walk.
 ///
-/// The lowest pid that holds a socket is its owner. A socket nobody readable
-/// holds has pid 0, and is looked for again at ever longer intervals.
+/// The lowest pid that holds a socket is its owner, as long as there is time
+/// to see them all. A socket that is not found has pid 0, and is looked for
+/// again at ever longer intervals.
 #[derive(Debug, Default)]
 pub struct OwnerCache {
     entries: HashMap<u32, Entry>,
@@ -22,10 +23,14 @@ pub struct OwnerCache {
     walk: u64,
     scan: Option<Scan>,
     rescans: u32,
-    /// The thread's CPU time at which this walk's search pauses.
-    until: Option<Duration>,
+    /// CPU time that is left for this walk's search.
+    left: Duration,
+    /// When it is used up, another walk goes on.
+    pauses: bool,
     /// It paused before everything was found.
     waits: bool,
+    /// The pid from which the next search starts: those before had their turn.
+    from: u32,
 }
 
 #[derive(Debug)]
@@ -46,28 +51,44 @@ struct Holder {
     fd: u32,
 }
 
+impl Holder {
+    fn owner(self, comm: [u8; 16]) -> Owner {
+        Owner {
+            pid: self.pid,
+            comm,
+            cgroup: 0,
+        }
+    }
+}
+
 impl OwnerCache {
     /// A walk starts: entries are checked again when asked for. What the
-    /// last `KEPT_WALKS` walks did not ask for is forgotten. Searches take no
-    /// more CPU time than `limit` in all; [`OwnerCache::go_on`] takes them up again.
-    pub fn begin_walk(&mut self, limit: Option<Duration>) {
+    /// last `KEPT_WALKS` walks did not ask for is forgotten. Searches pause
+    /// after `pause` of CPU time in all, for [`OwnerCache::go_on`] to take
+    /// them up again; without it they end after `SEARCH`.
+    pub fn begin_walk(&mut self, pause: Option<Duration>) {
         self.walk += 1;
         self.scan = None;
         self.rescans = 0;
-        self.until = limit.map(|limit| cpu_time() + limit);
+        self.left = pause.unwrap_or(SEARCH);
+        self.pauses = pause.is_some();
         self.waits = false;
         let walk = self.walk;
         self.entries
             .retain(|_, entry| entry.last_walk + KEPT_WALKS >= walk);
+        if self.entries.values().all(|entry| entry.holder.is_some()) {
+            self.from = 0;
+        }
     }
 
-    /// A walk that goes on with the search of the one before, without limit.
+    /// A walk that goes on with the search of the one before and ends it.
     pub fn go_on(&mut self) {
-        self.until = None;
+        self.left = SEARCH;
+        self.pauses = false;
         self.waits = false;
     }
 
-    /// Whether the time was up before everything asked for was looked for.
+    /// Whether the search paused before everything asked for was looked for.
     /// To be called at the end of a walk: what else its search remembers is
     /// forgotten.
     pub fn end_walk(&mut self) -> bool {
@@ -86,10 +107,16 @@ impl OwnerCache {
                 missing.insert(inode);
             }
         }
-        if !missing.is_empty() {
-            self.search(roots, &missing);
-        }
-        inodes.iter().map(|inode| self.cached(*inode)).collect()
+        let unkept = if missing.is_empty() {
+            HashMap::new()
+        } else {
+            self.search(roots, &missing)
+        };
+        let owner = |inode: &u32| match unkept.get(inode) {
+            Some(owner) => *owner,
+            None => self.cached(*inode),
+        };
+        inodes.iter().map(owner).collect()
     }
 
     /// The owner of one inode as far as it is known, without any look at
@@ -100,11 +127,7 @@ impl OwnerCache {
                 holder: Some(holder),
                 comm,
                 ..
-            }) => Owner {
-                pid: holder.pid,
-                comm: *comm,
-                cgroup: 0,
-            },
+            }) => holder.owner(*comm),
             _ => Owner::default(),
         }
     }
@@ -134,28 +157,45 @@ impl OwnerCache {
         true
     }
 
-    fn search(&mut self, roots: &Roots, missing: &HashSet<u32>) {
-        let until = self.until;
-        let scan = self.scan.get_or_insert_with(|| Scan::new(roots));
-        if !scan.run(roots, missing, until) {
+    /// Looks for sockets and keeps what comes of it; gives the owners for
+    /// which there is no room.
+    fn search(&mut self, roots: &Roots, missing: &HashSet<u32>) -> HashMap<u32, Owner> {
+        let started = cpu_time();
+        let until = Some(started + self.left);
+        let from = self.from;
+        let scan = self.scan.get_or_insert_with(|| Scan::new(roots, from));
+        let mut done = scan.run(roots, missing, until);
+        // An earlier call of this walk passed by more sockets than it could
+        // remember; look again for these, a few times a walk.
+        if done
+            && scan.forgot
+            && self.rescans < MAX_RESCANS
+            && missing.iter().any(|inode| !scan.seen.contains_key(inode))
+        {
+            self.rescans += 1;
+            *scan = Scan::new(roots, from);
+            done = scan.run(roots, missing, until);
+        }
+        let spent = cpu_time().saturating_sub(started);
+        self.left = self.left.saturating_sub(spent);
+        if done {
+            if scan.pids.is_empty() {
+                self.from = 0;
+            }
+        } else if self.pauses {
             self.waits = true;
+        } else {
+            self.from = scan.next_start();
+            crate::limited!(
+                log::Level::Warn,
+                "owners-search",
+                "the search for owners of listening sockets ended after {SEARCH:?} of CPU time, \
+                 before all processes' descriptors were read; those not found are unknown until \
+                 another audit finds them",
+            );
         }
-        if scan.forgot && missing.iter().any(|inode| !scan.seen.contains_key(inode)) {
-            // An earlier call of this walk passed by more sockets than it
-            // could remember; look again for these, a few times a walk.
-            if self.rescans < MAX_RESCANS {
-                self.rescans += 1;
-                let mut again = Scan::new(roots);
-                if !again.run(roots, missing, until) {
-                    self.waits = true;
-                }
-                *scan = again;
-            }
-        }
+        let mut unkept = HashMap::new();
         for &inode in missing {
-            if self.entries.len() >= MAX_ENTRIES && !self.entries.contains_key(&inode) {
-                continue;
-            }
             let holder = scan.seen.get(&inode).copied();
             if holder.is_none() && self.waits {
                 continue;
@@ -163,6 +203,12 @@ impl OwnerCache {
             let comm = holder
                 .and_then(|holder| comm(&roots.process(holder.pid)))
                 .unwrap_or_default();
+            if self.entries.len() >= MAX_ENTRIES && !self.entries.contains_key(&inode) {
+                if let Some(holder) = holder {
+                    unkept.insert(inode, holder.owner(comm));
+                }
+                continue;
+            }
             let pause = match self.entries.get(&inode) {
                 Some(entry) if holder.is_none() => (entry.pause * 2).min(MAX_PAUSE_WALKS),
                 _ => 1,
@@ -179,13 +225,14 @@ impl OwnerCache {
                 },
             );
         }
+        unkept
     }
 }
 
 /// The owner of each of `inodes` that some readable process holds, for a
 /// listing of all connections: one pass over `/proc`.
 pub fn find(roots: &Roots, inodes: &HashSet<u32>) -> HashMap<u32, Owner> {
-    let mut scan = Scan::new(roots);
+    let mut scan = Scan::new(roots, 0);
     scan.remembers = 0;
     scan.run(roots, inodes, None);
     let mut names: HashMap<u32, [u8; 16]> = HashMap::new();
@@ -195,23 +242,21 @@ pub fn find(roots: &Roots, inodes: &HashSet<u32>) -> HashMap<u32, Owner> {
             let comm = *names
                 .entry(holder.pid)
                 .or_insert_with(|| comm(&roots.process(holder.pid)).unwrap_or_default());
-            let owner = Owner {
-                pid: holder.pid,
-                comm,
-                cgroup: 0,
-            };
-            (inode, owner)
+            (inode, holder.owner(comm))
         })
         .collect()
 }
 
 /// One pass over all processes' descriptors in ascending order of pid, so
 /// that the first holder seen is the lowest; it stops as soon as everything
-/// asked for is found and goes on from there when more is.
+/// asked for is found and goes on from there when more is. One that starts
+/// amid the processes goes round.
 #[derive(Debug)]
 struct Scan {
     /// In descending order, so that the next one is the last.
     pids: Vec<u32>,
+    /// The process it started with.
+    first: Option<u32>,
     seen: HashMap<u32, Holder>,
     /// How many sockets nobody asked for are remembered.
     remembers: usize,
@@ -220,9 +265,14 @@ struct Scan {
 }
 
 impl Scan {
-    fn new(roots: &Roots) -> Self {
+    fn new(roots: &Roots, from: u32) -> Self {
+        let mut pids = roots.pids().unwrap_or_default();
+        let start = pids.partition_point(|&pid| pid < from);
+        pids.rotate_left(start);
+        pids.reverse();
         Self {
-            pids: roots.pids().unwrap_or_default().into_iter().rev().collect(),
+            first: pids.last().copied(),
+            pids,
             seen: HashMap::new(),
             remembers: MAX_REMEMBERED,
             forgot: false,
@@ -231,6 +281,7 @@ impl Scan {
 
     /// False when the time was up before the end.
     fn run(&mut self, roots: &Roots, wanted: &HashSet<u32>, until: Option<Duration>) -> bool {
+        let is_up = || until.is_some_and(|until| cpu_time() >= until);
         let mut left = wanted
             .iter()
             .filter(|inode| !self.seen.contains_key(inode))
@@ -239,11 +290,15 @@ impl Scan {
             let Some(pid) = self.pids.pop() else {
                 return true;
             };
+            if is_up() {
+                self.pids.push(pid);
+                return false;
+            }
             let Ok(descriptors) = fs::read_dir(roots.process(pid).join("fd")) else {
                 continue;
             };
             for (at, entry) in descriptors.flatten().enumerate() {
-                if at % LOOKS == 0 && until.is_some_and(|until| cpu_time() >= until) {
+                if at % LOOKS == LOOKS - 1 && is_up() {
                     self.pids.push(pid);
                     return false;
                 }
@@ -267,7 +322,23 @@ impl Scan {
         }
         true
     }
+
+    /// Where the next search starts when this one ran out of time: at the
+    /// process it was at, which had a part of the time only. One that had all
+    /// of it and did not end has too many descriptors to ever be done with.
+    fn next_start(&self) -> u32 {
+        match self.pids.last() {
+            Some(&pid) if self.first == Some(pid) => pid.saturating_add(1),
+            Some(&pid) => pid,
+            None => 0,
+        }
+    }
 }
+
+/// CPU time that one walk spends on searches, for well over a million
+/// descriptors. Anybody can make more of them, shared by many processes, and
+/// sockets that none of them shows (under way in SCM_RIGHTS).
+const SEARCH: Duration = Duration::from_secs(2);
 
 /// Descriptors between two looks at the clock: about 100 µs.
 const LOOKS: usize = 64;
@@ -419,6 +490,77 @@ mod tests {
         assert_eq!(pids(&cache.owners(&tree.roots(), &[55, 99])), [20, 0]);
         assert!(!cache.end_walk());
         assert!(cache.scan.is_none(), "nothing is kept but what was found");
+    }
+
+    /// A process with more descriptors than there was time for, all of them
+    /// to be read again at every walk.
+    #[test]
+    fn a_search_out_of_time_ends_and_the_next_starts_elsewhere() {
+        let tree = Tree::new();
+        tree.process(20, "hoard", &[(7, 55)]);
+        tree.process(30, "b", &[(7, 55), (8, 66)]);
+        let mut cache = OwnerCache::default();
+        for goes_on in [false, true] {
+            cache.begin_walk(goes_on.then_some(Duration::ZERO));
+            if goes_on {
+                cache.owners(&tree.roots(), &[55]);
+                assert!(cache.end_walk());
+                cache.go_on();
+            }
+            assert_eq!(cache.left, SEARCH);
+            cache.left = Duration::ZERO;
+            assert_eq!(pids(&cache.owners(&tree.roots(), &[55])), [0]);
+            assert!(!cache.end_walk(), "no walk goes on");
+            cache.begin_walk(None);
+            let owners = cache.owners(&tree.roots(), &[55, 66]);
+            assert_eq!(pids(&owners), [30, 30], "20 had its turn");
+            assert!(cache.left < SEARCH, "all searches of a walk count");
+            cache.entries.remove(&55);
+            cache.begin_walk(None);
+            assert_eq!(pids(&cache.owners(&tree.roots(), &[55])), [20]);
+            cache.entries.clear();
+        }
+    }
+
+    #[test]
+    fn a_search_goes_round_and_on_with_the_process_it_was_at() {
+        let tree = Tree::new();
+        for pid in [20, 30, 40] {
+            tree.process(pid, "a", &[]);
+        }
+        let mut scan = Scan::new(&tree.roots(), 30);
+        assert_eq!(scan.pids, [20, 40, 30]);
+        assert_eq!(scan.next_start(), 31, "it had all the time there was");
+        scan.pids.pop();
+        assert_eq!(scan.next_start(), 40, "it had the rest of the time");
+        assert_eq!(Scan::new(&tree.roots(), 41).pids, [40, 30, 20]);
+    }
+
+    #[test]
+    fn an_owner_without_room_in_the_cache_is_known_to_its_walk() {
+        let tree = Tree::new();
+        tree.process(20, "a", &[(7, 55)]);
+        let mut cache = OwnerCache::default();
+        cache.begin_walk(None);
+        let others = 100..100 + MAX_ENTRIES as u32;
+        let walk = cache.walk;
+        cache.entries.extend(others.map(|inode| {
+            let entry = Entry {
+                holder: None,
+                comm: [0; 16],
+                last_walk: walk,
+                pause: 1,
+                next_search: walk + 1,
+                checked: walk,
+            };
+            (inode, entry)
+        }));
+        for _ in 0..2 {
+            let owners = cache.owners(&tree.roots(), &[55, 56, 100]);
+            assert_eq!(pids(&owners), [20, 0, 0]);
+            assert_eq!(name(owners[0]), "a");
+        }
+        assert_eq!(cache.entries.len(), MAX_ENTRIES);
     }
 
     #[test]

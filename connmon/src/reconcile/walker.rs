@@ -208,6 +208,9 @@ struct Closed;
 struct Session {
     options: WalkerOptions,
     own: NetnsId,
+    /// The only one to be read, if not all are. Found before the thread gives
+    /// up what that takes.
+    host: Option<Namespace>,
     home: File,
     begun: sync::Receiver<()>,
     /// The walk under way is the first.
@@ -244,6 +247,9 @@ impl Session {
         begun: sync::Receiver<()>,
     ) -> io::Result<Self> {
         let own = options.roots.own()?;
+        let host = (!options.all_netns)
+            .then(|| options.roots.host_namespace())
+            .transpose()?;
         let home = File::open(options.roots.proc.join("self/ns/net"))?;
         let outbox = Outbox {
             batch: Batch::new(sender, 0),
@@ -257,6 +263,7 @@ impl Session {
         Ok(Self {
             options,
             own,
+            host,
             home,
             begun,
             startup: false,
@@ -292,10 +299,12 @@ impl Session {
     }
 
     fn find(&self) -> io::Result<Found> {
-        if self.options.all_netns {
-            self.options.roots.find()
-        } else {
-            self.options.roots.find_host()
+        match &self.host {
+            None => self.options.roots.find(&self.home),
+            Some(host) => Ok(Found {
+                namespaces: vec![host.clone()],
+                ..Found::default()
+            }),
         }
     }
 
@@ -964,12 +973,46 @@ mod tests {
                 .map(|id| Namespace {
                     id,
                     stand_in: false,
+                    table: None,
                     handles: vec![Handle::Process(1_000)],
                 })
                 .to_vec(),
             ..Found::default()
         };
         assert!(session.namespaces(walk, &found).is_ok());
+        assert_eq!(ends(&mut messages), [(9, true), (10, false)]);
+        assert_eq!(session.summary.unaudited, 1);
+    }
+
+    #[test]
+    fn the_host_of_the_start_is_read_when_its_link_cannot_be_any_more() {
+        let (tree, session, _) = tree();
+        let first = tree.path().join("1");
+        for part in ["ns", "net"] {
+            std::fs::create_dir_all(first.join(part)).unwrap();
+        }
+        std::os::unix::fs::symlink("net:[9]", first.join("ns/net")).unwrap();
+        std::fs::copy(tree.path().join("5/net/tcp"), first.join("net/tcp")).unwrap();
+        let options = WalkerOptions {
+            all_netns: false,
+            ..session.options
+        };
+        let (sender, mut messages) = mpsc::channel(64);
+        let (_, begun) = sync::sync_channel(1);
+        let mut session = Session::new(options, sender, begun).ok().unwrap();
+        std::fs::remove_file(first.join("ns/net")).unwrap();
+        let walk = Walk {
+            trigger: Trigger::Interval,
+            traffic: false,
+            audit: true,
+        };
+        let found = session.find().unwrap();
+        assert!(session.namespaces(walk, &found).is_ok());
+        assert_eq!(ends(&mut messages), [(9, true)]);
+    }
+
+    /// Which namespaces a walk named, and whether it read all of them.
+    fn ends(messages: &mut mpsc::Receiver<WalkMessage>) -> Vec<(NetnsId, bool)> {
         let mut ends = Vec::new();
         while let Ok(message) = messages.try_recv() {
             if let WalkMessage::NamespaceEnd {
@@ -979,8 +1022,7 @@ mod tests {
                 ends.push((netns, complete));
             }
         }
-        assert_eq!(ends, [(9, true), (10, false)]);
-        assert_eq!(session.summary.unaudited, 1);
+        ends
     }
 
     #[test]
