@@ -89,6 +89,7 @@ fn wrong_usage_and_bad_configuration_end_with_2() {
         b"\nfilter.exclude:\n  - 10.0.0.0/8\n  - 10.0.0.0/64\n",
     );
     let empty = scratch.file("empty.mmdb", b"");
+    let nothing = scratch.file("nothing.yml", b"\nweb.listen-address: []\n");
     for (args, message) in [
         (&["--no.such"][..], "--no.such"),
         (&["no-such-command"], "no-such-command"),
@@ -104,6 +105,14 @@ fn wrong_usage_and_bad_configuration_end_with_2() {
         (
             &["--config.file", &bad],
             "bad.yml:4: filter.exclude: bad network \"10.0.0.0/64\"",
+        ),
+        (
+            &["--config.file", &nothing],
+            "nothing.yml:2: web.listen-address: the list is empty",
+        ),
+        (
+            &["trace", "--duration", "1e19"],
+            "'--duration <S>': bad duration \"1e19\": must be more than 0 and at most 100y",
         ),
         (&["--config.file", "/no/such.yml"], "/no/such.yml"),
         (
@@ -132,6 +141,29 @@ fn wrong_usage_and_bad_configuration_end_with_2() {
         err.contains("CONNMON_PROC_INTERVAL: bad duration \"0\""),
         "{err}"
     );
+}
+
+/// What no other command minds is wrong usage of this one.
+#[test]
+fn a_trace_by_polling_is_refused_with_where_it_was_asked_for() {
+    let scratch = Scratch::new();
+    let config = scratch.file("agent.yml", b"ports.max: 1\nsource: proc\n");
+    for (flag, variable, origin) in [
+        (Some("--source=proc".to_owned()), None, "--source"),
+        (None, Some(("CONNMON_SOURCE", "proc")), "CONNMON_SOURCE"),
+        (
+            Some(format!("--config.file={config}")),
+            None,
+            "agent.yml:2: source",
+        ),
+    ] {
+        let mut command = connmon(&["trace"]);
+        command.args(flag).envs(variable);
+        let (code, out, err) = said(command.output().unwrap());
+        assert_eq!((code, out.as_str()), (2, ""), "{origin}: {err}");
+        let message = format!("{origin}: bad value \"proc\": trace needs eBPF");
+        assert!(err.contains(&message), "{origin}: {err}");
+    }
 }
 
 /// A file that cannot be used is found when it is opened; the message still
@@ -265,20 +297,36 @@ fn unknown_variables_are_a_debug_line_and_logs_are_json_when_asked() {
     }
 }
 
-/// The reader is gone before anything is written.
+/// Exit code and stderr where the reader is gone before anything is written.
+fn unread(args: &[&str]) -> (Option<i32>, String) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut child = connmon(args)
+        .stdout(OwnedFd::from(writer))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let status = child.wait().unwrap();
+    let mut err = String::new();
+    child.stderr.unwrap().read_to_string(&mut err).unwrap();
+    (status.code(), err)
+}
+
 #[test]
 fn a_closed_pipe_is_no_panic() {
     for args in [&["--help"][..], &["--version"], &["--config.check"]] {
-        let (reader, writer) = std::io::pipe().unwrap();
-        drop(reader);
-        let mut child = connmon(args)
-            .stdout(OwnedFd::from(writer))
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let status = child.wait().unwrap();
-        let mut err = String::new();
-        child.stderr.unwrap().read_to_string(&mut err).unwrap();
-        assert_eq!((status.code(), err.as_str()), (Some(0), ""), "{args:?}");
+        assert_eq!(unread(args), (Some(0), String::new()), "{args:?}");
+    }
+}
+
+/// The exit code is the answer, whoever reads the lines.
+#[test]
+fn a_check_that_nobody_reads_ends_with_its_verdict() {
+    for output in ["table", "json"] {
+        let args = ["check", "--source=proc", "--log.level=error", "-o", output];
+        let (code, ..) = run(&args);
+        assert_ne!(code, 0, "polling is degraded");
+        let (alone, err) = unread(&args);
+        assert_eq!(alone, Some(code), "{output}: {err}");
     }
 }

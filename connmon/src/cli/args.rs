@@ -135,15 +135,17 @@ fn direction(text: &str) -> Result<Direction, String> {
     )
 }
 
-/// Seconds, fractions allowed, or a Prometheus duration; more than zero.
+/// Seconds, fractions allowed, or a Prometheus duration; more than zero, at
+/// most [`LONGEST`].
 fn seconds(text: &str) -> Result<Duration, String> {
     let value = match text.parse::<f64>() {
-        Ok(seconds) => Duration::try_from_secs_f64(seconds)
-            .map_err(|_| format!("bad duration {text:?}: must be a number of seconds"))?,
-        Err(_) => parse::duration(text)?,
+        Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
+        Err(_) => Some(parse::duration(text)?),
     };
-    if value.is_zero() {
-        return Err(format!("bad duration {text:?}: must be more than 0"));
-    }
-    Ok(value)
+    value
+        .filter(|value| !value.is_zero() && *value <= LONGEST)
+        .ok_or_else(|| format!("bad duration {text:?}: must be more than 0 and at most 100y"))
 }
+
+/// Longest time to run: counted from now it still ends at an `Instant`.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);

@@ -270,6 +270,7 @@ mod tests {
             panic!("not trace");
         };
         assert_eq!(args.duration, Some(Duration::from_millis(2_500)));
+        assert!(parsed("connmon trace --duration 100y").is_ok());
     }
 
     #[test]
@@ -287,6 +288,10 @@ mod tests {
             "connmon trace --event listen",
             "connmon trace --duration x",
             "connmon trace --duration 0",
+            "connmon trace --duration nan",
+            "connmon trace --duration 1e19",
+            "connmon trace --duration 1e20",
+            "connmon trace --duration 101y",
             "connmon trace --count 0",
             "connmon list --by pid",
             "connmon check -o xml",

@@ -3,7 +3,7 @@
 
 mod features;
 
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
 use serde::Serialize;
@@ -139,21 +139,32 @@ impl NoTracing {
 /// the agent runs, degraded; 1: it cannot run.
 ///
 /// # Errors
-/// When the output cannot be written.
+/// When the output cannot be written, other than for want of a reader.
 pub fn run(config: &Config, output: Output) -> anyhow::Result<ExitCode> {
     let lines = judge(&find(config));
-    let mut out = io::stdout().lock();
+    Ok(answer(&mut io::stdout().lock(), output, &lines)?)
+}
+
+/// Prints the lines. The exit code answers too, and whoever asks for it alone
+/// need not read them.
+fn answer(out: &mut impl Write, output: Output, lines: &[Line]) -> io::Result<ExitCode> {
+    match print(out, output, lines) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(exit_code(lines)),
+    }
+}
+
+fn print(out: &mut impl Write, output: Output, lines: &[Line]) -> io::Result<()> {
     match output {
-        Output::Table => table(&mut out, &lines)?,
+        Output::Table => table(out, lines)?,
         Output::Json => {
-            for line in &lines {
-                serde_json::to_writer(&mut out, line)?;
+            for line in lines {
+                serde_json::to_writer(&mut *out, line)?;
                 writeln!(out)?;
             }
         }
     }
-    out.flush()?;
-    Ok(exit_code(&lines))
+    out.flush()
 }
 
 fn find(config: &Config) -> Findings {
@@ -714,6 +725,41 @@ mod tests {
         );
         assert_eq!(find(&lines, "country database").result, Outcome::Failed);
         assert_eq!(exit_code(&lines), ExitCode::FAILURE);
+    }
+
+    /// What cannot be written to, and why.
+    struct Unwritable(ErrorKind);
+
+    impl Write for Unwritable {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Err(self.0.into())
+        }
+    }
+
+    #[test]
+    fn the_verdict_is_the_exit_code_whoever_reads() {
+        let full = judge(&good());
+        let mut findings = good();
+        findings.facts.btf = false;
+        let degraded = judge(&findings);
+        findings.database = Err("/x.mmdb: invalid".into());
+        let failed = judge(&findings);
+        for output in [Output::Table, Output::Json] {
+            for (lines, code) in [
+                (&full, ExitCode::SUCCESS),
+                (&degraded, ExitCode::from(DEGRADED)),
+                (&failed, ExitCode::FAILURE),
+            ] {
+                let gone = answer(&mut Unwritable(ErrorKind::BrokenPipe), output, lines);
+                assert_eq!(gone.unwrap(), code, "{output:?}");
+                let lost = answer(&mut Unwritable(ErrorKind::StorageFull), output, lines);
+                assert_eq!(lost.unwrap_err().kind(), ErrorKind::StorageFull);
+            }
+        }
     }
 
     #[test]

@@ -130,14 +130,10 @@ pub fn state_name(number: u8) -> &'static str {
 /// A process name from the kernel's `comm`: invalid UTF-8 replaced, control
 /// characters made harmless for a terminal; `None` when empty.
 pub fn process_name(comm: &[u8; 16]) -> Option<String> {
-    let end = comm
-        .iter()
-        .position(|&byte| byte == 0)
-        .unwrap_or(comm.len());
-    let text: String = String::from_utf8_lossy(&comm[..end])
+    let text: String = String::from_utf8_lossy(name_bytes(comm))
         .chars()
         .map(|character| {
-            if character.is_control() {
+            if is_control(character) {
                 char::REPLACEMENT_CHARACTER
             } else {
                 character
@@ -145,6 +141,40 @@ pub fn process_name(comm: &[u8; 16]) -> Option<String> {
         })
         .collect();
     (!text.is_empty()).then_some(text)
+}
+
+/// Whether a process is the one asked for: by its name, which the kernel has
+/// cut at 15 bytes, or by what is printed for it.
+pub fn is_named(comm: &[u8; 16], asked: &str) -> bool {
+    let name = name_bytes(comm);
+    // As bytes: the kernel cuts through characters too.
+    let kept = &asked.as_bytes()[..asked.len().min(NAME_BYTES)];
+    !name.is_empty() && (name == kept || process_name(comm).as_deref() == Some(asked))
+}
+
+/// Bytes of a name that the kernel keeps: `TASK_COMM_LEN` without the NUL.
+const NAME_BYTES: usize = 15;
+
+fn name_bytes(comm: &[u8; 16]) -> &[u8] {
+    let end = comm
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(comm.len());
+    &comm[..end]
+}
+
+/// Control characters, line separators, and the marks that turn the direction
+/// of text or are not seen at all.
+fn is_control(character: char) -> bool {
+    character.is_control()
+        || matches!(
+            character,
+            '\u{61c}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}'
+                | '\u{feff}'
+        )
 }
 
 /// Seconds with the unit that keeps three digits.
@@ -201,12 +231,47 @@ fn row(cells: [String; COLUMNS.len()]) -> String {
 mod tests {
     use super::*;
 
+    /// What the kernel keeps of a name.
+    fn comm(name: &str) -> [u8; 16] {
+        let mut comm = [0; 16];
+        for (kept, byte) in comm[..NAME_BYTES].iter_mut().zip(name.bytes()) {
+            *kept = byte;
+        }
+        comm
+    }
+
     #[test]
     fn hostile_names_are_harmless() {
-        let mut comm = [0; 16];
-        comm[..5].copy_from_slice(b"\xff\n\"\x1b[");
-        assert_eq!(process_name(&comm).unwrap(), "\u{fffd}\u{fffd}\"\u{fffd}[");
+        let mut bytes = [0; 16];
+        bytes[..5].copy_from_slice(b"\xff\n\"\x1b[");
+        assert_eq!(process_name(&bytes).unwrap(), "\u{fffd}\u{fffd}\"\u{fffd}[");
         assert_eq!(process_name(&[0; 16]), None);
+        assert_eq!(
+            process_name(&comm("a\u{202e}b\u{2066}\u{200f}")).unwrap(),
+            "a\u{fffd}b\u{fffd}\u{fffd}"
+        );
+        assert_eq!(
+            process_name(&comm("\u{feff}é\u{61c}")).unwrap(),
+            "\u{fffd}é\u{fffd}"
+        );
+    }
+
+    #[test]
+    fn a_name_is_asked_for_whole_or_as_the_kernel_cut_it() {
+        let resolved = comm("systemd-resolved");
+        assert_eq!(process_name(&resolved).unwrap(), "systemd-resolve");
+        for asked in ["systemd-resolved", "systemd-resolve"] {
+            assert!(is_named(&resolved, asked), "{asked}");
+        }
+        for asked in ["systemd-resolv", "systemd", ""] {
+            assert!(!is_named(&resolved, asked), "{asked}");
+        }
+        assert!(!is_named(&comm("curl"), "curlew"));
+        assert!(!is_named(&[0; 16], ""));
+        // Cut within a character.
+        let cut = comm("éééééééé");
+        assert!(is_named(&cut, "éééééééé"));
+        assert!(is_named(&cut, &process_name(&cut).unwrap()));
     }
 
     #[test]

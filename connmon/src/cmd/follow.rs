@@ -3,8 +3,10 @@
 //! addresses and owners, which the agent's table does without.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
 
 use connmon_common::state;
+use hashbrown::HashTable;
 
 use crate::event::{Cookie, Event, NetnsId, Owner, Socket, SocketId, Traffic, Tuple};
 use crate::fold::{Direction, FailureReason, failure_reason};
@@ -50,6 +52,8 @@ pub struct Occurrence {
 
 #[derive(Clone, Copy, Debug)]
 struct Followed {
+    cookie: Cookie,
+    netns: NetnsId,
     tuple: Tuple,
     direction: Direction,
     owner: Owner,
@@ -57,11 +61,71 @@ struct Followed {
     open: bool,
 }
 
+impl Followed {
+    /// Whether an event of this socket, with these endpoints, is about it.
+    fn is_of(&self, socket: &Socket, tuple: &Tuple) -> bool {
+        // A pending open may not have its local port yet.
+        let local = !self.open
+            || self.tuple.local == tuple.local
+                && agree(self.tuple.local_port.into(), tuple.local_port.into());
+        local
+            && self.tuple.remote_endpoint() == tuple.remote_endpoint()
+            && agree(self.cookie, socket.cookie)
+            && agree(self.netns.into(), socket.netns.into())
+    }
+}
+
+/// Whether two figures do not contradict each other; 0 is an unknown one.
+fn agree(a: u64, b: u64) -> bool {
+    a == b || a == 0 || b == 0
+}
+
+/// Whether a socket that leaves this state has not completed its handshake.
+fn is_handshake(old: u8) -> bool {
+    matches!(old, state::SYN_SENT | state::SYN_RECV)
+}
+
+/// Connections that existed before, found by their endpoints: events may not
+/// tell the namespace.
+#[derive(Debug, Default)]
+struct Seeds {
+    table: HashTable<Followed>,
+    hasher: RandomState,
+}
+
+impl Seeds {
+    /// Keeps it once: a row may come twice.
+    fn insert(&mut self, seed: Followed) {
+        let hash = self.hasher.hash_one(seed.tuple);
+        let same = |other: &Followed| other.tuple == seed.tuple && other.netns == seed.netns;
+        if let Some(known) = self.table.find_mut(hash, same) {
+            *known = seed;
+        } else if self.table.len() < MAX_FOLLOWED {
+            let hasher = &self.hasher;
+            self.table
+                .insert_unique(hash, seed, |other| hasher.hash_one(other.tuple));
+        }
+    }
+
+    fn take(&mut self, socket: &Socket, tuple: &Tuple) -> Option<Followed> {
+        let hash = self.hasher.hash_one(tuple);
+        let found = self
+            .table
+            .find_entry(hash, |seed| {
+                seed.tuple == *tuple && seed.is_of(socket, tuple)
+            })
+            .ok()?;
+        Some(found.remove().0)
+    }
+}
+
 /// Follows connections through the event stream.
 #[derive(Debug, Default)]
 pub struct Follower {
     by_id: HashMap<SocketId, Followed>,
-    seeds: HashMap<(NetnsId, Tuple), Followed>,
+    seeds: Seeds,
+    /// Under namespace 0 the last one on the port in any: for events that do
+    /// not tell the namespace.
     listeners: HashMap<(NetnsId, u16), Owner>,
 }
 
@@ -69,23 +133,27 @@ impl Follower {
     /// A listening socket that existed before: its owner stands in for the
     /// accepting process where no accept probe can be attached.
     pub fn listener(&mut self, netns: NetnsId, port: u16, owner: Owner) {
-        if owner.pid != 0 && self.listeners.len() < MAX_FOLLOWED {
-            self.listeners.insert((netns, port), owner);
+        if owner.pid == 0 {
+            return;
+        }
+        for netns in [netns, 0] {
+            if self.listeners.len() < MAX_FOLLOWED {
+                self.listeners.insert((netns, port), owner);
+            }
         }
     }
 
     /// A connection that existed before.
     pub fn seed(&mut self, netns: NetnsId, row: &Row, direction: Direction) {
-        if self.seeds.len() < MAX_FOLLOWED {
-            let seed = Followed {
-                tuple: row.tuple,
-                direction,
-                owner: row.owner,
-                since_ns: None,
-                open: true,
-            };
-            self.seeds.insert((netns, row.tuple), seed);
-        }
+        self.seeds.insert(Followed {
+            cookie: row.cookie,
+            netns,
+            tuple: row.tuple,
+            direction,
+            owner: row.owner,
+            since_ns: None,
+            open: true,
+        });
     }
 
     /// Takes one event; says what happened, if it is something to report.
@@ -100,6 +168,8 @@ impl Follower {
                 self.insert(
                     socket.id,
                     Followed {
+                        cookie: socket.cookie,
+                        netns: socket.netns,
                         tuple,
                         direction: Direction::Outbound,
                         owner,
@@ -131,10 +201,7 @@ impl Follower {
                 segments_out,
                 traffic,
             } => {
-                let known = self
-                    .by_id
-                    .remove(&socket.id)
-                    .or_else(|| self.seeds.remove(&(socket.netns, tuple)));
+                let known = self.take(&socket, &tuple, old);
                 close(socket, at_ns, tuple, old, known, traffic, || {
                     failure_reason(error, segments_out)
                 })
@@ -158,12 +225,28 @@ impl Follower {
         }
     }
 
+    /// Forgets the connection that reached CLOSE; what was known of it. Under
+    /// the socket's address there may be another one, whose close was missed:
+    /// it is forgotten and tells nothing of this one.
+    fn take(&mut self, socket: &Socket, tuple: &Tuple, old: u8) -> Option<Followed> {
+        let handshake = is_handshake(old);
+        let followed = self
+            .by_id
+            .remove(&socket.id)
+            .filter(|entry| entry.is_of(socket, tuple) && !(entry.open && handshake));
+        if handshake {
+            // Seeds are open.
+            return followed;
+        }
+        followed.or_else(|| self.seeds.take(socket, tuple))
+    }
+
     fn open(&mut self, socket: Socket, at_ns: u64, tuple: Tuple, old: u8) -> Occurrence {
         let pending = self
             .by_id
             .get(&socket.id)
             .copied()
-            .filter(|entry| !entry.open && entry.tuple.remote == tuple.remote);
+            .filter(|entry| !entry.open && entry.is_of(&socket, &tuple));
         let (direction, owner, duration_ns) = match pending {
             Some(pending) => (
                 Direction::Outbound,
@@ -180,6 +263,8 @@ impl Follower {
         self.insert(
             socket.id,
             Followed {
+                cookie: socket.cookie,
+                netns: socket.netns,
                 tuple,
                 direction,
                 owner,
@@ -216,9 +301,8 @@ fn close(
     traffic: Option<Traffic>,
     reason: impl FnOnce() -> FailureReason,
 ) -> Option<Occurrence> {
-    let opening = matches!(old, state::SYN_SENT | state::SYN_RECV);
     let active = known.is_some_and(|entry| entry.direction == Direction::Outbound);
-    let happening = if !opening {
+    let happening = if !is_handshake(old) {
         Happening::Close
     } else if active || old == state::SYN_SENT {
         Happening::Fail(reason())
@@ -265,7 +349,7 @@ mod tests {
     };
     const SOCKET: Socket = Socket {
         id: 0xffff_8000_0000_1000,
-        cookie: 0,
+        cookie: 1,
         netns: 7,
     };
 
@@ -314,6 +398,33 @@ mod tests {
         }
     }
 
+    /// The close of another socket than [`SOCKET`], or with other endpoints.
+    fn closed_as(socket: Socket, tuple: Tuple, old: u8) -> Event {
+        Event::Close {
+            socket,
+            at_ns: 2000,
+            tuple,
+            old,
+            error: 0,
+            segments_out: Some(1),
+            traffic: None,
+        }
+    }
+
+    /// A row with the owner 3.
+    fn row(tuple: Tuple) -> Row {
+        Row {
+            state: state::ESTABLISHED,
+            tuple,
+            cookie: 0,
+            inode: 0,
+            receive_queue: 0,
+            send_queue: 0,
+            traffic: None,
+            owner: owner(3),
+        }
+    }
+
     #[test]
     fn an_outbound_connection_keeps_owner_port_and_times() {
         let mut follower = Follower::default();
@@ -359,5 +470,132 @@ mod tests {
     fn a_passive_open_that_never_completed_is_nothing() {
         let mut follower = Follower::default();
         assert_eq!(follower.apply(&closed(0, state::SYN_RECV, 0)), None);
+    }
+
+    #[test]
+    fn who_had_a_socket_address_before_is_not_who_closes_now() {
+        let elsewhere = Tuple {
+            remote_port: 81,
+            ..TUPLE
+        };
+        let later = Socket {
+            cookie: 2,
+            ..SOCKET
+        };
+        for (socket, tuple, old, told) in [
+            (
+                SOCKET,
+                elsewhere,
+                state::FIN_WAIT2,
+                Some(Direction::Unknown),
+            ),
+            (later, TUPLE, state::FIN_WAIT2, Some(Direction::Unknown)),
+            (SOCKET, TUPLE, state::SYN_SENT, Some(Direction::Outbound)),
+            (SOCKET, TUPLE, state::SYN_RECV, None),
+        ] {
+            let mut follower = Follower::default();
+            follower.apply(&connect(100));
+            follower.apply(&open(350, state::SYN_SENT));
+            let ended = follower.apply(&closed_as(socket, tuple, old));
+            let found = ended.map(|ended| {
+                assert_eq!((ended.tuple, ended.duration_ns), (tuple, None));
+                (ended.direction, ended.owner.pid)
+            });
+            let expected = told.map(|direction| (direction, 0));
+            assert_eq!(found, expected, "{socket:?} {tuple:?} {old}");
+            assert!(follower.by_id.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_seed_closes_under_an_address_that_another_connection_had() {
+        let seeded = Tuple {
+            local_port: 22,
+            remote_port: 50_000,
+            ..TUPLE
+        };
+        let mut follower = Follower::default();
+        follower.seed(7, &row(seeded), Direction::Inbound);
+        follower.apply(&connect(100));
+        follower.apply(&open(350, state::SYN_SENT));
+        let socket = Socket {
+            cookie: 2,
+            ..SOCKET
+        };
+        let ended = follower
+            .apply(&closed_as(socket, seeded, state::LAST_ACK))
+            .unwrap();
+        assert_eq!((ended.direction, ended.owner.pid), (Direction::Inbound, 3));
+    }
+
+    #[test]
+    fn a_pending_open_of_who_had_the_address_does_not_open_now() {
+        let mut follower = Follower::default();
+        follower.apply(&connect(100));
+        let opened = follower
+            .apply(&Event::Open {
+                socket: Socket {
+                    cookie: 2,
+                    ..SOCKET
+                },
+                at_ns: 350,
+                tuple: TUPLE,
+                old: state::SYN_RECV,
+                new: state::ESTABLISHED,
+            })
+            .unwrap();
+        assert_eq!(
+            (opened.direction, opened.owner.pid, opened.duration_ns),
+            (Direction::Inbound, 0, None)
+        );
+    }
+
+    /// The tracepoint's program without BTF.
+    #[test]
+    fn events_that_do_not_tell_the_namespace_go_by_endpoints_and_port() {
+        let socket = Socket {
+            cookie: 0,
+            netns: 0,
+            ..SOCKET
+        };
+        let mut follower = Follower::default();
+        follower.seed(7, &row(TUPLE), Direction::Inbound);
+        follower.listener(7, TUPLE.local_port, owner(1));
+        let ended = follower
+            .apply(&closed_as(socket, TUPLE, state::LAST_ACK))
+            .unwrap();
+        assert_eq!((ended.direction, ended.owner.pid), (Direction::Inbound, 3));
+        let opened = follower
+            .apply(&Event::Open {
+                socket,
+                at_ns: 3000,
+                tuple: TUPLE,
+                old: state::SYN_RECV,
+                new: state::ESTABLISHED,
+            })
+            .unwrap();
+        assert_eq!(opened.owner.pid, 1);
+    }
+
+    #[test]
+    fn the_same_endpoints_in_another_namespace_are_another_connection() {
+        let mut follower = Follower::default();
+        for _ in 0..2 {
+            follower.seed(7, &row(TUPLE), Direction::Inbound);
+            follower.seed(8, &row(TUPLE), Direction::Outbound);
+        }
+        assert_eq!(follower.seeds.table.len(), 2);
+        for (netns, direction) in [
+            (9, Direction::Unknown),
+            (8, Direction::Outbound),
+            (7, Direction::Inbound),
+        ] {
+            let socket = Socket { netns, ..SOCKET };
+            let ended = follower
+                .apply(&closed_as(socket, TUPLE, state::LAST_ACK))
+                .unwrap();
+            assert_eq!(ended.direction, direction, "{netns}");
+        }
+        assert!(follower.seeds.table.is_empty());
     }
 }

@@ -1,5 +1,6 @@
 //! The commands beside `run`. Each writes to stdout with `writeln!` and
-//! passes write errors on, so that a closed pipe ends it quietly.
+//! passes write errors on, so that a closed pipe ends it quietly; `check`
+//! ends with its verdict even then.
 
 pub mod check;
 mod connection;

@@ -14,7 +14,7 @@ use crate::kernel::{Method, Tracer, monotonic_ns};
 use crate::fold::country_of;
 use crate::geo::Country;
 
-use super::connection::{ConnectionRecord, heading, process_name, service_port};
+use super::connection::{ConnectionRecord, heading, is_named, process_name, service_port};
 use super::containers::Containers;
 use super::follow::{Follower, Happening, Occurrence};
 use super::snapshot::Reader;
@@ -33,12 +33,13 @@ const LAST_DRAIN: Duration = Duration::from_secs(1);
 /// Runs the command.
 ///
 /// # Errors
-/// When events cannot be traced or the output cannot be written.
+/// When events cannot be traced or the output cannot be written; a
+/// [`ConfigError`](crate::config::ConfigError) with `--source proc`.
 pub fn run(config: Config, args: TraceArgs) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        config.source != SourceChoice::Proc,
-        "trace needs eBPF: leave --source proc out, or use `connmon list`"
-    );
+    if config.source == SourceChoice::Proc {
+        let problem = "bad value \"proc\": trace needs eBPF; leave it out, or use `connmon list`";
+        return Err(config.refused("source", problem).into());
+    }
     let stop = super::stop::on_signals()?;
     let mut tracer = Tracer::attach(&super::tracer_options(&config)?).context("cannot trace")?;
     let mut reader = Reader::new(&config)?;
@@ -212,7 +213,5 @@ fn wanted(args: &TraceArgs, occurrence: &Occurrence, country: Country) -> bool {
             service_port(occurrence.direction, &occurrence.tuple) == Some(asked)
         })
         && any(&args.pid, |&asked| asked == owner.pid)
-        && any(&args.process, |asked| {
-            process_name(&owner.comm).as_ref() == Some(asked)
-        })
+        && any(&args.process, |asked| is_named(&owner.comm, asked))
 }

@@ -68,8 +68,9 @@ pub fn load(
                     )
                 })?;
                 let list = setting.kind == Kind::List;
-                let pieces = pieces(list, &value, &origin);
-                variables.0.insert(setting.key, pieces);
+                let values = pieces(list, &value, &origin);
+                let written = Written { origin, values };
+                variables.0.insert(setting.key, written);
             }
             None => unknown_variables.push(name.to_owned()),
         }
@@ -213,9 +214,7 @@ fn listen(values: &Values) -> Result<Vec<ListenAddress>, ConfigError> {
         listen.push(new);
     }
     if listen.is_empty() {
-        return Err(ConfigError::new(
-            "web.listen-address: the list is empty; give an address or remove the key",
-        ));
+        return Err(values.empty("web.listen-address"));
     }
     Ok(listen)
 }
@@ -254,47 +253,68 @@ fn networks(values: &Values) -> Result<Vec<Network>, ConfigError> {
     Ok(networks)
 }
 
+/// What was written for one key.
+#[derive(Clone, Debug)]
+struct Written {
+    /// Where the key stands.
+    origin: Origin,
+    /// Its values with where each stands; empty for an empty list.
+    values: Vec<(String, Origin)>,
+}
+
 /// What was written, per key: of one source, or of the strongest that names
 /// it.
 #[derive(Debug, Default)]
-struct Values(BTreeMap<&'static str, Vec<(String, Origin)>>);
+struct Values(BTreeMap<&'static str, Written>);
 
 impl Values {
     fn from_flags(flags: &[(&'static str, String)]) -> Self {
         let mut all = Self::default();
         for (key, text) in flags {
             let list = Setting::find(key).is_some_and(|setting| setting.kind == Kind::List);
-            let values = all.0.entry(key).or_default();
+            let origin = Origin::Flag(key);
+            let pieces = pieces(list, text, &origin);
+            let written = all.0.entry(key).or_insert(Written {
+                origin,
+                values: Vec::new(),
+            });
             if !list {
-                values.clear();
+                written.values.clear();
             }
-            values.extend(pieces(list, text, &Origin::Flag(key)));
+            written.values.extend(pieces);
         }
         all
     }
 
     fn from_file(entries: Vec<file::Entry>) -> Self {
-        let entries = entries.into_iter();
-        Self(entries.map(|entry| (entry.key, entry.values)).collect())
+        let written = |entry: file::Entry| {
+            let file::Entry {
+                key,
+                origin,
+                values,
+            } = entry;
+            (key, Written { origin, values })
+        };
+        Self(entries.into_iter().map(written).collect())
     }
 
     /// These, and those of `weaker` that are not among them.
     fn over(&self, weaker: &Self) -> Self {
         let mut all = weaker.0.clone();
-        all.extend(self.0.iter().map(|(key, values)| (*key, values.clone())));
+        all.extend(self.0.iter().map(|(key, written)| (*key, written.clone())));
         Self(all)
     }
 
     fn origins(&self) -> BTreeMap<&'static str, Origin> {
-        let first = |values: &[(String, Origin)]| Some(values.first()?.1.clone());
+        let first = |written: &Written| Some(written.values.first()?.1.clone());
         let keys = self.0.iter();
-        keys.filter_map(|(key, values)| Some((*key, first(values)?)))
+        keys.filter_map(|(key, written)| Some((*key, first(written)?)))
             .collect()
     }
 
     fn list(&self, key: &'static str) -> Vec<(String, Origin)> {
         match self.0.get(key) {
-            Some(values) => values.clone(),
+            Some(written) => written.values.clone(),
             None => match default_of(key) {
                 "" => Vec::new(),
                 default => vec![(default.to_owned(), Origin::Default(key))],
@@ -326,11 +346,16 @@ impl Values {
         key: &'static str,
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Result<T, ConfigError> {
-        self.optional(key, parse)?.ok_or_else(|| {
-            ConfigError::new(format!(
-                "{key}: the list is empty; give a value or remove the key"
-            ))
-        })
+        self.optional(key, parse)?.ok_or_else(|| self.empty(key))
+    }
+
+    /// The error for a key that needs a value and has an empty list.
+    fn empty(&self, key: &'static str) -> ConfigError {
+        let written = self.0.get(key).map(|written| written.origin.clone());
+        ConfigError::at(
+            &written.unwrap_or(Origin::Default(key)),
+            "the list is empty; give a value or remove the key",
+        )
     }
 
     /// One value that the file may write as a list: each item is read alone
@@ -593,6 +618,22 @@ mod tests {
         let file = Scratch::new("good-items", "ports.allow:\n  - 22\n  - 80-90\n");
         let loaded = with(&[("config.file", file.0.to_str().unwrap())], &[]).unwrap();
         assert_eq!(loaded.config.ports_allow, Some(vec![(22, 22), (80, 90)]));
+    }
+
+    #[test]
+    fn an_empty_list_is_named_with_its_line() {
+        for key in ["web.listen-address", "ports.allow", "metrics.country-port"] {
+            let file = Scratch::new("empty", &format!("ports.max: 1\n{key}: []\n"));
+            let path = file.0.to_str().unwrap();
+            let error = with(&[("config.file", path)], &[]).unwrap_err();
+            assert_eq!(
+                error,
+                format!("{path}:2: {key}: the list is empty; give a value or remove the key")
+            );
+        }
+        let file = Scratch::new("no-networks", "filter.exclude: []\n");
+        let loaded = with(&[("config.file", file.0.to_str().unwrap())], &[]).unwrap();
+        assert!(loaded.config.exclude.is_empty());
     }
 
     #[test]
