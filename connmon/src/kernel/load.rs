@@ -151,7 +151,10 @@ pub fn prepare(options: &TracerOptions, types: Option<&KernelTypes>) -> Result<E
 
     let wake_bytes = u64::from(options.ring_buffer_bytes) / 8;
     let switches = [
-        (global::DROP_LOOPBACK, u32::from(options.drop_loopback)),
+        (
+            global::DROP_LOOPBACK,
+            u32::from(options.drop_loopback && types.is_some()),
+        ),
         (global::ONLY_NETNS, options.only_netns.unwrap_or(0)),
         (global::OWNERS, u32::from(options.owners)),
         (global::TRAFFIC, u32::from(options.traffic)),

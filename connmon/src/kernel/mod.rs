@@ -106,10 +106,12 @@ pub struct TracerOptions {
     pub attach: AttachChoice,
     /// Size of the ring, a power of two number of pages.
     pub ring_buffer_bytes: u32,
-    /// Leave loopback connections out in the programs already.
+    /// Leave loopback connections out in the programs already; without the
+    /// kernel's BTF they come all the same, since the function probes could
+    /// not leave them out, and their records would wait for an opening.
     pub drop_loopback: bool,
-    /// Only this namespace, in the programs already; where the rung cannot
-    /// tell namespaces, records carry namespace 0 and are not left out.
+    /// Only this namespace, in the programs already; refused where nothing
+    /// tells namespaces, which is without the kernel's BTF.
     pub only_netns: Option<u32>,
     /// Collect name and cgroup of those who connect and accept; else only
     /// their pid. Who listens is always named.
@@ -154,6 +156,11 @@ impl Tracer {
     /// not an error.
     pub fn attach(options: &TracerOptions) -> Result<Self, AttachError> {
         let types = load::KernelTypes::read();
+        if let (Err(reason), Some(_)) = (&types, options.only_netns) {
+            return Err(AttachError::other(format!(
+                "--netns host: without the kernel's BTF events tell no namespace ({reason})"
+            )));
+        }
         let mut ebpf = load::prepare(options, types.as_ref().ok())
             .map_err(|error| AttachError::prepare(&error, options.ring_buffer_bytes))?;
         let no_map = |name: &str| AttachError::other(format!("the object has no map {name}"));

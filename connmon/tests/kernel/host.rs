@@ -185,6 +185,11 @@ pub fn no_btf(world: &mut World<'_>) -> Outcome {
         }
         counts_exactly(&listening, || Agent::start(&args))
     });
+    // One namespace cannot be told from the others.
+    let polling = without_btf(|| Agent::start(&["--netns", "host"]));
+    let by = [("source", "proc")];
+    assert_eq!(polling.scrape().get("connmon_source_info", &by), Some(1.0));
+    polling.stop();
     let scrape = agent.scrape();
     let state = Probe::SetState.label();
     let by = [("probe", state), ("method", "tracepoint")];
