@@ -31,9 +31,16 @@ const TICK: Duration = Duration::from_millis(50);
 /// Events folded before other work gets its turn: some milliseconds.
 const DRAIN_BUDGET: usize = 16_384;
 
+/// A full ring takes a fraction of this; with more the kernel fills it faster
+/// than a starved agent can read, and scrapes and the order to stop wait.
+const DRAIN_TIME: Duration = Duration::from_millis(250);
+
 /// How long a row waits for the records that were produced before it, should
 /// one of them be half written: far beyond any interrupt, short beside a scrape.
 const WRITING: Duration = Duration::from_millis(10);
+
+/// A walk that says nothing for so long hangs.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// How often the kernel's loss counters are read.
 const COUNTERS_EVERY: Duration = Duration::from_millis(250);
@@ -92,6 +99,8 @@ struct Pipeline {
     audit_every: Duration,
     traffic_every: Option<Duration>,
     walk: Option<Walk>,
+    /// When the walk began or last told of something.
+    heard: Instant,
     /// What folding the walk's rows took so far.
     walk_cpu: Duration,
     settling: Option<WalkSummary>,
@@ -134,6 +143,7 @@ pub async fn run(parts: Parts) -> anyhow::Result<()> {
         audit_every,
         traffic_every,
         walk: None,
+        heard: Instant::now(),
         walk_cpu: Duration::ZERO,
         settling: None,
         counters_read: Instant::now(),
@@ -196,9 +206,10 @@ async fn readable(
 }
 
 impl Pipeline {
-    /// Folds what lies in the ring, to its end.
+    /// Folds what lies in the ring, to its end or for [`DRAIN_TIME`].
     fn drain(&mut self) {
-        while self.drain_some() {}
+        let started = Instant::now();
+        while self.drain_some() && started.elapsed() < DRAIN_TIME {}
     }
 
     /// Folds at most [`DRAIN_BUDGET`] events; true when the budget was used up.
@@ -243,6 +254,7 @@ impl Pipeline {
             self.counters_read = Instant::now();
             self.read_counters();
             self.tell_of_unkept();
+            self.tell_of_silence();
         }
         let now_ns = monotonic_ns();
         if let Some(walk) = self.schedule.due(now_ns) {
@@ -255,6 +267,7 @@ impl Pipeline {
     fn request(&mut self, walk: Walk) -> anyhow::Result<()> {
         debug!("walk starts: {walk:?}");
         self.walk = Some(walk);
+        self.heard = Instant::now();
         self.walk_cpu = Duration::ZERO;
         match self.walker.request(walk) {
             Ok(()) => Ok(()),
@@ -307,7 +320,24 @@ impl Pipeline {
         }
     }
 
+    /// A figure of a socket is read under its lock, and whoever keeps that,
+    /// by a write that never ends, keeps the walk as well.
+    fn tell_of_silence(&self) {
+        let silence = self.heard.elapsed();
+        if self.walk.is_some() && silence >= SILENCE {
+            crate::limited!(
+                log::Level::Error,
+                "silence",
+                "the walk of the kernel's socket tables has told of nothing for {} s: a socket or \
+                 a file that it reads is held by another process; until it ends there are no \
+                 audits, and the gauges rest on events alone",
+                silence.as_secs()
+            );
+        }
+    }
+
     fn walk(&mut self, message: WalkMessage) {
+        self.heard = Instant::now();
         // The merge is sound because a trace precedes the state it tells of:
         // what a row shows was produced by the time the row is here.
         self.drain_produced();

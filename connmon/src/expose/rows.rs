@@ -218,8 +218,8 @@ fn number(value: f64, text: &mut Vec<u8>) {
 }
 
 /// Nanoseconds as seconds, correctly rounded.
-pub fn seconds(ns: u64) -> f64 {
-    ns as f64 / 1e9
+pub fn seconds(ns: impl Into<u128>) -> f64 {
+    ns.into() as f64 / 1e9
 }
 
 #[cfg(test)]

@@ -50,7 +50,9 @@ pub(super) static DURATION_NS: [u64; 12] = [
 pub(super) struct Buckets {
     bounds_ns: &'static [u64],
     counts: [u64; LATENCY_NS.len() + 1],
-    sum_ns: u64,
+    /// Durations of a hundred thousand connections at a time fill 64 bits in
+    /// two days.
+    sum_ns: u128,
 }
 
 impl Buckets {
@@ -67,7 +69,7 @@ impl Buckets {
     pub(super) fn observe(&mut self, value_ns: u64) {
         let bucket = self.bounds_ns.partition_point(|&bound| bound < value_ns);
         self.counts[bucket] += 1;
-        self.sum_ns = self.sum_ns.saturating_add(value_ns);
+        self.sum_ns += u128::from(value_ns);
     }
 
     pub(super) fn snapshot(&self) -> Histogram {
@@ -93,7 +95,13 @@ mod tests {
         assert_eq!(histogram.counts.len(), 13);
         assert_eq!(histogram.counts[..3], [2, 1, 0]);
         assert_eq!(histogram.counts[11..], [1, 1]);
-        assert_eq!(histogram.sum_ns, 2 * MS + 2 + 2 * 86_400 * S);
+        let sum = u128::from(2 * MS + 2 + 2 * 86_400 * S);
+        assert_eq!(histogram.sum_ns, sum);
+        for _ in 0..300 {
+            buckets.observe(u64::MAX >> 4);
+        }
+        let more = u128::from(u64::MAX >> 4) * 300;
+        assert_eq!(buckets.snapshot().sum_ns, sum + more);
         assert!(LATENCY_NS.is_sorted() && DURATION_NS.is_sorted());
     }
 }

@@ -186,7 +186,7 @@ pub struct Histogram {
     /// `bounds_ns.len() + 1` counts.
     pub counts: Vec<u64>,
     /// Sum of observations, nanoseconds.
-    pub sum_ns: u64,
+    pub sum_ns: u128,
 }
 
 /// One group of listening sockets (same namespace, address and port).

@@ -23,7 +23,10 @@ fn an_active_open_is_outbound_from_birth_to_close() {
             sum_ns: 30 * MS
         }
     );
-    assert_eq!(bench.fold.snapshot().connect_latency.sum_ns, 30 * MS);
+    assert_eq!(
+        bench.fold.snapshot().connect_latency.sum_ns,
+        u128::from(30 * MS)
+    );
     bench.now += 2 * S;
     bench.change(1, tuple, FIN_WAIT1);
     let flow = bench.country("US").flows[1];
@@ -35,7 +38,7 @@ fn an_active_open_is_outbound_from_birth_to_close() {
         (port.flow.connections, port.flow.opened, port.flow.closed),
         (0, 1, 1)
     );
-    assert_eq!(bench.fold.snapshot().duration[1].sum_ns, 2 * S);
+    assert_eq!(bench.fold.snapshot().duration[1].sum_ns, u128::from(2 * S));
     assert_eq!(bench.fold.snapshot().tracked, 0);
     assert_eq!(bench.atlas.lookups, 1, "one lookup per connection");
 }
