@@ -55,7 +55,7 @@ fn the_limits_are_the_documented_ones() {
         ),
         (
             "request line and header",
-            format!("{bytes} bytes, {fields} fields"),
+            format!("{bytes} bytes; over HTTP/1, {fields} fields"),
         ),
         ("TLS handshake", format!("{} s", limits.handshake.as_secs())),
         (
@@ -67,7 +67,7 @@ fn the_limits_are_the_documented_ones() {
             format!("{} s", limits.idle.as_secs()),
         ),
         (
-            "response, each on its own, until its last byte is taken",
+            "response, each on its own, until its last byte is sent",
             format!("{} s", limits.write.as_secs()),
         ),
         ("report", format!("{} s", limits.report.as_secs())),
@@ -200,6 +200,20 @@ fn head_is_get_without_the_body() {
                 );
             }
         }
+    }
+}
+
+/// As `nc -N` does.
+#[test]
+fn who_has_said_everything_is_still_answered() {
+    let server = Start::default().run();
+    for version in ["1.0", "1.1"] {
+        let mut stream = server.connect();
+        write!(stream, "GET /metrics HTTP/{version}\r\nHost: x\r\n\r\n").unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        assert_eq!(parse(&bytes).status, 200, "{version}");
     }
 }
 

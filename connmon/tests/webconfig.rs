@@ -667,7 +667,9 @@ fn users_have_to_show_their_password() {
             assert_eq!(reply.status, status, "{credentials}");
         }
     }
-    assert_eq!(server.request("HEAD", "/metrics", "").status, 401);
+    for method in ["HEAD", "POST"] {
+        assert_eq!(server.request(method, "/metrics", "").status, 401);
+    }
 }
 
 /// Guesses wait for bcrypt; who is known does not wait for them.
@@ -784,6 +786,34 @@ fn changed_files_are_picked_up_and_broken_ones_are_not() {
     assert_eq!(reply.status, 200);
 }
 
+/// A file that is being written is empty first; nobody is let in for that.
+#[test]
+fn an_emptied_file_opens_no_door() {
+    let kit = Kit::new();
+    let hash = bcrypt::hash("spring-tide", 4).unwrap();
+    let server = kit.run(&format!("basic_auth_users:\n  amy: {hash}\n"));
+    for blank in ["", "\n", "# soon\n"] {
+        kit.write("web.yml", blank);
+        assert_eq!(server.get("/metrics", "").status, 401, "{blank:?}");
+    }
+    kit.write("web.yml", "{}");
+    assert_eq!(server.get("/metrics", "").status, 200);
+}
+
+#[test]
+fn certificates_are_renewed_beside_a_broken_file() {
+    let kit = Kit::new();
+    let server = kit.run(TLS);
+    kit.write("web.yml", "tls_server_config: [");
+    assert!(get(&server, kit.client(None), "/metrics", "").is_ok());
+    let ca = authority("the next authority");
+    kit.server("next", &ca);
+    fs::rename(kit.path("next.key"), kit.path("server.key")).unwrap();
+    fs::rename(kit.path("next.crt"), kit.path("server.crt")).unwrap();
+    let config = kit.client_of(None, rustls::DEFAULT_VERSIONS, &ca.pem());
+    assert_eq!(get(&server, config, "/metrics", "").unwrap().status, 200);
+}
+
 #[test]
 fn a_handshake_has_to_end() {
     let kit = Kit::new();
@@ -820,19 +850,9 @@ fn a_handshake_has_to_end() {
 }
 
 #[test]
-fn slow_readers_are_cut_over_tls_and_http2_as_well() {
+fn slow_readers_are_cut_over_tls_as_well() {
     let kit = Kit::new();
-    let server = Start {
-        web_config: Some(kit.write("web.yml", TLS)),
-        padding: 24 << 20,
-        limits: Limits {
-            write: Duration::from_millis(1500),
-            tick: Duration::from_millis(50),
-            ..Limits::default()
-        },
-        ..Start::default()
-    }
-    .run();
+    let server = padded(&kit, 24 << 20);
     let mut stream = connect(&server, kit.client(None));
     stream
         .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -846,8 +866,34 @@ fn slow_readers_are_cut_over_tls_and_http2_as_well() {
         "{}",
         bytes.len()
     );
+}
 
-    // HTTP/2: the client opens no window for more than the first kilobyte.
+/// A server of answers of that size, impatient with those who do not read.
+fn padded(kit: &Kit, padding: usize) -> Running {
+    Start {
+        web_config: Some(kit.write("web.yml", TLS)),
+        padding,
+        limits: Limits {
+            write: Duration::from_millis(1500),
+            tick: Duration::from_millis(50),
+            ..Limits::default()
+        },
+        ..Start::default()
+    }
+    .run()
+}
+
+#[test]
+fn slow_readers_are_cut_over_http2_however_short_the_answer() {
+    for padding in [24 << 20, 100 << 10] {
+        unread_over_http2(padding);
+    }
+}
+
+/// The client opens no window for more than the first kilobyte.
+fn unread_over_http2(padding: usize) {
+    let kit = Kit::new();
+    let server = padded(&kit, padding);
     let mut config = kit.client(None);
     config.alpn_protocols = vec![b"h2".to_vec()];
     let runtime = tokio::runtime::Builder::new_current_thread()

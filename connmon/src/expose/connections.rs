@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
 
 use super::limits::Limits;
@@ -28,16 +28,24 @@ pub(crate) struct Activity {
     /// Of those, the ones past authentication: we keep the client waiting,
     /// not the client us.
     working: usize,
-    /// Starts of the responses not handed to the stream completely, in order;
-    /// HTTP/2 has several, at most one a stream.
-    responses: BTreeMap<u64, Instant>,
+    /// Responses not handed to the stream completely, in order; HTTP/2 has
+    /// several, at most one a stream.
+    responses: BTreeMap<u64, Response>,
     next_response: u64,
-    /// Start of the oldest one handed over whose end is not flushed yet.
-    unflushed: Option<Instant>,
+    /// Those handed over whose end is not flushed yet, in no order.
+    unflushed: Vec<Response>,
     /// End of the last response.
     idle_since: Option<Instant>,
     /// Last byte in either direction.
     progress: Instant,
+}
+
+/// An answer on its way.
+#[derive(Debug)]
+struct Response {
+    began: Instant,
+    /// Its place among the scrapes in flight, where it is one.
+    permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Activity {
@@ -51,7 +59,7 @@ impl Activity {
             working: 0,
             responses: BTreeMap::new(),
             next_response: 0,
-            unflushed: None,
+            unflushed: Vec::new(),
             idle_since: None,
             progress: now,
         }
@@ -69,7 +77,7 @@ impl Activity {
     }
 
     fn flushed(&mut self, now: Instant) {
-        if self.unflushed.take().is_some() && self.responses.is_empty() {
+        if !std::mem::take(&mut self.unflushed).is_empty() && self.responses.is_empty() {
             self.idle_since = Some(now);
         }
     }
@@ -79,25 +87,31 @@ impl Activity {
         self.handling += 1;
     }
 
-    fn response_begins(&mut self, now: Instant) -> u64 {
+    fn response_begins(&mut self, now: Instant, permit: Option<OwnedSemaphorePermit>) -> u64 {
         let id = self.next_response;
         self.next_response += 1;
-        self.responses.insert(id, now);
+        let response = Response { began: now, permit };
+        self.responses.insert(id, response);
         id
     }
 
     fn response_ends(&mut self, id: u64) {
-        if let Some(began) = self.responses.remove(&id) {
-            let oldest = self.unflushed.map_or(began, |before| before.min(began));
-            self.unflushed = Some(oldest);
-        }
+        self.unflushed.extend(self.responses.remove(&id));
     }
 
     /// Start of the oldest response under way. Each has its own time: over
     /// HTTP/2 a new one may begin before the last has ended, for ever.
     fn response_since(&self) -> Option<Instant> {
-        let oldest = self.responses.values().next().copied();
-        oldest.into_iter().chain(self.unflushed).min()
+        let oldest = self.responses.values().next();
+        let on_their_way = oldest.into_iter().chain(&self.unflushed);
+        on_their_way.map(|response| response.began).min()
+    }
+
+    /// Start of the oldest scrape in flight.
+    fn scrape_since(&self) -> Option<Instant> {
+        let responses = self.responses.values().chain(&self.unflushed);
+        let scrapes = responses.filter(|response| response.permit.is_some());
+        scrapes.map(|response| response.began).min()
     }
 
     /// When the connection has to be cut unless it gets on; `None` while the
@@ -172,9 +186,10 @@ impl Watch {
         Working(self.clone())
     }
 
-    /// A response is there; hold the guard until its last byte is taken.
-    pub(crate) fn response(&self) -> Responding {
-        let id = self.activity().response_begins(Instant::now());
+    /// A response is there; hold the guard until its last byte is taken. The
+    /// permit is kept until that is flushed.
+    pub(crate) fn response(&self, permit: Option<OwnedSemaphorePermit>) -> Responding {
+        let id = self.activity().response_begins(Instant::now(), permit);
         Responding(self.clone(), id)
     }
 }
@@ -312,14 +327,14 @@ impl Connections {
         }
     }
 
-    /// Cuts the connection whose response is under way longest, if that is
-    /// long enough ([`Limits::slow_reader`]).
+    /// Cuts the connection whose scrape is in flight longest, if that is long
+    /// enough ([`Limits::slow_reader`]).
     pub(crate) fn cut_slowest_reader(&self) -> bool {
         let mut table = self.table();
         let slowest = table
             .entries
             .iter()
-            .filter_map(|(id, entry)| Some((entry.watch.activity().response_since()?, *id)))
+            .filter_map(|(id, entry)| Some((entry.watch.activity().scrape_since()?, *id)))
             .min();
         match slowest {
             Some((since, id)) if since.elapsed() >= self.limits.slow_reader => {
@@ -376,6 +391,8 @@ impl Drop for Slot {
 mod tests {
     use std::time::Duration;
 
+    use tokio::sync::Semaphore;
+
     use super::*;
 
     fn limits() -> Limits {
@@ -413,7 +430,7 @@ mod tests {
         assert_eq!(activity.deadline(&limits), None);
         activity.handling -= 1;
         // … the response is due as a whole, however the client dribbles …
-        let response = activity.response_begins(start + secs(6));
+        let response = activity.response_begins(start + secs(6), None);
         activity.bytes_written(start + secs(20));
         activity.flushed(start + secs(20));
         assert_eq!(
@@ -450,7 +467,7 @@ mod tests {
         assert_eq!(activity.deadline(&limits), Some(start + limits.header));
         activity.request_begins();
         activity.handling -= 1;
-        let response = activity.response_begins(start + secs(2));
+        let response = activity.response_begins(start + secs(2), None);
         activity.response_ends(response);
         activity.flushed(start + secs(2));
         activity.bytes_read(start + secs(3));
@@ -468,10 +485,10 @@ mod tests {
         let mut activity = Activity::new(start);
         activity.handshaken = Some(start);
         activity.multiplexed = true;
-        let mut last = activity.response_begins(start);
+        let mut last = activity.response_begins(start, None);
         for second in 1..600 {
             let now = start + secs(second);
-            let next = activity.response_begins(now);
+            let next = activity.response_begins(now, None);
             activity.response_ends(last);
             activity.flushed(now);
             assert_eq!(activity.deadline(&limits), Some(now + limits.write));
@@ -481,9 +498,9 @@ mod tests {
         let stuck = start + secs(600);
         activity.response_ends(last);
         activity.flushed(stuck);
-        let _unread = activity.response_begins(stuck);
+        let _unread = activity.response_begins(stuck, None);
         for second in 601..620 {
-            let other = activity.response_begins(start + secs(second));
+            let other = activity.response_begins(start + secs(second), None);
             activity.response_ends(other);
             activity.flushed(start + secs(second));
         }
@@ -558,5 +575,31 @@ mod tests {
         assert!(matches!(connections.admit(peer(5), true), Admission::Full));
         connections.cut_overdue();
         assert_eq!(connections.table().entries.len(), 4);
+    }
+
+    #[test]
+    fn a_scrape_is_in_flight_until_its_end_is_flushed() {
+        let permits = Arc::new(Semaphore::new(2));
+        let permit = || Some(Arc::clone(&permits).try_acquire_owned().unwrap());
+        let now = Instant::now();
+        let mut activity = Activity::new(now);
+        let (first, second) = (
+            activity.response_begins(now, permit()),
+            activity.response_begins(now, permit()),
+        );
+        activity.response_ends(first);
+        assert_eq!(permits.available_permits(), 0);
+        assert_eq!(activity.scrape_since(), Some(now));
+        activity.flushed(now);
+        assert_eq!(permits.available_permits(), 1);
+        activity.response_ends(second);
+        // Cut before that.
+        drop(activity);
+        assert_eq!(permits.available_permits(), 2);
+        // A file of the page is none.
+        let mut activity = Activity::new(now);
+        activity.response_begins(now, None);
+        assert_eq!(activity.scrape_since(), None);
+        assert_eq!(activity.response_since(), Some(now));
     }
 }

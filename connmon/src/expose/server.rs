@@ -399,6 +399,8 @@ async fn serve_requests<S>(
         // header; the watch tells the two apart.
         builder
             .header_read_timeout(None)
+            // A client that says no more may still listen.
+            .half_close(true)
             .max_headers(limits.header_fields)
             .max_header_size(limits.header_bytes)
             .max_buf_size(limits.header_bytes.max(64 * 1024));
@@ -458,7 +460,7 @@ impl App {
             request.uri().path().escape_debug(),
             reply.status.as_u16()
         );
-        let body = Payload::new(reply.body, watch.response(), permit);
+        let body = Payload::new(reply.body, request.version(), watch.response(permit));
         let mut response = Response::new(body);
         *response.status_mut() = reply.status;
         *response.headers_mut() = reply.headers;
@@ -470,12 +472,6 @@ impl App {
         request: &Request<Incoming>,
         watch: &Watch,
     ) -> (Reply, Option<OwnedSemaphorePermit>) {
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            return (Reply::method_not_allowed(), None);
-        }
-        if !request.body().is_end_stream() {
-            return (Reply::body_refused(), None);
-        }
         let path = request.uri().path();
         let route = self.route(path);
         if !matches!(route, Route::Healthy | Route::Ready)
@@ -490,6 +486,12 @@ impl App {
                     return (Reply::unavailable(line), None);
                 }
             }
+        }
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            return (Reply::method_not_allowed(), None);
+        }
+        if !request.body().is_end_stream() {
+            return (Reply::body_refused(), None);
         }
         let _working = watch.work();
         let gzip = wants_gzip(request.headers());
@@ -518,7 +520,7 @@ impl App {
     }
 
     /// An answer out of the report. The permit goes with the response: a
-    /// scrape is in flight until its last byte is taken.
+    /// scrape is in flight until its last byte is sent.
     async fn scrape(
         &self,
         want: Want,

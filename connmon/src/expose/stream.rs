@@ -6,16 +6,18 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use hyper::Version;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::connections::{Responding, Watch};
 
-/// Bytes of a body given to hyper at a time, so that what is not sent yet is
-/// counted as such and not lost sight of in a buffer. With half of it, a body
-/// goes out in pieces of one segment, each of which wakes its reader.
+/// Bytes of a body given to hyper at a time over HTTP/1. With half of it, a
+/// body goes out in pieces of one segment, each of which wakes its reader.
 const CHUNK: usize = 128 * 1024;
+/// The same over HTTP/2, a frame: what waits there for the reader's window is
+/// flushed as far as can be seen here.
+const FRAME: usize = 16 * 1024;
 
 /// A stream whose every sign of life is noted.
 pub(crate) struct Watched<S> {
@@ -85,20 +87,21 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 #[derive(Debug)]
 pub(crate) struct Payload {
     rest: Bytes,
+    /// Most to be given at a time.
+    chunk: usize,
     _responding: Responding,
-    _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Payload {
-    pub(crate) fn new(
-        body: Bytes,
-        responding: Responding,
-        permit: Option<OwnedSemaphorePermit>,
-    ) -> Self {
+    pub(crate) fn new(body: Bytes, version: Version, responding: Responding) -> Self {
         Self {
             rest: body,
+            chunk: if version >= Version::HTTP_2 {
+                FRAME
+            } else {
+                CHUNK
+            },
             _responding: responding,
-            _permit: permit,
         }
     }
 }
@@ -114,7 +117,7 @@ impl Body for Payload {
         if self.rest.is_empty() {
             return Poll::Ready(None);
         }
-        let length = self.rest.len().min(CHUNK);
+        let length = self.rest.len().min(self.chunk);
         Poll::Ready(Some(Ok(Frame::data(self.rest.split_to(length)))))
     }
 

@@ -446,10 +446,12 @@ function facts(summary) {
   say('Network namespaces', spaces.join(', ') + '.', unaudited ? 'warn' : '');
 
   const { database } = agent;
-  const days = Math.floor((Date.now() / 1000 - database.build_timestamp) / 86400);
+  // Beyond what a Date can hold there is no day to name.
+  const built = new Date(database.build_timestamp * 1000);
+  const days = Math.floor((Date.now() - built) / 86400000);
   const old = days > STALE_DATABASE_DAYS;
   let text = `${database.type}, ${database.source === 'embedded' ? 'built into connmon' : 'from a file'}`;
-  if (database.build_timestamp) text += `, of ${new Date(database.build_timestamp * 1000).toISOString().slice(0, 10)} (${days < 1 ? 'today' : plural(days, 'day') + ' old'})`;
+  if (database.build_timestamp && !Number.isNaN(days)) text += `, of ${built.toISOString().slice(0, 10)} (${days < 1 ? 'today' : plural(days, 'day') + ' old'})`;
   text += '.';
   if (old) text += ' Addresses move; a fresher file can be given by --geoip.database.';
   if (database.reloads.failure) text += ` ${plural(database.reloads.failure, 'reload')} refused; the database before it stays in use.`;

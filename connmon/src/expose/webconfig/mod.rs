@@ -25,7 +25,7 @@ use std::fmt;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hyper::HeaderMap;
 use rustls::ServerConfig;
@@ -131,6 +131,10 @@ impl Print {
     }
 }
 
+/// A broken configuration is read again after this time though nothing has
+/// changed: there may have been no descriptor left to read it with.
+const RETRY: Duration = Duration::from_secs(1);
+
 /// What the gate says to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Entry {
@@ -156,8 +160,9 @@ struct State {
     /// Of every file involved, when it was last judged.
     prints: Vec<Print>,
     bucket: Option<Bucket>,
-    /// The last attempt failed and was complained about.
-    broken: bool,
+    /// When the last attempt was, if it failed; the first of several that
+    /// fail is complained about.
+    broken: Option<Instant>,
 }
 
 impl fmt::Debug for Gate {
@@ -181,7 +186,7 @@ impl Gate {
                 bucket: bucket(&active.settings),
                 active: Arc::new(active),
                 prints,
-                broken: false,
+                broken: None,
             }),
             doorkeeper,
         })
@@ -215,7 +220,8 @@ impl Gate {
     /// can be asked for every connection and request.
     pub(super) fn current(&self) -> Arc<Active> {
         let mut state = self.state();
-        if !state.prints.iter().all(Print::is_current) {
+        let retry = state.broken.is_some_and(|since| since.elapsed() >= RETRY);
+        if retry || !state.prints.iter().all(Print::is_current) {
             self.reload(&mut state);
         }
         Arc::clone(&state.active)
@@ -224,6 +230,14 @@ impl Gate {
     fn reload(&self, state: &mut State) {
         let mut prints = Vec::new();
         let loaded = load(&self.path, &mut prints).and_then(|active| {
+            if active.settings.is_blank && !state.active.settings.is_blank {
+                // Emptied to be written anew, or for want of space: nobody's
+                // wish to open the door. `{}` is.
+                return Err(ConfigError::new(format!(
+                    "{}: the file is empty; write {{}} for no settings",
+                    self.path.display()
+                )));
+            }
             if active.tls.is_some() != state.active.tls.is_some() {
                 return Err(ConfigError::new(format!(
                     "{}: TLS cannot be switched on or off while running; restart connmon",
@@ -246,14 +260,15 @@ impl Gate {
                     state.bucket = bucket(&active.settings);
                 }
                 state.active = Arc::new(active);
-                state.broken = false;
-            }
-            Err(error) if state.broken => {
-                log::debug!("{error}; still keeping the old web configuration");
+                state.broken = None;
             }
             Err(error) => {
-                log::error!("{error}; keeping the old web configuration");
-                state.broken = true;
+                if state.broken.replace(Instant::now()).is_some() {
+                    log::debug!("{error}; still keeping the old web configuration");
+                } else {
+                    log::error!("{error}; keeping the old web configuration");
+                }
+                renew(&mut state.active, &mut prints);
             }
         }
         state.prints = prints;
@@ -287,6 +302,23 @@ impl Gate {
                 headers.insert(name, value.clone());
             }
         }
+    }
+}
+
+/// Reads again the certificates and keys of settings that stay in force: they
+/// are renewed whatever happens to the file that names them.
+fn renew(active: &mut Arc<Active>, prints: &mut Vec<Print>) {
+    let Some(tls) = &active.settings.tls else {
+        return;
+    };
+    prints.extend(tls.files().map(Print::of));
+    // What does not fit is not in force either way.
+    if let Ok((config, remarks)) = tls.load(active.settings.http2) {
+        *active = Arc::new(Active {
+            settings: active.settings.clone(),
+            tls: Some(config),
+            remarks,
+        });
     }
 }
 

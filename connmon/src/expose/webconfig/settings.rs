@@ -19,6 +19,8 @@ pub(super) struct Located<T> {
 /// no `Debug`.
 #[derive(Clone)]
 pub struct Settings {
+    /// There is no document, not even an empty one.
+    pub(super) is_blank: bool,
     /// `None` serves plain HTTP.
     pub(super) tls: Option<TlsSettings>,
     /// `http_server_config.http2`; only with TLS.
@@ -143,6 +145,7 @@ impl Settings {
     /// Reads `text`, whose relative paths are meant from `directory`.
     pub(super) fn parse(text: &str, directory: &Path) -> Result<Self, Problem> {
         let mut settings = Self {
+            is_blank: false,
             tls: None,
             http2: true,
             headers: Vec::new(),
@@ -150,6 +153,7 @@ impl Settings {
             rate: None,
         };
         let Some(root) = yaml::parse(text)? else {
+            settings.is_blank = true;
             return Ok(settings);
         };
         for (key, node) in root.fields("")? {

@@ -1,7 +1,7 @@
 //! `basic_auth_users`: bcrypt, one at a time, verdicts remembered.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -37,8 +37,8 @@ type Verify = dyn Fn(&[u8], &str) -> bool + Send + Sync;
 pub(super) struct Doorkeeper {
     /// Of this process alone: nothing of a password is kept, only its HMAC.
     secret: hmac::Key,
-    remembered: Mutex<Remembered>,
-    turn: Semaphore,
+    remembered: Arc<Mutex<Remembered>>,
+    turn: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
     /// bcrypt, counted by tests.
     verify: Arc<Verify>,
@@ -48,6 +48,23 @@ pub(super) struct Doorkeeper {
 struct Remembered {
     allowed: VecDeque<hmac::Tag>,
     refused: VecDeque<hmac::Tag>,
+}
+
+impl Remembered {
+    fn push(&mut self, allowed: bool, tag: hmac::Tag) {
+        let list = match allowed {
+            true => &mut self.allowed,
+            false => &mut self.refused,
+        };
+        if list.len() >= REMEMBERED {
+            list.pop_front();
+        }
+        list.push_back(tag);
+    }
+}
+
+fn lock(remembered: &Mutex<Remembered>) -> MutexGuard<'_, Remembered> {
+    remembered.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Doorkeeper {
@@ -60,8 +77,8 @@ impl Doorkeeper {
             .map_err(|_| "no random numbers to be had".to_owned())?;
         Ok(Self {
             secret,
-            remembered: Mutex::default(),
-            turn: Semaphore::new(1),
+            remembered: Arc::default(),
+            turn: Arc::new(Semaphore::new(1)),
             waiting: Arc::new(Semaphore::new(WAITING)),
             verify,
         })
@@ -86,49 +103,40 @@ impl Doorkeeper {
         if let Some(verdict) = self.known(&tag) {
             return verdict;
         }
-        let Ok(_place) = Arc::clone(&self.waiting).try_acquire_owned() else {
+        let Ok(place) = Arc::clone(&self.waiting).try_acquire_owned() else {
             return Verdict::Busy;
         };
-        let Ok(_turn) = self.turn.acquire().await else {
+        let Ok(turn) = Arc::clone(&self.turn).acquire_owned().await else {
             return Verdict::Busy;
         };
         // Someone before may have asked the same.
         if let Some(verdict) = self.known(&tag) {
             return verdict;
         }
-        // On a thread of its own: a cost of 14 takes a second.
         let verify = Arc::clone(&self.verify);
-        let matches = tokio::task::spawn_blocking(move || verify(&password, &hash));
-        // Waited for whether the name exists or not.
-        let matches = matches.await.unwrap_or(false);
-        let allowed = exists && matches;
-        let mut remembered = self.lock();
-        let list = if allowed {
-            &mut remembered.allowed
-        } else {
-            &mut remembered.refused
-        };
-        if list.len() >= REMEMBERED {
-            list.pop_front();
-        }
-        list.push_back(tag);
-        verdict(allowed)
+        let remembered = Arc::clone(&self.remembered);
+        // On a thread of its own: a cost of 14 takes a second. Nothing stops
+        // it, so it keeps its turn, and what it found out, though the client
+        // may hang up meanwhile.
+        let checked = tokio::task::spawn_blocking(move || {
+            // Whether the name exists or not.
+            let matches = verify(&password, &hash);
+            let allowed = exists && matches;
+            lock(&remembered).push(allowed, tag);
+            drop((place, turn));
+            verdict(allowed)
+        });
+        checked.await.unwrap_or(Verdict::Refused)
     }
 
     fn known(&self, tag: &hmac::Tag) -> Option<Verdict> {
-        let remembered = self.lock();
+        let remembered = lock(&self.remembered);
         let among =
             |list: &VecDeque<hmac::Tag>| list.iter().any(|one| one.as_ref() == tag.as_ref());
         if among(&remembered.allowed) {
             return Some(Verdict::Allowed);
         }
         among(&remembered.refused).then_some(Verdict::Refused)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Remembered> {
-        self.remembered
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn tag(&self, parts: &[&[u8]]) -> hmac::Tag {
@@ -251,7 +259,7 @@ mod tests {
         for number in 0..REMEMBERED + 20 {
             door.check(&basic(&format!("alice:{number}")), &users).await;
         }
-        let remembered = door.lock();
+        let remembered = lock(&door.remembered);
         assert_eq!(remembered.allowed.len(), 1);
         assert_eq!(remembered.refused.len(), REMEMBERED);
     }
@@ -319,6 +327,39 @@ mod tests {
         guesses.join_all().await;
         let counts = counts.each_ref().map(|count| count.load(Ordering::SeqCst));
         assert_eq!(counts, [WAITING / 2, 0, 1]);
+    }
+
+    /// Whoever hangs up while bcrypt runs gives no turn to the next, and the
+    /// verdict is there when it is asked for again.
+    #[tokio::test]
+    async fn hanging_up_frees_no_turn_and_loses_no_verdict() {
+        let (begun, begins) = std::sync::mpsc::channel();
+        let (go, gone) = std::sync::mpsc::channel::<()>();
+        let gone = Mutex::new(gone);
+        let door = Doorkeeper::with(Arc::new(move |password, hash| {
+            begun.send(()).unwrap();
+            gone.lock().unwrap().recv().unwrap();
+            verify(password, hash)
+        }));
+        let (door, users) = (door.unwrap(), users());
+        let right = basic("alice:right");
+        let wait = std::time::Duration::from_millis(50);
+        assert!(
+            tokio::time::timeout(wait, door.check(&right, &users))
+                .await
+                .is_err()
+        );
+        begins.recv().unwrap();
+        let next = basic("alice:wrong");
+        assert!(
+            tokio::time::timeout(wait, door.check(&next, &users))
+                .await
+                .is_err()
+        );
+        assert!(begins.try_recv().is_err(), "two at once");
+        go.send(()).unwrap();
+        assert_eq!(door.check(&right, &users).await, Verdict::Allowed);
+        assert!(begins.try_recv().is_err(), "checked twice");
     }
 
     /// Hashes that are accepted open the door, whatever version they name.
