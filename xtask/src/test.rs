@@ -121,7 +121,10 @@ fn release(tally: &mut Tally) {
     let checked = dist::release(&dist::Args::default()).and_then(|release| {
         tally.passed += release.checked;
         let storm = RESTARTS.map(str::to_owned);
-        Run::of(&storm, &[("CONNMON_AGENT", release.binary)])?.settled()
+        let restarts = Run::of(&storm, &[("CONNMON_AGENT", release.binary)])?;
+        let ran = restarts.read.passed + restarts.read.failed;
+        ensure!(ran == 1, "{} is {ran} tests", RESTARTS.join(" "));
+        restarts.settled()
     });
     match checked {
         Ok(restarts) => tally.add(restarts),

@@ -54,11 +54,11 @@ pub fn all() -> Result<HashMap<u32, Runs>> {
         .collect())
 }
 
-/// What programs on one hook cost, in nanoseconds, the reading of the clock
+/// What a contender's programs cost, in nanoseconds, the reading of the clock
 /// that measures it included once for each run.
 #[derive(Clone, Copy, Debug)]
 pub struct Cost {
-    /// All of them together, for each hit of the hook.
+    /// All of them together, for each run of the one that ran most.
     pub hit: f64,
     /// The mean of their runs.
     pub run: f64,
@@ -86,10 +86,24 @@ pub fn cost(
 
 /// (what, directory under target/criterion, bound in elements per second).
 pub const CRITERION: &[(&str, &str, f64)] = &[
-    ("events folded per core, 100k connections", "fold/100k", 5e6),
     (
-        "events folded per core, 1M connections, all addresses new",
-        "fold/1M",
+        "events folded per core, 100k connections, IPv4",
+        "fold_events/100k connections, IPv4",
+        5e6,
+    ),
+    (
+        "events folded per core, 100k connections, IPv6",
+        "fold_events/100k connections, IPv6",
+        5e6,
+    ),
+    (
+        "events folded per core, 1M connections, IPv4",
+        "fold_events/1M connections, IPv4",
+        2.5e6,
+    ),
+    (
+        "events folded per core, 1M connections, IPv6",
+        "fold_events/1M connections, IPv6",
         2.5e6,
     ),
 ];

@@ -282,8 +282,8 @@ fn scrape(address: SocketAddr, path: &str, clients: u8, scrapes: u32, gzip: bool
     Ok(())
 }
 
-/// Reads one answer with a Content-Length or in chunks, and keeps no body: what
-/// this costs is in every figure.
+/// Reads one answer with a Content-Length and keeps no body, since what this
+/// costs is in every figure; or one in chunks.
 fn answer(stream: &mut TcpStream, chunk: &mut [u8]) -> Result<()> {
     let mut filled = 0;
     let (end, head) = loop {
