@@ -9,10 +9,13 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::cli::Output;
-use crate::config::{Config, SourceChoice};
+use crate::config::{Config, SandboxChoice, SourceChoice};
 use crate::geo::Database;
-use crate::kernel::{HostFacts, Method, Probe, Rung, Tracer, TracerOptions};
+use crate::kernel::{
+    HostFacts, MOUNT_TRACEFS, Method, OPEN_TRACEFS, Probe, Rung, Tracefs, Tracer, TracerOptions,
+};
 use crate::reconcile::{Trigger, Walk, WalkMessage, WalkSummary, Walker, WalkerOptions};
+use crate::sandbox::{self, Plan};
 
 /// Exit code of a host where the agent runs with less than it could.
 const DEGRADED: u8 = 3;
@@ -60,6 +63,8 @@ struct Findings {
     /// Rungs, ring size and whether traffic is known; or why there is none.
     tracing: Result<Tracing, NoTracing>,
     walk: Result<WalkSummary, String>,
+    /// Whether every room could be closed, where that was asked for.
+    strict: Option<Result<(), String>>,
     /// Type of the country database, or what is wrong with it.
     database: Result<String, String>,
 }
@@ -177,6 +182,7 @@ fn find(config: &Config) -> Findings {
     Findings {
         facts: HostFacts::read(),
         walk: walk(&asked, tracing.is_err()),
+        strict: (config.sandbox == SandboxChoice::Strict).then(|| close(config)),
         asked,
         tracing,
         database: database
@@ -205,6 +211,18 @@ fn trace(config: &Config, asked: &Asked) -> Result<Tracing, NoTracing> {
         ring_bytes: tracer.ring_len(),
         traffic: tracer.traffic_known(),
     })
+}
+
+/// Closes a thread in for each room, as the agent does with `--sandbox
+/// strict`.
+fn close(config: &Config) -> Result<(), String> {
+    let plan = sandbox::plan(config);
+    for enter in [Plan::enter_walker, Plan::enter_fold, Plan::enter_serve] {
+        std::thread::scope(|scope| scope.spawn(|| enter(&plan)).join())
+            .map_err(|_| "bug: closing in panicked".to_owned())?
+            .map_err(|error| error.to_string())?;
+    }
+    Ok(())
 }
 
 /// One walk over the namespaces, as the agent does it.
@@ -289,17 +307,21 @@ fn judge(findings: &Findings) -> Vec<Line> {
         };
         add("lockdown", Outcome::Ok, mode, "");
     }
-    if facts.tracefs {
-        add("tracefs", Outcome::Ok, "mounted", "");
-    } else {
-        // Needed by one rung only, whose own line counts.
-        add(
-            "tracefs",
+    // Needed by one rung only, whose own line counts.
+    let (outcome, cause, remedy) = match facts.tracefs {
+        Tracefs::Mounted => (Outcome::Ok, "mounted", ""),
+        Tracefs::Closed => (
+            Outcome::Info,
+            "closed to this user: the tracepoint rung cannot be used",
+            OPEN_TRACEFS,
+        ),
+        Tracefs::Absent => (
             Outcome::Info,
             "not mounted: the tracepoint rung cannot be used",
-            "mount -t tracefs tracefs /sys/kernel/tracing",
-        );
-    }
+            MOUNT_TRACEFS,
+        ),
+    };
+    add("tracefs", outcome, cause, remedy);
 
     match &findings.tracing {
         Ok(tracing) => {
@@ -355,13 +377,16 @@ fn judge(findings: &Findings) -> Vec<Line> {
                 add(line.0, line.1, &line.2, line.3);
             }
         }
-        Err(error) => {
-            let result = if findings.tracing.is_err() {
-                Outcome::Failed
-            } else {
-                Outcome::Degraded
-            };
-            add("namespaces", result, error, "mount /proc");
+        // Nothing runs without the walker.
+        Err(error) => add("namespaces", Outcome::Failed, error, "mount /proc"),
+    }
+
+    match &findings.strict {
+        None => {}
+        Some(Ok(())) => add("sandbox", Outcome::Ok, "strict: every measure is there", ""),
+        Some(Err(error)) => {
+            let remedy = "--sandbox auto runs with what there is";
+            add("sandbox", Outcome::Failed, error, remedy);
         }
     }
 
@@ -506,7 +531,7 @@ fn table(out: &mut impl Write, lines: &[Line]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sandbox::{self, CapabilitySet};
+    use crate::sandbox::CapabilitySet;
 
     fn rung(probe: Probe, method: Method, reason: Option<&str>) -> Rung {
         Rung {
@@ -528,7 +553,7 @@ mod tests {
                 selinux: false,
                 host_users: true,
                 host_pids: true,
-                tracefs: true,
+                tracefs: Tracefs::Mounted,
             },
             tracing: Ok(Tracing {
                 rungs: vec![
@@ -543,6 +568,7 @@ mod tests {
                 diag: 3,
                 ..WalkSummary::default()
             }),
+            strict: None,
             database: Ok("DBIP-Country-Lite".into()),
             asked: Asked {
                 polling: false,
@@ -664,6 +690,27 @@ mod tests {
         assert_eq!(exit_code(&judge(&findings)), ExitCode::FAILURE);
     }
 
+    /// Each of these ends the agent, however well it could trace.
+    #[test]
+    fn without_a_walk_or_a_strict_sandbox_the_agent_cannot_run() {
+        let mut findings = good();
+        findings.walk = Err("no /proc".into());
+        assert_eq!(exit_code(&judge(&findings)), ExitCode::FAILURE);
+
+        let mut findings = good();
+        assert!(judge(&findings).iter().all(|line| line.check != "sandbox"));
+        for (strict, result) in [
+            (Ok(()), Outcome::Ok),
+            (Err("no Landlock".to_owned()), Outcome::Failed),
+        ] {
+            findings.strict = Some(strict);
+            let lines = judge(&findings);
+            assert_eq!(find(&lines, "sandbox").result, result);
+            let fails = exit_code(&lines) == ExitCode::FAILURE;
+            assert_eq!(fails, result == Outcome::Failed);
+        }
+    }
+
     #[test]
     fn polling_that_is_asked_for_is_degraded_and_says_what_it_lacks() {
         let mut findings = good();
@@ -701,7 +748,7 @@ mod tests {
         findings.facts.btf = false;
         findings.facts.release = "5.15.167.4-microsoft-standard-WSL2".into();
         findings.facts.lockdown = "confidentiality".into();
-        findings.facts.tracefs = false;
+        findings.facts.tracefs = Tracefs::Absent;
         findings.tracing.as_mut().ok().unwrap().traffic = false;
         findings.walk = Ok(WalkSummary {
             proc: 2,

@@ -3,12 +3,12 @@
 //! tested from recorded facts.
 
 use std::fs;
-use std::io::Read as _;
+use std::io::{self, Read as _};
 
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::CapabilitySet;
 
-use super::ladder::TRACEFS;
+use super::ladder::{ABSENT_TRACEFS, TRACEFS, UNREADABLE_TRACEFS};
 
 /// `EPERM`, `EACCES`, `ENOMEM`, `ENOSYS`.
 const EPERM: i32 = 1;
@@ -38,9 +38,40 @@ pub struct HostFacts {
     pub host_users: bool,
     /// Whether this is the host's pid namespace.
     pub host_pids: bool,
-    /// Whether tracefs is mounted where it belongs.
-    pub tracefs: bool,
+    /// tracefs, where it belongs.
+    pub tracefs: Tracefs,
 }
+
+/// What there is of tracefs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tracefs {
+    /// Its events are there.
+    Mounted,
+    /// This user may not look (it is of mode 0700 as a rule).
+    Closed,
+    /// It is not mounted.
+    Absent,
+}
+
+impl Tracefs {
+    fn read() -> Self {
+        let looks = TRACEFS.map(|root| fs::metadata(format!("{root}/events")));
+        let closed = |look: &io::Result<_>| matches!(look, Err(error) if error.kind() == io::ErrorKind::PermissionDenied);
+        if looks.iter().any(Result::is_ok) {
+            Self::Mounted
+        } else if looks.iter().any(closed) {
+            Self::Closed
+        } else {
+            Self::Absent
+        }
+    }
+}
+
+/// What opens a closed tracefs.
+pub const OPEN_TRACEFS: &str =
+    "run as root, grant CAP_DAC_READ_SEARCH, or mount -o remount,mode=755 /sys/kernel/tracing";
+/// What brings an absent one.
+pub const MOUNT_TRACEFS: &str = "mount -t tracefs tracefs /sys/kernel/tracing";
 
 /// What to say of a failure: its cause and what helps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,9 +115,7 @@ impl HostFacts {
             // Initial namespaces have fixed inodes (include/linux/proc_ns.h).
             host_users: is_namespace("user", 0xefff_fffd),
             host_pids: is_namespace("pid", 0xefff_fffc),
-            tracefs: TRACEFS
-                .iter()
-                .any(|root| fs::metadata(format!("{root}/events")).is_ok()),
+            tracefs: Tracefs::read(),
         }
     }
 
@@ -141,6 +170,10 @@ impl HostFacts {
                 "run as root, or grant it (systemd AmbientCapabilities=, docker --cap-add, setcap)",
             );
         }
+        // Of files, not of bpf().
+        if message.contains(UNREADABLE_TRACEFS) {
+            return say(format!("{message} by this user"), OPEN_TRACEFS);
+        }
         let limit = self.memlock_bytes.unwrap_or(u64::MAX);
         if matches!(errno, Some(EPERM | ENOMEM))
             && version < (5, 11)
@@ -181,11 +214,17 @@ impl HostFacts {
                 "run a kernel with CONFIG_BPF_SYSCALL, or poll with --source proc",
             );
         }
-        if !self.btf && !self.tracefs {
-            return say(
-                "the kernel shows no BTF (CONFIG_DEBUG_INFO_BTF) and tracefs is not mounted".into(),
-                "mount -t tracefs tracefs /sys/kernel/tracing, or run a kernel with BTF",
-            );
+        if self.tracefs == Tracefs::Absent {
+            if !self.btf {
+                return say(
+                    "the kernel shows no BTF (CONFIG_DEBUG_INFO_BTF) and tracefs is not mounted"
+                        .into(),
+                    "mount -t tracefs tracefs /sys/kernel/tracing, or run a kernel with BTF",
+                );
+            }
+            if message.contains(ABSENT_TRACEFS) {
+                return say("tracefs is not mounted".into(), MOUNT_TRACEFS);
+            }
         }
         say(
             format!("the kernel refused ({message})"),
@@ -246,7 +285,7 @@ mod tests {
             selinux: false,
             host_users: true,
             host_pids: true,
-            tracefs: true,
+            tracefs: Tracefs::Mounted,
         }
     }
 
@@ -333,10 +372,28 @@ mod tests {
 
         let bare = HostFacts {
             btf: false,
-            tracefs: false,
+            tracefs: Tracefs::Absent,
             ..root()
         };
         assert!(cause(&bare, "no kernel BTF; tracefs is not mounted").contains("no BTF"));
+        // Asked for, though there is BTF.
+        let unmounted = HostFacts { btf: true, ..bare };
+        let diagnosis = unmounted.diagnose("tracepoint: tracefs is not mounted", RING);
+        assert_eq!(diagnosis.cause, "tracefs is not mounted");
+        assert_eq!(diagnosis.remedy, MOUNT_TRACEFS);
+
+        // A mode, whatever SELinux and seccomp do besides.
+        let closed = HostFacts {
+            tracefs: Tracefs::Closed,
+            selinux: true,
+            seccomp: true,
+            capabilities: CapabilitySet::BPF | CapabilitySet::PERFMON,
+            ..root()
+        };
+        let message = "tracepoint: tracefs cannot be read (Permission denied (os error 13))";
+        let diagnosis = closed.diagnose(message, RING);
+        assert!(diagnosis.cause.contains("tracefs cannot be read"));
+        assert_eq!(diagnosis.remedy, OPEN_TRACEFS);
 
         assert!(cause(&root(), "something (os error 7)").contains("something (os error 7)"));
     }

@@ -355,6 +355,11 @@ fn is_statistics(line: &str) -> bool {
 /// Where tracefs shows events.
 pub const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
+/// How a missing tracefs is told; the diagnosis goes by it.
+pub const ABSENT_TRACEFS: &str = "tracefs is not mounted";
+/// The same of one that keeps its files to itself.
+pub const UNREADABLE_TRACEFS: &str = "tracefs cannot be read";
+
 fn read_format() -> Result<String, String> {
     let mut last = None;
     for root in TRACEFS {
@@ -365,10 +370,10 @@ fn read_format() -> Result<String, String> {
     }
     Err(match last {
         Some(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            "tracefs is not mounted (mount -t tracefs tracefs /sys/kernel/tracing)".into()
+            format!("{ABSENT_TRACEFS} (mount -t tracefs tracefs /sys/kernel/tracing)")
         }
-        Some(error) => format!("tracefs cannot be read ({error})"),
-        None => "tracefs cannot be read".into(),
+        Some(error) => format!("{UNREADABLE_TRACEFS} ({error})"),
+        None => UNREADABLE_TRACEFS.into(),
     })
 }
 

@@ -12,7 +12,7 @@ mod sys;
 mod watch;
 
 pub use error::AttachError;
-pub use facts::{Diagnosis, HostFacts};
+pub use facts::{Diagnosis, HostFacts, MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs};
 pub use ring::{Counters, Drained};
 pub use sys::{return_memory_at_once, trim_memory};
 pub use watch::watch;
