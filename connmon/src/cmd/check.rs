@@ -471,7 +471,8 @@ fn judge_walk(findings: &Findings, summary: &WalkSummary) -> Vec<Judged> {
             "load tcp_diag and inet_diag on the host: modprobe tcp_diag",
         ));
     } else {
-        let cause = format!("{} namespaces read by sock_diag", summary.diag);
+        let plural = if summary.diag == 1 { "" } else { "s" };
+        let cause = format!("{} namespace{plural} read by sock_diag", summary.diag);
         lines.push(("tcp_diag", Outcome::Ok, cause, ""));
     }
     let plural = if watched == 1 { "" } else { "s" };
