@@ -234,17 +234,24 @@ impl Pipeline {
             return;
         };
         let produced = tracer.produced();
-        let started = Instant::now();
+        let mut stuck = None;
+        // An end is in sight, however much is produced meanwhile.
         loop {
-            self.drain();
+            let more = self.drain_some();
             let through = self
                 .tracer
                 .as_mut()
                 .is_none_or(|tracer| tracer.is_through(produced));
-            if through || started.elapsed() >= WRITING {
+            if through {
                 return;
             }
-            std::thread::yield_now();
+            if more {
+                stuck = None;
+            } else if stuck.get_or_insert_with(Instant::now).elapsed() >= WRITING {
+                return;
+            } else {
+                std::thread::yield_now();
+            }
         }
     }
 
