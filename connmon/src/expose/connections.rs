@@ -32,8 +32,11 @@ pub(crate) struct Activity {
     /// several, at most one a stream.
     responses: BTreeMap<u64, Response>,
     next_response: u64,
-    /// Those handed over whose end is not flushed yet, in no order.
-    unflushed: Vec<Response>,
+    /// Start of the oldest one handed over whose end is not flushed yet.
+    unflushed: Option<Instant>,
+    /// Those among them that are scrapes, in no order; as many as there are
+    /// permits.
+    scrapes: Vec<Response>,
     /// End of the last response.
     idle_since: Option<Instant>,
     /// Last byte in either direction.
@@ -59,7 +62,8 @@ impl Activity {
             working: 0,
             responses: BTreeMap::new(),
             next_response: 0,
-            unflushed: Vec::new(),
+            unflushed: None,
+            scrapes: Vec::new(),
             idle_since: None,
             progress: now,
         }
@@ -77,7 +81,8 @@ impl Activity {
     }
 
     fn flushed(&mut self, now: Instant) {
-        if !std::mem::take(&mut self.unflushed).is_empty() && self.responses.is_empty() {
+        self.scrapes.clear();
+        if self.unflushed.take().is_some() && self.responses.is_empty() {
             self.idle_since = Some(now);
         }
     }
@@ -96,20 +101,27 @@ impl Activity {
     }
 
     fn response_ends(&mut self, id: u64) {
-        self.unflushed.extend(self.responses.remove(&id));
+        let Some(response) = self.responses.remove(&id) else {
+            return;
+        };
+        let began = response.began;
+        self.unflushed = Some(self.unflushed.map_or(began, |before| before.min(began)));
+        if response.permit.is_some() {
+            self.scrapes.push(response);
+        }
     }
 
     /// Start of the oldest response under way. Each has its own time: over
     /// HTTP/2 a new one may begin before the last has ended, for ever.
     fn response_since(&self) -> Option<Instant> {
         let oldest = self.responses.values().next();
-        let on_their_way = oldest.into_iter().chain(&self.unflushed);
-        on_their_way.map(|response| response.began).min()
+        let began = oldest.map(|response| response.began);
+        began.into_iter().chain(self.unflushed).min()
     }
 
     /// Start of the oldest scrape in flight.
     fn scrape_since(&self) -> Option<Instant> {
-        let responses = self.responses.values().chain(&self.unflushed);
+        let responses = self.responses.values().chain(&self.scrapes);
         let scrapes = responses.filter(|response| response.permit.is_some());
         scrapes.map(|response| response.began).min()
     }
