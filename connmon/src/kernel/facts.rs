@@ -55,14 +55,12 @@ pub enum Tracefs {
 
 impl Tracefs {
     fn read() -> Self {
-        let looks = TRACEFS.map(|root| fs::metadata(format!("{root}/events")));
-        let closed = |look: &io::Result<_>| matches!(look, Err(error) if error.kind() == io::ErrorKind::PermissionDenied);
-        if looks.iter().any(Result::is_ok) {
-            Self::Mounted
-        } else if looks.iter().any(closed) {
-            Self::Closed
-        } else {
-            Self::Absent
+        let [own, debug] = TRACEFS.map(|root| fs::metadata(format!("{root}/events")));
+        match (own, debug) {
+            (Ok(_), _) | (_, Ok(_)) => Self::Mounted,
+            // A closed debugfs tells nothing, and need not be opened.
+            (Err(error), _) if error.kind() == io::ErrorKind::PermissionDenied => Self::Closed,
+            _ => Self::Absent,
         }
     }
 }

@@ -158,7 +158,8 @@ impl Tracer {
         let types = load::KernelTypes::read();
         if let (Err(reason), Some(_)) = (&types, options.only_netns) {
             return Err(AttachError::other(format!(
-                "--netns host: without the kernel's BTF events tell no namespace ({reason})"
+                "--netns host: events tell no namespace without the kernel's BTF ({reason}): run a \
+                 kernel with CONFIG_DEBUG_INFO_BTF, or leave --netns at all"
             )));
         }
         let mut ebpf = load::prepare(options, types.as_ref().ok())
