@@ -155,8 +155,7 @@ fn is_bare(byte: u8) -> bool {
 }
 
 /// A JSON string, which is also what logfmt readers take between quotes.
-/// Escaped beyond JSON's needs: every control character, line separators
-/// and the marks that turn the direction of text.
+/// Escaped beyond JSON's needs: everything that [`is_control`] names.
 fn quote(line: &mut String, text: &str) {
     line.push('"');
     for c in text.chars() {
@@ -166,17 +165,23 @@ fn quote(line: &mut String, text: &str) {
             '\n' => line.push_str("\\n"),
             '\r' => line.push_str("\\r"),
             '\t' => line.push_str("\\t"),
-            c if c.is_control()
-                || matches!(c, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}')
-                || ('\u{202a}'..='\u{202e}').contains(&c)
-                || ('\u{2066}'..='\u{2069}').contains(&c) =>
-            {
+            c if is_control(c) => {
                 let _ = write!(line, "\\u{:04x}", u32::from(c));
             }
             c => line.push(c),
         }
     }
     line.push('"');
+}
+
+/// Control characters, line separators and the marks that turn the direction
+/// of text.
+pub fn is_control(character: char) -> bool {
+    character.is_control()
+        || matches!(
+            character,
+            '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+        )
 }
 
 #[cfg(test)]

@@ -456,6 +456,11 @@ fn remedy_for(reason: &str) -> &'static str {
 
 type Judged = (&'static str, Outcome, String, &'static str);
 
+fn namespaces(count: u32) -> String {
+    let ending = if count == 1 { "" } else { "s" };
+    format!("{count} namespace{ending}")
+}
+
 fn judge_walk(findings: &Findings, summary: &WalkSummary) -> Vec<Judged> {
     let mut lines = Vec::new();
     let reason = summary.reason.as_deref().unwrap_or("not said");
@@ -471,12 +476,10 @@ fn judge_walk(findings: &Findings, summary: &WalkSummary) -> Vec<Judged> {
             "load tcp_diag and inet_diag on the host: modprobe tcp_diag",
         ));
     } else {
-        let plural = if summary.diag == 1 { "" } else { "s" };
-        let cause = format!("{} namespace{plural} read by sock_diag", summary.diag);
+        let cause = format!("{} read by sock_diag", namespaces(summary.diag));
         lines.push(("tcp_diag", Outcome::Ok, cause, ""));
     }
-    let plural = if watched == 1 { "" } else { "s" };
-    let seen = format!("{watched} namespace{plural} watched");
+    let seen = format!("{} watched", namespaces(watched));
     if findings.asked.all_netns && !findings.facts.host_pids {
         lines.push((
             "namespaces",

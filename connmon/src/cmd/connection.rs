@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::event::Tuple;
 use crate::fold::Direction;
+use crate::logging;
 
 /// One connection event, or one connection of a snapshot. Fields that do not
 /// apply are absent from the JSON and `-` in the table.
@@ -163,17 +164,13 @@ fn name_bytes(comm: &[u8; 16]) -> &[u8] {
     &comm[..end]
 }
 
-/// Control characters, line separators, and the marks that turn the direction
-/// of text or are not seen at all.
+/// What the log escapes, and beyond it the marks that are not seen at all: in
+/// a column nothing tells that they are there.
 fn is_control(character: char) -> bool {
-    character.is_control()
+    logging::is_control(character)
         || matches!(
             character,
-            '\u{61c}'
-                | '\u{200b}'..='\u{200f}'
-                | '\u{2028}'..='\u{202e}'
-                | '\u{2060}'..='\u{206f}'
-                | '\u{feff}'
+            '\u{61c}' | '\u{200b}'..='\u{200d}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
         )
 }
 

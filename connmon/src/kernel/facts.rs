@@ -217,7 +217,7 @@ impl HostFacts {
                 return say(
                     "the kernel shows no BTF (CONFIG_DEBUG_INFO_BTF) and tracefs is not mounted"
                         .into(),
-                    "mount -t tracefs tracefs /sys/kernel/tracing, or run a kernel with BTF",
+                    &format!("{MOUNT_TRACEFS}, or run a kernel with BTF"),
                 );
             }
             if message.contains(ABSENT_TRACEFS) {

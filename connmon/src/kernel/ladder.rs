@@ -12,6 +12,7 @@ use aya::programs::{
 };
 use connmon_common::tuning::tracepoint::ASSERTED;
 
+use super::facts::MOUNT_TRACEFS;
 use super::load::KernelTypes;
 use super::{Method, Probe, Rung, sys};
 use crate::config::AttachChoice;
@@ -370,7 +371,7 @@ fn read_format() -> Result<String, String> {
     }
     Err(match last {
         Some(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            format!("{ABSENT_TRACEFS} (mount -t tracefs tracefs /sys/kernel/tracing)")
+            format!("{ABSENT_TRACEFS} ({MOUNT_TRACEFS})")
         }
         Some(error) => format!("{UNREADABLE_TRACEFS} ({error})"),
         None => UNREADABLE_TRACEFS.into(),

@@ -166,6 +166,13 @@ fn attach(contender: &str) -> Result<Attached> {
     Ok(started)
 }
 
+/// Percentages from pairs of measurements.
+fn quartiles(pairs: &[f64]) -> String {
+    let [low, median, high] = [0.25, 0.5, 0.75].map(|part| quantile(pairs, part));
+    let pairs = pairs.len();
+    format!("{median:.1} % (quartiles {low:.1} to {high:.1}, {pairs} pairs)")
+}
+
 /// Median of three times in seconds.
 fn timed(mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut times = Vec::new();
@@ -289,17 +296,10 @@ impl Bench {
                     .push(Row::context(contender, "not to be had on this machine"));
                 continue;
             }
-            let spread = Spread::of(&lost);
-            let measured = format!(
-                "{:.1} % (quartiles {:.1} to {:.1}, {} pairs)",
-                spread.median,
-                quantile(&lost, 0.25),
-                quantile(&lost, 0.75),
-                lost.len()
-            );
+            let (measured, median) = (quartiles(&lost), quantile(&lost, 0.5));
             let what = format!("connection rate lost at full speed: {contender}");
             self.rows.push(if contender == "connmon" {
-                Row::bound(what, "≤ 2 %", measured, spread.median <= 2.0)
+                Row::bound(what, "≤ 2 %", measured, median <= 2.0)
             } else {
                 Row::context(what, measured)
             });
@@ -398,12 +398,7 @@ impl Bench {
         }
         self.rows.push(Row::context(
             "connection rate lost to sampling traffic",
-            format!(
-                "{:.1} % (quartiles {:.1} to {:.1}, {rounds} pairs)",
-                quantile(&slower, 0.5),
-                quantile(&slower, 0.25),
-                quantile(&slower, 0.75)
-            ),
+            quartiles(&slower),
         ));
         self.rows.push(Row::context(
             "agent CPU that sampling traffic adds at 10,000 connections/s",
