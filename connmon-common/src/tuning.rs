@@ -129,6 +129,8 @@ pub mod sock_common {
     pub const NUM: usize = 14;
     /// `skc_family`.
     pub const FAMILY: usize = 16;
+    /// `skc_state`.
+    pub const STATE: usize = 18;
     /// `skc_net`.
     pub const NET: usize = 48;
     /// `skc_v6_daddr`.
@@ -147,6 +149,7 @@ pub mod sock_common {
         ("skc_dport", DPORT),
         ("skc_num", NUM),
         ("skc_family", FAMILY),
+        ("skc_state", STATE),
         ("skc_net", NET),
         ("skc_v6_daddr", V6_DADDR),
         ("skc_v6_rcv_saddr", V6_RCV_SADDR),

@@ -25,6 +25,9 @@ pub mod kind {
     pub const CONNECT_SENT: u8 = 7;
     /// `inet_csk_accept` returned a socket, as [`super::Task`].
     pub const ACCEPT: u8 = 8;
+    /// A socket that is there, as [`super::Live`]; from the socket iterator,
+    /// never in the ring.
+    pub const LIVE: u8 = 9;
 }
 
 /// Bits of [`Head::flags`].
@@ -33,7 +36,7 @@ pub mod flag {
     pub const V6: u8 = 1;
     /// `error` and `segments_out` of a [`super::Close`] were read.
     pub const ERROR: u8 = 2;
-    /// The traffic figures of a [`super::Close`] were read.
+    /// The traffic figures of a [`super::Close`] or [`super::Live`] were read.
     pub const TRAFFIC: u8 = 4;
     /// Every bit in use.
     pub const ALL: u8 = V6 | ERROR | TRAFFIC;
@@ -198,6 +201,18 @@ pub struct Task {
     pub owner: Owner,
 }
 
+/// [`kind::LIVE`]: both states of the head are the one it is in.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Live<E> {
+    /// Common part.
+    pub head: Head,
+    /// What the socket counted so far; `segments_out` and `error` are 0.
+    pub figures: Figures,
+    /// Endpoints.
+    pub ends: E,
+}
+
 /// Largest record, bytes.
 pub const MAX_RECORD_BYTES: usize = size_of::<Close<EndsV6>>();
 
@@ -222,6 +237,8 @@ const _: () = {
     assert!(offset_of!(Close<EndsV4>, ends) == 64 && offset_of!(Close<EndsV6>, ends) == 64);
     assert!(size_of::<Listen<EndsV4>>() == 72 && size_of::<Listen<EndsV6>>() == 96);
     assert!(size_of::<Task>() == 64);
+    assert!(size_of::<Live<EndsV4>>() == 72 && size_of::<Live<EndsV6>>() == 96);
+    assert!(offset_of!(Live<EndsV4>, ends) == 56 && offset_of!(Live<EndsV6>, ends) == 56);
     // Every record type is free of hidden padding: sizes are the sums of the
     // parts, which the asserts above spell out, and multiples of the ring
     // buffer's 8 bytes.

@@ -16,6 +16,7 @@ mod globals;
 mod nested;
 mod set_state;
 mod socket;
+mod sockets;
 
 #[cfg(not(test))]
 #[panic_handler]

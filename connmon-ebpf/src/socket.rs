@@ -132,7 +132,8 @@ pub fn is_loopback_v6(local: [u64; 2], remote: [u64; 2]) -> bool {
         || (local[0] == remote[0] && local[1] == remote[1])
 }
 
-/// A `struct sock *` that the verifier knows as such.
+/// A `struct sock *`, or for what lies in `struct sock_common` a pointer to
+/// that, which the verifier knows as such.
 pub struct BtfSocket(pub *const u8);
 
 impl BtfSocket {
@@ -144,6 +145,22 @@ impl BtfSocket {
     unsafe fn at<T: Copy>(&self, offset: usize) -> T {
         // SAFETY: the caller's; the kernel turns faults into zeroes.
         unsafe { load(self.0, offset) }
+    }
+}
+
+impl BtfSocket {
+    /// `skc_state`.
+    #[inline(always)]
+    pub fn state(&self) -> u8 {
+        // SAFETY: asserted by the loader.
+        unsafe { self.at(sock_common::STATE) }
+    }
+
+    /// `skc_flags`; something else in a request socket.
+    #[inline(always)]
+    pub fn flags(&self) -> u64 {
+        // SAFETY: an unsigned long, offset from BTF.
+        unsafe { self.at(offset(&OFF_SK_FLAGS)) }
     }
 }
 
@@ -227,9 +244,8 @@ impl Socket for BtfSocket {
 
     #[inline(always)]
     fn error_and_flags(&self) -> (u32, u64) {
-        // SAFETY: `sk_err` is an int and `sk_flags` (skc_flags) an unsigned
-        // long, offsets from BTF.
-        unsafe { (self.at(offset(&OFF_SK_ERR)), self.at(offset(&OFF_SK_FLAGS))) }
+        // SAFETY: `sk_err` is an int, offset from BTF.
+        unsafe { (self.at(offset(&OFF_SK_ERR)), self.flags()) }
     }
 }
 
@@ -485,17 +501,47 @@ pub unsafe fn write_figures<S: Socket>(socket: &S, full: &S::Full, out: *mut Fig
         if TRAFFIC.load() == 0 {
             return flag::ERROR;
         }
-        let fin = u64::from(flags & SOCK_DONE != 0);
-        let received = full.wide(offset(&OFF_BYTES_RECEIVED));
+        write_traffic(full, flags, out);
+    }
+    flag::ERROR | flag::TRAFFIC
+}
+
+/// Writes what is sampled of a live socket, whose `sk_flags` are given; the
+/// result as of [`write_figures`].
+///
+/// # Safety
+///
+/// As [`write_figures`].
+#[inline(always)]
+pub unsafe fn write_live_figures(full: &impl FullSocket, flags: u64, out: *mut Figures) -> u8 {
+    // SAFETY: the caller's.
+    unsafe {
+        zero(out);
+        if !full.is_known() {
+            return 0;
+        }
+        write_traffic(full, flags, out);
+    }
+    flag::TRAFFIC
+}
+
+/// # Safety
+///
+/// As [`write_figures`], and `full` must be known.
+#[inline(always)]
+unsafe fn write_traffic(full: &impl FullSocket, flags: u64, out: *mut Figures) {
+    let fin = u64::from(flags & SOCK_DONE != 0);
+    let received = full.wide(offset(&OFF_BYTES_RECEIVED));
+    // Both count payload only, SYN and FIN left out.
+    let sent = full.wide(offset(&OFF_BYTES_SENT)) - full.wide(offset(&OFF_BYTES_RETRANS));
+    let retrans = full.narrow(offset(&OFF_TOTAL_RETRANS));
+    // SAFETY: the caller's.
+    unsafe {
         addr_of_mut!((*out).received_bytes).write(received - fin);
-        // Both count payload only, SYN and FIN left out.
-        let sent = full.wide(offset(&OFF_BYTES_SENT)) - full.wide(offset(&OFF_BYTES_RETRANS));
         addr_of_mut!((*out).sent_bytes).write(sent);
-        let retrans = full.narrow(offset(&OFF_TOTAL_RETRANS));
         addr_of_mut!((*out).retransmitted_segments).write(retrans);
         addr_of_mut!((*out).srtt_us).write(full.narrow(offset(&OFF_SRTT_US)) >> 3);
     }
-    flag::ERROR | flag::TRAFFIC
 }
 
 /// Local port, host order, of a socket that may have given it up: an

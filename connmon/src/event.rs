@@ -2,7 +2,7 @@
 
 mod decode;
 
-pub use decode::{Undecodable, decode};
+pub use decode::{LiveSocket, Undecodable, decode, decode_live};
 
 use std::net::{IpAddr, SocketAddr};
 

@@ -61,7 +61,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let host = Roots::default()
         .host()
         .context("cannot read /proc/self/ns/net; is /proc mounted?")?;
-    let (tracer, degraded) = attach(&config, host)?;
+    let (mut tracer, degraded) = attach(&config, host)?;
     let source = if tracer.is_some() {
         Source::Ebpf
     } else {
@@ -79,6 +79,10 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             all_netns: config.all_netns,
             listeners: config.listeners,
             force_proc: source == Source::Proc,
+            sockets: tracer
+                .as_mut()
+                .and_then(Tracer::take_socket_iterator)
+                .map(Arc::new),
             ..WalkerOptions::default()
         },
         {

@@ -372,11 +372,8 @@ impl Pipeline {
         let now_ns = monotonic_ns();
         let folding_ns = u64::try_from(self.walk_cpu.as_nanos()).unwrap_or(u64::MAX);
         let cpu_ns = summary.cpu_ns.saturating_add(folding_ns);
-        // A startup walk reads everything twice; audits read it once.
-        let cost = match walk.trigger {
-            Trigger::Startup => cpu_ns / 2,
-            Trigger::Interval | Trigger::Loss => cpu_ns,
-        };
+        // Audits read everything once.
+        let cost = if summary.twice { cpu_ns / 2 } else { cpu_ns };
         // Polling is the source itself, at the pace that was asked for.
         let rest = match self.tracer {
             Some(_) => rest_after(cost),

@@ -6,10 +6,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use connmon_common::state;
 use connmon_common::wire::{
-    self, Change, Close, Connect, EndsV4, EndsV6, Figures, Head, Listen, Open, Task, flag, kind,
+    self, Change, Close, Connect, EndsV4, EndsV6, Figures, Head, Listen, Live, Open, Task, flag,
+    kind,
 };
 
-use super::{Event, Owner, Socket, Traffic, Tuple};
+use super::{Cookie, Event, Owner, Socket, Traffic, Tuple};
 
 /// Why bytes are no record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +168,66 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
             owner: bytes.owner(offset_of!(Task, owner)),
         },
     })
+}
+
+/// A socket that is there, as the socket iterator tells of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LiveSocket {
+    /// Its TCP state; SYN_RECV for a request socket as well.
+    pub state: u8,
+    /// Cookie.
+    pub cookie: Cookie,
+    /// Endpoints.
+    pub tuple: Tuple,
+    /// What it counted so far; `None` for a request socket.
+    pub traffic: Option<Traffic>,
+}
+
+/// Decodes the first of a series of [`Live`] records, and tells its length;
+/// `None` where more bytes are needed for a whole one. Never panics, whatever
+/// the bytes.
+///
+/// # Errors
+///
+/// The first thing that is wrong with the record. Where the next one begins
+/// is not known then.
+pub fn decode_live(series: &[u8]) -> Result<Option<(LiveSocket, usize)>, Undecodable> {
+    let bytes = Bytes(series);
+    if series.len() < size_of::<Head>() {
+        return Ok(None);
+    }
+    let kind = bytes.u8(offset_of!(Head, kind));
+    if kind != kind::LIVE {
+        return Err(Undecodable::Kind(kind));
+    }
+    let flags = bytes.u8(offset_of!(Head, flags));
+    if flags & !(flag::V6 | flag::TRAFFIC) != 0 {
+        return Err(Undecodable::Flags(flags));
+    }
+    let (old, new) = (
+        bytes.u8(offset_of!(Head, old)),
+        bytes.u8(offset_of!(Head, new)),
+    );
+    let left_out = matches!(new, state::TIME_WAIT | state::CLOSE | state::LISTEN);
+    if old != new || left_out || !(state::ESTABLISHED..=state::CLOSING).contains(&new) {
+        return Err(Undecodable::States { old, new });
+    }
+    let v6 = flags & flag::V6 != 0;
+    let length = match v6 {
+        true => size_of::<Live<EndsV6>>(),
+        false => size_of::<Live<EndsV4>>(),
+    };
+    if series.len() < length {
+        return Ok(None);
+    }
+    let figures = offset_of!(Live<EndsV4>, figures);
+    let socket = LiveSocket {
+        state: new,
+        cookie: bytes.u64(offset_of!(Head, cookie)),
+        tuple: bytes.ends(offset_of!(Live<EndsV4>, ends), v6),
+        traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(figures)),
+    };
+    Ok(Some((socket, length)))
 }
 
 /// A record whose length has been checked. Reads past its end give zeroes,
@@ -446,7 +507,50 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_series_of_sockets_decodes_one_by_one() {
+        let figures = |record: Record| record.u64(10).u64(20).u32(3).u32(40).u32(0).u32(0);
+        let local = "2001:db8::1".parse::<Ipv6Addr>().unwrap();
+        let first = figures(Record::new(kind::LIVE, flag::V6 | flag::TRAFFIC, 1, 1)).v6(local);
+        let second = figures(Record::new(kind::LIVE, 0, 3, 3)).v4();
+        let series = [first.0, second.0].concat();
+        let (socket, length) = decode_live(&series).unwrap().unwrap();
+        assert_eq!((length, socket.state, socket.cookie), (96, 1, SOCKET.cookie));
+        assert_eq!(socket.tuple.local, IpAddr::V6(local));
+        assert_eq!(socket.traffic.unwrap().sent_bytes, 20);
+        let (socket, length) = decode_live(&series[96..]).unwrap().unwrap();
+        assert_eq!((length, socket.state, socket.traffic), (72, 3, None));
+        assert_eq!(socket.tuple, tuple_v4());
+        // Cut anywhere, it waits for more.
+        for cut in 0..96 {
+            assert_eq!(decode_live(&series[..cut]), Ok(None), "{cut}");
+        }
+        for (kind, flags, old, new) in [
+            (kind::OPEN, 0, 1, 1),
+            (kind::LIVE, flag::ERROR, 1, 1),
+            (kind::LIVE, 0, 1, 4),
+            (kind::LIVE, 0, 6, 6),
+            (kind::LIVE, 0, 12, 12),
+        ] {
+            let record = figures(Record::new(kind, flags, old, new)).v4();
+            assert!(decode_live(&record.0).is_err(), "{kind} {flags} {old} {new}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn any_series_of_sockets_decodes_or_is_refused(
+            kind in 8_u8..10, flags in 0_u8..8, old in 0_u8..14, new in 0_u8..14,
+            tail in prop::collection::vec(any::<u8>(), 0..=2 * MAX_RECORD_BYTES),
+        ) {
+            let mut series = Record::new(kind, flags, old, new).0;
+            series.extend(tail);
+            let mut rest = &series[..];
+            while let Ok(Some((_, length))) = decode_live(rest) {
+                rest = &rest[length..];
+            }
+        }
+
         #[test]
         fn any_bytes_decode_or_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..=MAX_RECORD_BYTES + 8)) {
             let _ = decode(&bytes);

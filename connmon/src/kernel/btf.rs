@@ -20,7 +20,8 @@ pub const KIND_TYPEDEF: u32 = 8;
 /// `BTF_KIND_FUNC`.
 pub const KIND_FUNC: u32 = 12;
 
-const KIND_UNION: u32 = 5;
+/// `BTF_KIND_UNION`.
+pub const KIND_UNION: u32 = 5;
 
 /// Deepest nesting of anonymous members and modifiers that is followed; the
 /// kernel's own is below 10.

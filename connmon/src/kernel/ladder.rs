@@ -8,12 +8,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use aya::Ebpf;
 use aya::programs::links::FdLink;
 use aya::programs::{
-    BtfTracePoint, FEntry, FExit, KProbe, Program, ProgramError, RawTracePoint, TracePoint,
+    BtfTracePoint, FEntry, FExit, Iter, KProbe, Program, ProgramError, RawTracePoint, TracePoint,
 };
 use connmon_common::tuning::tracepoint::ASSERTED;
 
 use super::facts::MOUNT_TRACEFS;
 use super::load::KernelTypes;
+use super::sockets::SocketIterator;
 use super::{Method, Probe, Rung, sys};
 use crate::config::AttachChoice;
 
@@ -102,6 +103,30 @@ pub fn attach_second(
         program: attached?,
         link: None,
     })
+}
+
+/// Makes the socket iterator, where the kernel's shows every socket once. The
+/// reason in words when that fails.
+pub fn socket_iterator(
+    ebpf: &mut Ebpf,
+    types: Result<&KernelTypes, &str>,
+) -> Result<SocketIterator, String> {
+    let types = types.map_err(str::to_owned)?;
+    if !types.iterates_once {
+        return Err("iter/tcp may skip sockets before Linux 6.17".into());
+    }
+    let program = program(ebpf, "sockets")?;
+    let result = (|| {
+        let program: &mut Iter = program.try_into()?;
+        program.load("tcp", &types.attach)?;
+        let link = sys::link_iterator(program.fd()?.as_fd());
+        // The link holds the program.
+        program.unload()?;
+        Ok(link)
+    })();
+    let link = result.map_err(|error: ProgramError| brief(&error))?;
+    link.map(SocketIterator::new)
+        .map_err(|error| format!("BPF_LINK_CREATE: {error}"))
 }
 
 /// Attaches a function probe. Counts do not depend on it.

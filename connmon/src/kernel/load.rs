@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader, Endianness};
 use connmon_common::tuning::{self, FIELDS, global, sock_common};
 
-use super::btf::{self, BtfError, KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, Wanted};
+use super::btf::{self, BtfError, KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, KIND_UNION, Wanted};
 use super::{TracerOptions, sys};
 
 /// The programs, built by `cargo xtask build-ebpf`.
@@ -27,6 +27,8 @@ const WANTED: &[Wanted] = &[
     STATE_TYPEDEF,
     CONNECT_FUNC,
     ACCEPT_FUNC,
+    ITER_FUNC,
+    ITER_BATCH_ITEM,
     (KIND_STRUCT, "sock_common"),
     (KIND_STRUCT, "net"),
     (KIND_STRUCT, "sock"),
@@ -36,6 +38,10 @@ const WANTED: &[Wanted] = &[
 const STATE_TYPEDEF: Wanted = (KIND_TYPEDEF, "btf_trace_inet_sock_set_state");
 const CONNECT_FUNC: Wanted = (KIND_FUNC, "tcp_connect");
 const ACCEPT_FUNC: Wanted = (KIND_FUNC, "inet_csk_accept");
+const ITER_FUNC: Wanted = (KIND_FUNC, "bpf_iter_tcp");
+/// What lets a read of the iterator go on exactly where the last one ended
+/// (`bpf_iter_tcp_resume_established`, 6.17).
+const ITER_BATCH_ITEM: Wanted = (KIND_UNION, "bpf_tcp_iter_batch_item");
 
 /// What the agent takes from the kernel's BTF.
 #[derive(Debug)]
@@ -44,6 +50,9 @@ pub struct KernelTypes {
     offsets: Vec<u32>,
     /// For aya: the types that programs attach to, under their kernel ids.
     pub attach: Btf,
+    /// The kernel's iterator over TCP sockets shows each once, whatever opens
+    /// and closes meanwhile.
+    pub iterates_once: bool,
 }
 
 impl KernelTypes {
@@ -72,7 +81,12 @@ impl KernelTypes {
             .map(|field| types.offset(field.container, field.path))
             .collect::<Result<_, _>>()?;
         let attach = attach_types(&types)?;
-        Ok(Self { offsets, attach })
+        let iterates_once = types.id(ITER_BATCH_ITEM.0, ITER_BATCH_ITEM.1).is_some();
+        Ok(Self {
+            offsets,
+            attach,
+            iterates_once,
+        })
     }
 }
 
@@ -81,7 +95,7 @@ impl KernelTypes {
 /// its parse of the real one takes 20 MB.
 fn attach_types(types: &btf::Btf<'_>) -> Result<Btf, BtfError> {
     const BTF_KIND_PTR: u32 = 2;
-    let mut named: Vec<(u32, Wanted)> = [STATE_TYPEDEF, CONNECT_FUNC, ACCEPT_FUNC]
+    let mut named: Vec<(u32, Wanted)> = [STATE_TYPEDEF, CONNECT_FUNC, ACCEPT_FUNC, ITER_FUNC]
         .into_iter()
         .filter_map(|wanted| Some((types.id(wanted.0, wanted.1)?, wanted)))
         .collect();
@@ -209,6 +223,7 @@ mod tests {
             (STATE_TYPEDEF.1, BtfKind::Typedef, STATE_TYPEDEF),
             (CONNECT_FUNC.1, BtfKind::Func, CONNECT_FUNC),
             (ACCEPT_FUNC.1, BtfKind::Func, ACCEPT_FUNC),
+            (ITER_FUNC.1, BtfKind::Func, ITER_FUNC),
         ] {
             assert_eq!(
                 types.attach.id_by_type_name_kind(name, kind).ok(),

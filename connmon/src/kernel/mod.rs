@@ -8,12 +8,14 @@ mod ladder;
 mod load;
 mod logs;
 mod ring;
+mod sockets;
 mod sys;
 mod watch;
 
 pub use error::AttachError;
 pub use facts::{Diagnosis, HostFacts, MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs};
 pub use ring::{Counters, Drained};
+pub use sockets::SocketIterator;
 pub use sys::{return_memory_at_once, trim_memory};
 pub use watch::watch;
 
@@ -142,6 +144,8 @@ pub struct Tracer {
     /// `kernel.bpf_stats_enabled`, opened before the thread that reports is
     /// closed in and may open nothing any more.
     stats_switch: Option<File>,
+    /// Until it is taken.
+    sockets: Option<SocketIterator>,
     /// Holds the attachments.
     _programs: aya::Ebpf,
 }
@@ -206,6 +210,9 @@ impl Tracer {
             meters.extend(attached.map(|attached| ProgramMeter::new(attached, &rung)));
             rungs.push(rung);
         }
+        let sockets = ladder::socket_iterator(&mut ebpf, known)
+            .inspect_err(|reason| log::debug!("the first walk is two dumps: {reason}"))
+            .ok();
         drop(types);
         sys::trim_memory();
         Ok(Self {
@@ -221,6 +228,7 @@ impl Tracer {
             logger,
             stats: None,
             stats_switch: File::open("/proc/sys/kernel/bpf_stats_enabled").ok(),
+            sockets,
             _programs: ebpf,
         })
     }
@@ -285,6 +293,12 @@ impl Tracer {
             ring_full: totals.ring_full,
             missed,
         }
+    }
+
+    /// The kernel's iterator over TCP sockets, at the first call and where it
+    /// shows each once: for [`crate::reconcile::WalkerOptions`].
+    pub fn take_socket_iterator(&mut self) -> Option<SocketIterator> {
+        self.sockets.take()
     }
 
     /// Size of the ring in bytes.

@@ -7,8 +7,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_GET_FD_BY_ID: libc::c_int = 30;
 const BPF_ENABLE_STATS: libc::c_int = 32;
+const BPF_ITER_CREATE: libc::c_int = 33;
 
 /// `BPF_MAP_LOOKUP_ELEM` of element 0 into `value` (Linux 3.19). For a
 /// per-CPU map the value is one element per possible CPU, each rounded up to
@@ -83,6 +85,35 @@ pub fn link_by_id(id: u32) -> io::Result<OwnedFd> {
     let attr: [u32; 4] = [id, 0, 0, 0];
     // SAFETY: the attribute is plain integers.
     let fd = unsafe { bpf(BPF_LINK_GET_FD_BY_ID, &attr) }?;
+    // SAFETY: the kernel just returned this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `BPF_LINK_CREATE` of an iterator program (Linux 5.8).
+///
+/// # Errors
+///
+/// The system call's.
+pub fn link_iterator(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const BPF_TRACE_ITER: u32 = 28;
+    // prog_fd, target_fd, attach_type, flags, iter_info and its length.
+    let attr: [u32; 8] = [program.as_raw_fd() as u32, 0, BPF_TRACE_ITER, 0, 0, 0, 0, 0];
+    // SAFETY: the attribute is plain integers, the pointer in it null.
+    let fd = unsafe { bpf(BPF_LINK_CREATE, &attr) }?;
+    // SAFETY: the kernel just returned this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `BPF_ITER_CREATE` (Linux 5.8): a file that iterates in the network
+/// namespace of the calling thread.
+///
+/// # Errors
+///
+/// The system call's.
+pub fn create_iterator(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let attr: [u32; 2] = [link.as_raw_fd() as u32, 0];
+    // SAFETY: the attribute is plain integers.
+    let fd = unsafe { bpf(BPF_ITER_CREATE, &attr) }?;
     // SAFETY: the kernel just returned this descriptor to us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

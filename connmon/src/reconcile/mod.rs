@@ -5,6 +5,7 @@
 //! consumes them between draining the ring. Nothing here changes state.
 
 pub mod diag;
+mod iterator;
 pub mod netns;
 pub mod owners;
 pub mod procfs;
@@ -94,8 +95,10 @@ pub struct Row {
 
 /// What the walker tells the fold, in this order:
 /// `Begin (NamespaceBegin Rows* NamespaceEnd)* End`. A startup walk reads
-/// every namespace twice, where it can at the same time: rows of pass 0 and 1
-/// come in any mixture, and the fold seeds their union.
+/// every namespace once where the kernel promises to show each socket once
+/// ([`crate::kernel::SocketIterator`]), else twice, where it can at the same
+/// time: rows of pass 0 and 1 come in any mixture, and the fold seeds their
+/// union.
 #[derive(Debug)]
 pub enum WalkMessage {
     /// A walk starts. The fold drains the ring before it looks at rows.
@@ -159,6 +162,8 @@ pub struct WalkSummary {
     pub duration_ns: u64,
     /// CPU time of the walk (CLOCK_THREAD_CPUTIME_ID of its threads).
     pub cpu_ns: u64,
+    /// Some namespace was read twice.
+    pub twice: bool,
 }
 
 /// CPU time of the calling thread: what a walk costs, whoever else runs.

@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::mpsc as sync;
+use std::sync::{Arc, mpsc as sync};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -17,11 +17,13 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc;
 
 use super::diag::{self, DumpBuffer, Dumped, Family, States};
+use super::iterator;
 use super::netns::{self, Found, Handle, Namespace, Roots};
 use super::owners::OwnerCache;
 use super::procfs;
 use super::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
 use crate::event::NetnsId;
+use crate::kernel::SocketIterator;
 
 /// What holds for every walk.
 #[derive(Clone, Debug)]
@@ -32,6 +34,8 @@ pub struct WalkerOptions {
     pub listeners: bool,
     /// Read `/proc` only (polling mode).
     pub force_proc: bool,
+    /// For the first walk, where the kernel has one.
+    pub sockets: Option<Arc<SocketIterator>>,
     /// Where namespaces and processes are found.
     pub roots: Roots,
 }
@@ -42,6 +46,7 @@ impl Default for WalkerOptions {
             all_netns: true,
             listeners: true,
             force_proc: false,
+            sockets: None,
             roots: Roots::default(),
         }
     }
@@ -110,8 +115,9 @@ impl Walker {
     }
 
     /// Asks for a walk; one with [`Trigger::Startup`] reads every namespace
-    /// twice, and carries figures in pass 1 alone. Never blocks: at
-    /// most one walk waits behind the one under way.
+    /// by [`WalkerOptions::sockets`], or without it twice, and carries figures
+    /// in pass 1 alone. Never blocks: at most one walk waits behind the one
+    /// under way.
     ///
     /// # Errors
     /// See [`Refused`].
@@ -224,11 +230,22 @@ struct Session {
 struct Entered {
     /// `None`: through `/proc`.
     socket: Option<diag::Socket>,
-    /// For the other pass of a startup walk.
-    second: Option<diag::Socket>,
+    /// What a startup walk reads beside it.
+    beside: Beside,
     ephemeral: (u16, u16),
     /// Why there is no socket, where one was wanted.
     reason: Option<String>,
+}
+
+/// What makes sure that a startup walk skips no socket.
+#[derive(Default)]
+enum Beside {
+    #[default]
+    Nothing,
+    /// One reading of everything but listeners.
+    Iterator(File),
+    /// Another dump, whose union with the first is taken.
+    Socket(diag::Socket),
 }
 
 enum Entry {
@@ -451,10 +468,18 @@ impl Session {
         self.enter_proc(namespace, ephemeral, reason)
     }
 
-    /// One sock_diag socket, and a second one for a startup walk.
-    fn sockets(&self) -> io::Result<(diag::Socket, Option<diag::Socket>)> {
+    /// A sock_diag socket, and what goes beside it.
+    fn sockets(&self) -> io::Result<(diag::Socket, Beside)> {
         let first = diag::Socket::open()?;
-        let second = self.startup.then(diag::Socket::open).and_then(Result::ok);
+        if !self.startup {
+            return Ok((first, Beside::Nothing));
+        }
+        match self.options.sockets.as_ref().map(|sockets| sockets.open()) {
+            Some(Ok(file)) => return Ok((first, Beside::Iterator(file))),
+            Some(Err(error)) => log::debug!("iter/tcp: {error}; two dumps are made instead"),
+            None => {}
+        }
+        let second = diag::Socket::open().map_or(Beside::Nothing, Beside::Socket);
         Ok((first, second))
     }
 
@@ -467,7 +492,7 @@ impl Session {
         match self.table(namespace, Family::V4) {
             Ok(_) => Entry::Open(Entered {
                 socket: None,
-                second: None,
+                beside: Beside::Nothing,
                 ephemeral,
                 reason: reason.filter(|_| !self.options.force_proc),
             }),
@@ -484,10 +509,13 @@ impl Session {
         mut entered: Entered,
     ) -> Result<(), Closed> {
         self.begin(namespace, entered.ephemeral)?;
-        let (access, complete) = match entered.second.take() {
+        let beside = std::mem::take(&mut entered.beside);
+        self.summary.twice |= self.startup && !matches!(beside, Beside::Iterator(_));
+        let (access, complete) = match beside {
             _ if !self.startup => self.pass(namespace, &mut entered, 0, walk.traffic)?,
-            Some(second) => self.both_passes(walk, namespace, &mut entered, second)?,
-            None => {
+            Beside::Iterator(file) => self.iterate(walk, namespace, &mut entered, file)?,
+            Beside::Socket(second) => self.both_passes(walk, namespace, &mut entered, second)?,
+            Beside::Nothing => {
                 let (_, first) = self.pass(namespace, &mut entered, 0, false)?;
                 let (access, second) = self.pass(namespace, &mut entered, 1, walk.traffic)?;
                 (access, first && second)
@@ -503,6 +531,38 @@ impl Session {
             self.summary.reason = Some(reason);
         }
         Ok(())
+    }
+
+    /// Listeners by sock_diag, which knows them by inode and has their queues,
+    /// and everything else by the socket iterator.
+    fn iterate(
+        &mut self,
+        walk: Walk,
+        namespace: &Namespace,
+        entered: &mut Entered,
+        file: File,
+    ) -> Result<(Access, bool), Closed> {
+        let wanted = std::mem::replace(&mut self.outbox.wanted, States::LISTEN);
+        let listeners = self.pass(namespace, entered, 0, false);
+        self.outbox.wanted = wanted;
+        let (access, complete) = listeners?;
+        let ended = iterator::read_all(file, self.buffer.bytes(), |mut row| {
+            row.traffic = row.traffic.filter(|_| walk.traffic);
+            self.outbox.push(row).is_ok()
+        });
+        self.outbox.flush()?;
+        match ended {
+            iterator::Ended::Complete => Ok((access, complete)),
+            iterator::Ended::Stopped => Err(Closed),
+            iterator::Ended::Broken(error) => {
+                log::debug!("network namespace {}: iter/tcp: {error}", namespace.id);
+                self.summary.twice = true;
+                // In pass 1, since what was read once counts already.
+                self.pass(namespace, entered, 1, false)?;
+                let (access, _) = self.pass(namespace, entered, 1, walk.traffic)?;
+                Ok((access, false))
+            }
+        }
     }
 
     /// Both passes of a startup walk at the same time: a dump is made by the
@@ -712,10 +772,10 @@ impl Session {
 }
 
 impl Entered {
-    fn with((socket, second): (diag::Socket, Option<diag::Socket>), ephemeral: (u16, u16)) -> Self {
+    fn with((socket, beside): (diag::Socket, Beside), ephemeral: (u16, u16)) -> Self {
         Self {
             socket: Some(socket),
-            second,
+            beside,
             ephemeral,
             reason: None,
         }
