@@ -10,10 +10,13 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use connmon::config::AttachChoice;
 use connmon::event::Traffic;
+use connmon::kernel::{SocketIterator, Tracer, TracerOptions};
 use connmon::reconcile::{
     Access, Row, Trigger, Walk, WalkMessage, WalkMessages, WalkSummary, Walker, WalkerOptions,
 };
@@ -153,6 +156,26 @@ fn figures_are_exactly_what_was_moved() {
     if !may_run("figures are exactly what was moved") {
         return;
     }
+    let (namespace, _held, expected) = moved();
+    let mut walker = Handle::new(false, false);
+    let seen = walker.walk(SAMPLE);
+    assert_eq!(figures(seen.only(namespace.inode())), expected);
+    if let Some(mut walker) = Handle::iterating("figures of the socket iterator") {
+        let seen = walker.walk(STARTUP);
+        assert_eq!(figures(seen.only(namespace.inode())), expected);
+        let seen = walker.walk(Walk {
+            traffic: false,
+            ..STARTUP
+        });
+        assert_eq!(figures(seen.only(namespace.inode())), BTreeMap::new());
+    }
+}
+
+/// Bytes sent and received, by local and remote port.
+type Moved = BTreeMap<(u16, u16), (usize, usize)>;
+
+/// Connections over which so many bytes went.
+fn moved() -> (Namespace, Vec<(TcpListener, TcpStream, TcpStream)>, Moved) {
     let namespace = Namespace::new();
     let mut held = Vec::new();
     let mut expected = BTreeMap::new();
@@ -178,10 +201,12 @@ fn figures_are_exactly_what_was_moved() {
             held.push((listener, client, server));
         }
     });
-    let mut walker = Handle::new(false, false);
-    let seen = walker.walk(SAMPLE);
+    (namespace, held, expected)
+}
+
+fn figures(part: &Part) -> Moved {
     let mut found = BTreeMap::new();
-    for row in &seen.only(namespace.inode()).rows {
+    for row in &part.rows {
         if let Some(Traffic {
             sent_bytes,
             received_bytes,
@@ -196,7 +221,129 @@ fn figures_are_exactly_what_was_moved() {
             assert!(srtt_us > 0 && srtt_us < 1_000_000, "{srtt_us}");
         }
     }
-    assert_eq!(found, expected);
+    found
+}
+
+#[test]
+fn the_iterator_shows_what_a_dump_shows() {
+    if !may_run("the iterator shows what a dump shows") {
+        return;
+    }
+    let Some(mut walker) = Handle::iterating("the iterator shows what a dump shows") else {
+        return;
+    };
+    let scenes: Vec<Scene> = (0..2).map(Scene::new).collect();
+    let seen = walker.walk(STARTUP);
+    assert!(!seen.summary.twice);
+    let mut dumps = Handle::new(false, true);
+    let dumped = dumps.walk(AUDIT);
+    for scene in &scenes {
+        let part = seen.only(scene.namespace.inode());
+        assert_eq!(
+            (part.pass, part.access, part.complete),
+            (0, Access::Diag, true)
+        );
+        // Only of listeners does it tell the inode.
+        let without = |mut line: String| {
+            if !line.starts_with("10 ") {
+                line.truncate(line.rfind(' ').unwrap());
+            }
+            line
+        };
+        let shown: Vec<String> = scene.ss().into_iter().map(without).collect();
+        let seen: Vec<String> = part.shown().into_iter().map(without).collect();
+        assert_eq!(seen, shown);
+        let first_other = part.rows.iter().position(|row| row.state != 10).unwrap();
+        assert!(part.rows[first_other..].iter().all(|row| row.state != 10));
+        // The same sockets are the same by cookie.
+        let cookies = |part: &Part| {
+            let mut cookies: Vec<_> = part.rows.iter().map(|row| row.cookie).collect();
+            cookies.sort_unstable();
+            cookies
+        };
+        assert_eq!(cookies(part), cookies(dumped.only(scene.namespace.inode())));
+        assert!(part.rows.iter().all(|row| row.cookie != 0));
+    }
+    // Walks after the first are dumps, which tell inodes.
+    assert_eq!(
+        walker.walk(AUDIT).only(scenes[0].namespace.inode()).shown(),
+        scenes[0].ss()
+    );
+}
+
+/// Few buckets, so that every read ends within one, and sockets that come and
+/// go in all of them: a dump that goes on by counting skips some then.
+#[test]
+fn the_iterator_shows_each_socket_once_whatever_goes_on() {
+    const HELD: usize = 4_000;
+    const WALKS: usize = 30;
+    if !may_run("the iterator shows each socket once") {
+        return;
+    }
+    let Some(mut walker) = Handle::iterating("the iterator shows each socket once") else {
+        return;
+    };
+    let parent = Namespace::new();
+    parent.output(&["sysctl", "-qw", "net.ipv4.tcp_child_ehash_entries=16"]);
+    let namespace = parent.run(Namespace::new);
+    let buckets = namespace.output(&["sysctl", "-n", "net.ipv4.tcp_ehash_entries"]);
+    assert_eq!(buckets.trim(), "16");
+    let held: Vec<_> = namespace.run(|| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap().to_string();
+        (0..HELD).map(|_| connect(&listener, &to)).collect()
+    });
+    let ends: std::collections::BTreeSet<_> = (held.iter())
+        .flat_map(|(client, server)| [client, server])
+        .map(|stream| (stream.local_addr().unwrap(), stream.peer_addr().unwrap()))
+        .collect();
+    let stop = AtomicBool::new(false);
+    let mut churned = 0;
+    std::thread::scope(|scope| {
+        let _stop = StopOnDrop(&stop);
+        let churn = scope.spawn(|| {
+            namespace.run(|| {
+                let listener = TcpListener::bind("127.0.0.2:0").unwrap();
+                let to = listener.local_addr().unwrap().to_string();
+                let mut recent = std::collections::VecDeque::new();
+                let mut churned = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    recent.push_back(connect(&listener, &to));
+                    if recent.len() > 500 {
+                        let (client, server) = recent.pop_front().unwrap();
+                        set_linger_zero(&client);
+                        drop((client, server));
+                    }
+                    churned += 1;
+                }
+                churned
+            })
+        });
+        for walk in 0..WALKS {
+            let seen = walker.walk(STARTUP);
+            let part = seen.only(namespace.inode());
+            assert!(part.complete && part.pass == 0);
+            let mut found = std::collections::BTreeMap::new();
+            for row in part.rows.iter().filter(|row| row.state == 1) {
+                let tuple = row.tuple;
+                let local = SocketAddr::new(tuple.local, tuple.local_port);
+                let remote = SocketAddr::new(tuple.remote, tuple.remote_port);
+                *found.entry((local, remote)).or_insert(0) += 1;
+            }
+            for end in &ends {
+                assert_eq!(found.get(end), Some(&1), "walk {walk}: {end:?}");
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        churned = churn.join().unwrap();
+    });
+    // About as many as the walks take, so that they do meet.
+    assert!(churned > WALKS, "{churned}");
+    println!("{churned} connections came and went during {WALKS} walks");
+}
+
+fn set_linger_zero(stream: &TcpStream) {
+    rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO)).unwrap();
 }
 
 #[test]
@@ -611,6 +758,38 @@ fn move_bytes(from: &mut TcpStream, to: &mut TcpStream, bytes: usize) {
     });
 }
 
+fn socket_iterator(what: &str) -> Option<SocketIterator> {
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let mut numbers = release.split('.').map(|number| number.parse().unwrap_or(0));
+    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < (6, 17) {
+        println!("not applicable: {what}: the iterator of {release} may skip sockets");
+        return None;
+    }
+    let mut tracer = Tracer::attach(&TracerOptions {
+        attach: AttachChoice::Auto,
+        ring_buffer_bytes: 4096,
+        drop_loopback: false,
+        only_netns: None,
+        owners: false,
+        traffic: true,
+        log_level: log::LevelFilter::Info,
+    })
+    .inspect_err(|error| {
+        println!("skipped: {what}: {error}");
+        assert!(std::env::var_os("CI").is_none(), "skipped in CI: {error}");
+    })
+    .ok()?;
+    Some(
+        tracer
+            .take_socket_iterator()
+            .expect("an iterator since 6.17"),
+    )
+}
+
 /// A walker and what it says.
 struct Handle {
     walker: Walker,
@@ -641,6 +820,18 @@ impl Handle {
         })
         .unwrap();
         Self { walker, messages }
+    }
+
+    /// One whose first walks go by the socket iterator; `None`, and a line
+    /// that says so, where the kernel's promises nothing.
+    fn iterating(what: &str) -> Option<Self> {
+        let sockets = socket_iterator(what)?;
+        let (walker, messages) = Walker::spawn(WalkerOptions {
+            sockets: Some(Arc::new(sockets)),
+            ..WalkerOptions::default()
+        })
+        .unwrap();
+        Some(Self { walker, messages })
     }
 
     fn walk(&mut self, walk: Walk) -> Seen {

@@ -5,4 +5,8 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     let _ = connmon::event::decode(data);
+    let mut series = data;
+    while let Ok(Some((_, length))) = connmon::event::decode_live(series) {
+        series = &series[length..];
+    }
 });

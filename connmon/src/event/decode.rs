@@ -515,7 +515,10 @@ mod tests {
         let second = figures(Record::new(kind::LIVE, 0, 3, 3)).v4();
         let series = [first.0, second.0].concat();
         let (socket, length) = decode_live(&series).unwrap().unwrap();
-        assert_eq!((length, socket.state, socket.cookie), (96, 1, SOCKET.cookie));
+        assert_eq!(
+            (length, socket.state, socket.cookie),
+            (96, 1, SOCKET.cookie)
+        );
         assert_eq!(socket.tuple.local, IpAddr::V6(local));
         assert_eq!(socket.traffic.unwrap().sent_bytes, 20);
         let (socket, length) = decode_live(&series[96..]).unwrap().unwrap();
@@ -533,7 +536,10 @@ mod tests {
             (kind::LIVE, 0, 12, 12),
         ] {
             let record = figures(Record::new(kind, flags, old, new)).v4();
-            assert!(decode_live(&record.0).is_err(), "{kind} {flags} {old} {new}");
+            assert!(
+                decode_live(&record.0).is_err(),
+                "{kind} {flags} {old} {new}"
+            );
         }
     }
 

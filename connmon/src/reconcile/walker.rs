@@ -201,9 +201,9 @@ const WALK_SHARE: u64 = 200;
 pub const BATCH_ROWS: usize = 512;
 
 /// CPU time that the first walk, whose end everybody waits for, spends on the
-/// search for owners of listeners; enough for some twenty thousand
-/// descriptors. The rest is found right after it.
-const STARTUP_SEARCH: Duration = Duration::from_millis(25);
+/// search for owners of listeners; enough for some four thousand descriptors.
+/// The rest is found right after it.
+const STARTUP_SEARCH: Duration = Duration::from_millis(5);
 
 /// Messages under way, which bounds the memory between the two threads.
 const CHANNEL_MESSAGES: usize = 8;

@@ -508,7 +508,7 @@ impl Bench {
                         timed(|| quietly("cat", &["/proc/net/tcp", "/proc/net/tcp6"]))?,
                     ),
                 ));
-                let what = format!("startup merge (both passes) at {tracked:.0} sockets");
+                let what = format!("startup merge at {tracked:.0} sockets");
                 let dump = process::output(&["discard"])?;
                 let dump: f64 = dump.trim().parse()?;
                 let measured = format!(
