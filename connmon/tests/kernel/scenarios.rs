@@ -49,6 +49,7 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("check", On::Every, host::check),
     ("no-btf", On::Traced, host::no_btf),
     ("tcp-diag", On::Kernel, host::tcp_diag),
+    ("socket-iterator", On::Kernel, host::socket_iterator),
     ("sandbox", On::Kernel, host::sandbox),
     ("blocked-accepts", On::Every, accepts::blocked_accepts),
     ("many-accepts", On::Every, accepts::many_accepts),
