@@ -113,7 +113,7 @@ pub fn socket_iterator(
 ) -> Result<SocketIterator, String> {
     let types = types.map_err(str::to_owned)?;
     if !types.iterates_once {
-        return Err("iter/tcp may skip sockets before Linux 6.17".into());
+        return Err("iter/tcp of this kernel may skip sockets".into());
     }
     let program = program(ebpf, "sockets")?;
     let result = (|| {

@@ -39,8 +39,9 @@ const STATE_TYPEDEF: Wanted = (KIND_TYPEDEF, "btf_trace_inet_sock_set_state");
 const CONNECT_FUNC: Wanted = (KIND_FUNC, "tcp_connect");
 const ACCEPT_FUNC: Wanted = (KIND_FUNC, "inet_csk_accept");
 const ITER_FUNC: Wanted = (KIND_FUNC, "bpf_iter_tcp");
-/// What lets a read of the iterator go on exactly where the last one ended
-/// (`bpf_iter_tcp_resume_established`, 6.17).
+/// Its member `cookie` lets a read of the iterator go on exactly where the last
+/// one ended (`bpf_iter_tcp_resume_established`): since 6.17, and in longterm
+/// kernels that took the change over.
 const ITER_BATCH_ITEM: Wanted = (KIND_UNION, "bpf_tcp_iter_batch_item");
 
 /// What the agent takes from the kernel's BTF.
@@ -81,7 +82,7 @@ impl KernelTypes {
             .map(|field| types.offset(field.container, field.path))
             .collect::<Result<_, _>>()?;
         let attach = attach_types(&types)?;
-        let iterates_once = types.id(ITER_BATCH_ITEM.0, ITER_BATCH_ITEM.1).is_some();
+        let iterates_once = types.offset(ITER_BATCH_ITEM.1, "cookie").is_ok();
         Ok(Self {
             offsets,
             attach,

@@ -9,7 +9,8 @@ use super::sys;
 /// Reads the connections of a network namespace, each exactly once if it is
 /// there from beginning to end, whatever opens and closes meanwhile: a bucket
 /// of the kernel's table is taken as a whole, and a read goes on after the
-/// last by cookies (`bpf_iter_tcp_resume_established`). Linux 6.17.
+/// last by cookies (`bpf_iter_tcp_resume_established`). Linux 6.17, and
+/// longterm kernels that took that over (Debian's 6.1 and 6.12).
 #[derive(Debug)]
 pub struct SocketIterator(OwnedFd);
 

@@ -1,6 +1,7 @@
 //! The records of the kernel's socket iterator → rows.
 //!
-//! What is read is [`crate::kernel::SocketIterator`]'s; minimum kernel: 6.17.
+//! What is read is [`crate::kernel::SocketIterator`]'s, which also names the
+//! minimum kernel.
 
 use std::io::{self, Read};
 

@@ -20,6 +20,7 @@ mod lives;
 mod network;
 mod raw;
 mod scenarios;
+mod sockets;
 #[path = "../support/mod.rs"]
 mod support;
 #[path = "../agent/traffic.rs"]

@@ -18,7 +18,7 @@ use crate::network::{BEYOND, NOBODY, Sysctl};
 use crate::raw;
 use crate::traffic::{ClosedPort, Family, Pair, Server};
 use crate::world::{CLOSED, Counts, OPENED, Outcome, Rung, World, in_guest};
-use crate::{accepts, figures, host};
+use crate::{accepts, figures, host, sockets};
 
 /// Where a scenario is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +49,8 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("check", On::Every, host::check),
     ("no-btf", On::Traced, host::no_btf),
     ("tcp-diag", On::Kernel, host::tcp_diag),
-    ("socket-iterator", On::Kernel, host::socket_iterator),
+    ("socket-iterator", On::Kernel, sockets::iterator),
+    ("sockets-once", On::Kernel, sockets::once),
     ("sandbox", On::Kernel, host::sandbox),
     ("blocked-accepts", On::Every, accepts::blocked_accepts),
     ("many-accepts", On::Every, accepts::many_accepts),

@@ -2,10 +2,10 @@
 //! same minutes on the same machine.
 
 mod countries;
-mod empty;
 mod figures;
 mod process;
 mod programs;
+mod reference;
 pub mod tool;
 
 use std::fs;
@@ -130,14 +130,15 @@ fn document(bench: &Bench) -> Result<String> {
 #[expect(dead_code, reason = "held for its drop")]
 enum Attached {
     Agent(Agent),
-    Empty(Tool),
+    Reference(Tool),
     Other(Running),
 }
 
 /// Who takes turns.
-const CONTENDERS: [&str; 5] = [
+const CONTENDERS: [&str; 6] = [
     "connmon",
     "empty program",
+    "8-byte record",
     "tcplife",
     "tcpstates",
     "bpftrace",
@@ -147,7 +148,8 @@ fn attach(contender: &str) -> Result<Attached> {
     let cpu = AGENT_CPU;
     let started = match contender {
         "connmon" => Attached::Agent(Agent::start(AGENT_CPU, &[])?),
-        "empty program" => Attached::Empty(Tool::start(&["--cpu", cpu, "empty"])?),
+        "empty program" => Attached::Reference(Tool::start(&["--cpu", cpu, "empty"])?),
+        "8-byte record" => Attached::Reference(Tool::start(&["--cpu", cpu, "record"])?),
         "tcplife" | "tcpstates" => Attached::Other(Running::start(
             &mut Command::new(format!("/usr/sbin/{contender}")),
             AGENT_CPU,
@@ -164,6 +166,37 @@ fn attach(contender: &str) -> Result<Attached> {
         std::thread::sleep(Duration::from_millis(1500));
     }
     Ok(started)
+}
+
+/// Agents started one after the other, a bare dump after each; medians.
+struct Starts {
+    /// The last one, two seconds old.
+    agent: Agent,
+    first_scrape_s: f64,
+    merge_s: f64,
+    dump_s: f64,
+}
+
+impl Starts {
+    fn new(count: usize) -> Result<Self> {
+        let (mut firsts, mut merges, mut dumps) = (Vec::new(), Vec::new(), Vec::new());
+        loop {
+            // Both processors: nothing else runs, as on a host at its start.
+            let agent = Agent::start_unpinned(&[])?;
+            std::thread::sleep(Duration::from_secs(2));
+            firsts.push(agent.first_scrape_s);
+            merges.push(sum(&agent.scrape()?, "connmon_reconcile_duration_seconds"));
+            dumps.push(process::output(&["discard"])?.trim().parse()?);
+            if merges.len() == count {
+                return Ok(Self {
+                    agent,
+                    first_scrape_s: Spread::of(&firsts).median,
+                    merge_s: Spread::of(&merges).median,
+                    dump_s: Spread::of(&dumps).median,
+                });
+            }
+        }
+    }
 }
 
 /// Percentages from pairs of measurements.
@@ -257,7 +290,7 @@ impl Bench {
             format!("1/{:.1} (tcplife {tcplife:.0} ns)", tcplife / own),
             own * 10.0 <= tcplife,
         ));
-        for other in ["tcpstates", "bpftrace"] {
+        for other in ["8-byte record", "tcpstates", "bpftrace"] {
             self.rows.push(Row::context(
                 format!("{other}, kernel body"),
                 format!("{:.0} ns per hit", hit(other)),
@@ -457,12 +490,13 @@ impl Bench {
         let mut base = 0.0;
         for &(connections, limit, merge_limit) in sizes {
             let _holders = hold(connections)?;
-            // Both processors: nothing else runs, as on a host at its start.
-            let agent = Agent::start_unpinned(&[])?;
-            std::thread::sleep(Duration::from_secs(2));
-            let scrape = agent.scrape()?;
-            let tracked = sum(&scrape, "connmon_tracked_connections");
-            let merge = sum(&scrape, "connmon_reconcile_duration_seconds");
+            let Starts {
+                agent,
+                first_scrape_s,
+                merge_s: merge,
+                dump_s: dump,
+            } = Starts::new(if connections == 0 { 1 } else { 3 })?;
+            let tracked = sum(&agent.scrape()?, "connmon_tracked_connections");
             let anonymous = agent.process.status_bytes("RssAnon")? as f64;
             let file = agent.process.status_bytes("RssFile")? as f64;
             let peak = agent.process.status_bytes("VmHWM")? as f64;
@@ -481,8 +515,8 @@ impl Bench {
                 self.rows.push(Row::bound(
                     "exec to first correct scrape",
                     "≤ 150 ms",
-                    format!("{:.0} ms", agent.first_scrape_s * 1e3),
-                    agent.first_scrape_s <= 0.150,
+                    format!("{:.0} ms", first_scrape_s * 1e3),
+                    first_scrape_s <= 0.150,
                 ));
             }
             let each = (anonymous - base) / tracked.max(1.0);
@@ -509,12 +543,9 @@ impl Bench {
                     ),
                 ));
                 let what = format!("startup merge at {tracked:.0} sockets");
-                let dump = process::output(&["discard"])?;
-                let dump: f64 = dump.trim().parse()?;
                 let measured = format!(
-                    "{merge:.3} s ({:.2} of one read-and-discard, {dump:.3} s); exec to first scrape {:.3} s",
+                    "{merge:.3} s ({:.2} of one read-and-discard, {dump:.3} s); exec to first scrape {first_scrape_s:.3} s",
                     merge / dump,
-                    agent.first_scrape_s
                 );
                 self.rows.push(if merge_limit.is_nan() {
                     Row::context(what, measured)

@@ -14,7 +14,7 @@ use rustix::net::{
 use rustix::thread::{CpuSet, sched_setaffinity};
 use socket2::{Domain, Socket, Type};
 
-use super::{empty, figures};
+use super::{figures, reference};
 
 /// `cargo xtask bench-tool`; called by `bench` alone.
 #[derive(Debug, clap::Args)]
@@ -73,6 +73,8 @@ enum Tool {
     },
     /// Attach an empty program to the hook until stdin ends
     Empty,
+    /// Attach a program that writes 8 bytes into a ring until stdin ends
+    Record,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -113,8 +115,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             gzip,
         } => scrape(*address, path, *clients, *scrapes, *gzip)?,
         Tool::Empty => {
-            let _attached = empty::attach()?;
+            let _attached = reference::attach_nothing()?;
             wait_for_end()?;
+        }
+        Tool::Record => {
+            let ring = reference::attach_record()?;
+            let ended = std::thread::spawn(wait_for_end);
+            while !ended.is_finished() {
+                ring.discard();
+                std::thread::sleep(Duration::from_millis(5));
+            }
         }
     }
     Ok(ExitCode::SUCCESS)
