@@ -5,6 +5,35 @@
 pub const EVENTS_MAP: &str = "EVENTS";
 /// Per-CPU array with one [`PerCpu`].
 pub const COUNTERS_MAP: &str = "COUNTERS";
+/// Array with one [`Stretch`], mapped into the agent.
+pub const STRETCH_MAP: &str = "STRETCH";
+
+/// Chains' ends and sockets that one run of the walk looks at, at most.
+pub const STEPS: usize = 256;
+
+/// A stretch of the walk over the kernel's table of TCP sockets: where the next
+/// run begins, and what the last one found.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Stretch {
+    /// The first bucket that is not done. Set to 0 to begin.
+    pub bucket: u64,
+    /// How many there are; 0 where the table could not be found.
+    pub buckets: u64,
+    /// Sockets found in those that were done.
+    pub found: u64,
+    /// Those of the bucket under way included.
+    pub count: u64,
+    /// The place in its chain.
+    pub node: u64,
+    /// A [`crate::wire::Live`] each.
+    pub sockets: [[u64; 12]; STEPS],
+}
+
+const _: () = assert!(
+    core::mem::size_of::<[u64; 12]>()
+        == core::mem::size_of::<crate::wire::Live<crate::wire::EndsV6>>()
+);
 
 /// Index of a probe in [`PerCpu`].
 pub mod probe {
@@ -107,6 +136,17 @@ pub const FIELDS: &[Field] = &[
     field("OFF_RCV_TSTAMP", "tcp_sock", "rcv_tstamp"),
     field("OFF_TCP_MSTAMP", "tcp_sock", "tcp_mstamp"),
     field("OFF_FASTOPEN_REQ", "tcp_sock", "fastopen_req"),
+];
+
+/// Fields that lead to the table of sockets. Where one is missing, there is no
+/// walk: `tcp_death_row` was a pointer from 5.17 to 6.0.
+pub const TABLE_FIELDS: &[Field] = &[
+    field("OFF_TASK_NSPROXY", "task_struct", "nsproxy"),
+    field("OFF_NSPROXY_NET", "nsproxy", "net_ns"),
+    field("OFF_NET_TABLE", "net", "ipv4.tcp_death_row.hashinfo"),
+    field("OFF_TABLE_BUCKETS", "inet_hashinfo", "ehash"),
+    field("OFF_TABLE_MASK", "inet_hashinfo", "ehash_mask"),
+    field("OFF_SK_NODE", "sock_common", "skc_nulls_node"),
 ];
 
 const fn field(global: &'static str, container: &'static str, path: &'static str) -> Field {

@@ -32,4 +32,10 @@ globals! {
     OFF_RCV_TSTAMP: u32 = 0;
     OFF_TCP_MSTAMP: u32 = 0;
     OFF_FASTOPEN_REQ: u32 = 0;
+    OFF_TASK_NSPROXY: u32 = 0;
+    OFF_NSPROXY_NET: u32 = 0;
+    OFF_NET_TABLE: u32 = 0;
+    OFF_TABLE_BUCKETS: u32 = 0;
+    OFF_TABLE_MASK: u32 = 0;
+    OFF_SK_NODE: u32 = 0;
 }

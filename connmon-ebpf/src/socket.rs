@@ -132,8 +132,7 @@ pub fn is_loopback_v6(local: [u64; 2], remote: [u64; 2]) -> bool {
         || (local[0] == remote[0] && local[1] == remote[1])
 }
 
-/// A `struct sock *`, or for what lies in `struct sock_common` a pointer to
-/// that, which the verifier knows as such.
+/// A `struct sock *` that the verifier knows as such.
 pub struct BtfSocket(pub *const u8);
 
 impl BtfSocket {
@@ -145,22 +144,6 @@ impl BtfSocket {
     unsafe fn at<T: Copy>(&self, offset: usize) -> T {
         // SAFETY: the caller's; the kernel turns faults into zeroes.
         unsafe { load(self.0, offset) }
-    }
-}
-
-impl BtfSocket {
-    /// `skc_state`.
-    #[inline(always)]
-    pub fn state(&self) -> u8 {
-        // SAFETY: asserted by the loader.
-        unsafe { self.at(sock_common::STATE) }
-    }
-
-    /// `skc_flags`; something else in a request socket.
-    #[inline(always)]
-    pub fn flags(&self) -> u64 {
-        // SAFETY: an unsigned long, offset from BTF.
-        unsafe { self.at(offset(&OFF_SK_FLAGS)) }
     }
 }
 
@@ -244,8 +227,9 @@ impl Socket for BtfSocket {
 
     #[inline(always)]
     fn error_and_flags(&self) -> (u32, u64) {
-        // SAFETY: `sk_err` is an int, offset from BTF.
-        unsafe { (self.at(offset(&OFF_SK_ERR)), self.flags()) }
+        // SAFETY: `sk_err` is an int and `sk_flags` (skc_flags) an unsigned
+        // long, offsets from BTF.
+        unsafe { (self.at(offset(&OFF_SK_ERR)), self.at(offset(&OFF_SK_FLAGS))) }
     }
 }
 
@@ -385,7 +369,7 @@ impl Socket for TracedSocket {
 
 /// Address of a `struct tcp_sock`.
 #[derive(Clone, Copy)]
-pub struct TracedFull(u64);
+pub struct TracedFull(pub u64);
 
 impl FullSocket for TracedFull {
     #[inline(always)]
@@ -557,7 +541,7 @@ pub fn former_port(full: &impl FullSocket) -> u16 {
 }
 
 #[inline(always)]
-fn offset(global: &Global<u32>) -> usize {
+pub fn offset(global: &Global<u32>) -> usize {
     global.load() as usize
 }
 
@@ -579,7 +563,7 @@ unsafe fn load<T: Copy>(base: *const u8, offset: usize) -> T {
 ///
 /// Every bit pattern must be a valid `T`.
 #[inline(always)]
-unsafe fn probe<T: Copy>(base: u64, offset: usize) -> T {
+pub unsafe fn probe<T: Copy>(base: u64, offset: usize) -> T {
     let mut value = MaybeUninit::<T>::uninit();
     let address = base.wrapping_add(offset as u64) as *const c_void;
     // SAFETY: the helper writes exactly `size_of::<T>()` bytes, zeroes on a

@@ -1,111 +1,277 @@
-//! `iter/tcp`: what TCP sockets there are in a network namespace.
+//! A walk over the kernel's table of TCP sockets (`ehash`), which the agent
+//! runs by bpf(BPF_PROG_TEST_RUN), a stretch of buckets at a time.
 //!
-//! ```c
-//! // net/ipv4/tcp_ipv4.c; called with each full socket's lock held and the
-//! // socket still in the table, and once with NULL at the end
-//! DEFINE_BPF_ITER_FUNC(tcp, struct bpf_iter_meta *meta,
-//!                      struct sock_common *sk_common, uid_t uid)
-//! ```
+//! It reads as the kernel's own lookups do (`__inet_lookup_established`): under
+//! RCU and without any lock. A chain ends in the number of its bucket; whoever
+//! comes to another one was led there by a socket that was freed and used
+//! again meanwhile, and goes through the bucket once more. So every socket
+//! that is there throughout is seen, and each stretch ends with a bucket.
 //!
-//! Every record goes to whoever reads the iterator. One that does not fit is
-//! asked for again at the next read.
+//! Nothing is written to and no reference is taken. 5.10.
 
-use core::ffi::c_void;
-use core::mem::MaybeUninit;
-use core::ptr::{addr_of_mut, read_volatile};
+use core::mem::offset_of;
+use core::ptr::addr_of_mut;
 
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_seq_write};
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
+use aya_ebpf::helpers::generated::bpf_get_current_task;
+use aya_ebpf::macros::{map, raw_tracepoint};
+use aya_ebpf::maps::Array;
+use aya_ebpf::programs::RawTracePointContext;
 use connmon_common::state::{CLOSE, LISTEN, NEW_SYN_RECV, SYN_RECV, TIME_WAIT};
+use connmon_common::tuning::{STEPS, Stretch, sock_common};
 use connmon_common::wire::{EndsV4, EndsV6, Head, Live, kind};
 
-use crate::socket::{AF_INET, AF_INET6, BtfSocket, Ends, Socket, is_v4_mapped, write_live_figures};
+use crate::globals::{
+    OFF_NET_TABLE, OFF_NSPROXY_NET, OFF_SK_FLAGS, OFF_SK_NODE, OFF_TABLE_BUCKETS, OFF_TABLE_MASK,
+    OFF_TASK_NSPROXY,
+};
+use crate::socket::{
+    AF_INET, AF_INET6, Ends, TracedFull, is_v4_mapped, offset, probe, write_live_figures,
+};
 
-/// `struct bpf_iter__tcp` and, of `struct bpf_iter_meta`, what is read.
+#[map]
+static STRETCH: Array<Stretch> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// `struct sock_common` up to the cookie.
 #[repr(C)]
-struct Context {
-    meta: *const *mut c_void,
-    socket: *const u8,
+#[derive(Clone, Copy)]
+struct Common {
+    daddr: u32,
+    rcv_saddr: u32,
+    /// `skc_hash`, `skc_dport` and `skc_num`: who it is.
+    hash: u32,
+    dport: u16,
+    num: u16,
+    family: u16,
+    state: u8,
+    flags: u8,
+    bound_dev_if: u32,
+    bind_node: [u64; 2],
+    prot: u64,
+    net: u64,
+    v6_daddr: [u64; 2],
+    v6_rcv_saddr: [u64; 2],
+    cookie: u64,
 }
 
-/// Writes a [`Live`] of every connection and every handshake under way.
-/// Listeners, which sock_diag has in a table of their own, and TIME_WAIT are
-/// left out. Sockets get a cookie, so that later events carry it: 5.12.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = "iter/tcp")]
-fn sockets(context: *const Context) -> i32 {
-    // SAFETY: the kernel's context; volatile, so that each is one load.
-    let (meta, socket) = unsafe {
-        (
-            read_volatile(&raw const (*context).meta),
-            read_volatile(&raw const (*context).socket),
-        )
-    };
-    if socket.is_null() {
+const _: () = {
+    assert!(size_of::<Common>() == sock_common::LEN);
+    assert!(offset_of!(Common, dport) == sock_common::DPORT);
+    assert!(offset_of!(Common, state) == sock_common::STATE);
+    assert!(offset_of!(Common, net) == sock_common::NET);
+    assert!(offset_of!(Common, v6_daddr) == sock_common::V6_DADDR);
+    assert!(offset_of!(Common, v6_rcv_saddr) == sock_common::V6_RCV_SADDR);
+    assert!(offset_of!(Common, cookie) == sock_common::COOKIE);
+};
+
+/// Takes the buckets from `bucket` on of the table of the running task's
+/// network namespace, and leaves a [`Live`] of each of the namespace's
+/// connections and handshakes. Listeners, which are in another table, and
+/// TIME_WAIT are left out. Never attached.
+#[raw_tracepoint(tracepoint = "sockets")]
+fn sockets(_context: RawTracePointContext) -> i32 {
+    let Some(stretch) = STRETCH.get_ptr_mut(0) else {
         return 0;
+    };
+    // SAFETY: probe_read checks the addresses; the map value is a `Stretch`,
+    // which nobody else writes to while this runs.
+    unsafe {
+        let nsproxy: u64 = probe(bpf_get_current_task(), offset(&OFF_TASK_NSPROXY));
+        let net: u64 = probe(nsproxy, offset(&OFF_NSPROXY_NET));
+        let table: u64 = probe(net, offset(&OFF_NET_TABLE));
+        let heads: u64 = probe(table, offset(&OFF_TABLE_BUCKETS));
+        let mask: u32 = probe(table, offset(&OFF_TABLE_MASK));
+        let buckets = if heads == 0 { 0 } else { u64::from(mask) + 1 };
+        let walk = Walk {
+            stretch,
+            net,
+            heads,
+            buckets,
+        };
+        addr_of_mut!((*stretch).buckets).write_volatile(buckets);
+        addr_of_mut!((*stretch).found).write_volatile(0);
+        if walk.bucket() >= buckets {
+            return 0;
+        }
+        walk.begin_bucket();
+        for _ in 0..STEPS {
+            let node = addr_of_mut!((*stretch).node).read_volatile();
+            if node & 1 == 0 {
+                if !walk.take(node) {
+                    break;
+                }
+            } else if !walk.end_bucket(node >> 1) {
+                break;
+            }
+        }
     }
-    let socket = BtfSocket(socket);
-    let state = match socket.state() {
-        CLOSE | TIME_WAIT | LISTEN => return 0,
+    0
+}
+
+/// What a run knows. Its state is kept in the map value, which the verifier
+/// takes for unknown each time: it would follow every count of its own.
+struct Walk {
+    stretch: *mut Stretch,
+    net: u64,
+    heads: u64,
+    buckets: u64,
+}
+
+/// Heads of buckets that are read at once.
+const HEADS: usize = 8;
+
+impl Walk {
+    #[inline(always)]
+    unsafe fn bucket(&self) -> u64 {
+        // SAFETY: as in `sockets`.
+        unsafe { addr_of_mut!((*self.stretch).bucket).read_volatile() }
+    }
+
+    /// Goes to the first socket of the bucket, or of one after it if it is
+    /// empty: most are, and eight are read at once.
+    #[inline(always)]
+    unsafe fn begin_bucket(&self) {
+        // SAFETY: as in `sockets`. `struct inet_ehash_bucket` is a pointer.
+        unsafe {
+            let mut bucket = self.bucket();
+            let at = (bucket * 8) as usize;
+            let head = if bucket + HEADS as u64 <= self.buckets {
+                let heads: [u64; HEADS] = probe(self.heads, at);
+                let mut head = heads[0];
+                for next in &heads[1..] {
+                    if head != bucket << 1 | 1 {
+                        break;
+                    }
+                    head = *next;
+                    bucket += 1;
+                }
+                head
+            } else {
+                probe(self.heads, at)
+            };
+            addr_of_mut!((*self.stretch).bucket).write_volatile(bucket);
+            addr_of_mut!((*self.stretch).node).write_volatile(head);
+            let found = addr_of_mut!((*self.stretch).found).read_volatile();
+            addr_of_mut!((*self.stretch).count).write_volatile(found);
+        }
+    }
+
+    /// At the end of a chain; false at that of the table.
+    #[inline(always)]
+    unsafe fn end_bucket(&self, end: u64) -> bool {
+        // SAFETY: as in `sockets`.
+        unsafe {
+            let bucket = self.bucket();
+            if end == bucket {
+                let count = addr_of_mut!((*self.stretch).count).read_volatile();
+                addr_of_mut!((*self.stretch).found).write_volatile(count);
+                addr_of_mut!((*self.stretch).bucket).write_volatile(bucket + 1);
+                if bucket + 1 >= self.buckets {
+                    return false;
+                }
+            }
+            self.begin_bucket();
+            true
+        }
+    }
+
+    /// Leaves word of the socket at this node and goes to the next; false where
+    /// there is no room for it.
+    #[inline(always)]
+    unsafe fn take(&self, node: u64) -> bool {
+        // SAFETY: as in `sockets`.
+        unsafe {
+            let next: u64 = probe(node, 0);
+            let id = node.wrapping_sub(offset(&OFF_SK_NODE) as u64);
+            let common: Common = probe(id, 0);
+            if common.net == self.net && common.state != TIME_WAIT {
+                let count = addr_of_mut!((*self.stretch).count).read_volatile();
+                if count >= STEPS as u64 {
+                    return false;
+                }
+                let place = addr_of_mut!((*self.stretch).sockets[count as usize]);
+                let is_one = write(place.cast(), id, &common);
+                // Freed and used again meanwhile: what was read is of two.
+                let (hash, dport, num): (u32, u16, u16) = probe(id, offset_of!(Common, hash));
+                if (hash, dport, num) != (common.hash, common.dport, common.num) {
+                    self.begin_bucket();
+                    return true;
+                }
+                if is_one {
+                    addr_of_mut!((*self.stretch).count).write_volatile(count + 1);
+                }
+            }
+            addr_of_mut!((*self.stretch).node).write_volatile(next);
+            true
+        }
+    }
+}
+
+/// Writes a [`Live`]; false for what is none.
+///
+/// # Safety
+///
+/// `place` must be valid for the larger one.
+#[inline(always)]
+unsafe fn write(place: *mut u8, id: u64, common: &Common) -> bool {
+    let state = match common.state {
+        CLOSE | LISTEN => return false,
         NEW_SYN_RECV => SYN_RECV,
         state => state,
     };
-    // SAFETY: `meta` is never NULL and begins with the sequence file.
-    let file = unsafe { read_volatile(meta) };
-    let family = socket.family();
-    if family == AF_INET6 {
-        let remote = socket.v6_remote();
-        if !is_v4_mapped(remote) {
-            let local = socket.v6_local();
-            let (local_port, remote_port) = socket.ports();
+    let local_port = common.num;
+    let remote_port = u16::from_be(common.dport);
+    // SAFETY: the caller's.
+    unsafe {
+        if common.family == AF_INET6 && !is_v4_mapped(common.v6_daddr) {
             let ends = EndsV6 {
-                local,
-                remote,
+                local: common.v6_rcv_saddr,
+                remote: common.v6_daddr,
                 local_port,
                 remote_port,
                 pad: 0,
             };
-            write(file, &socket, state, ends);
-            return 0;
+            write_ends(place, id, common, state, ends);
+        } else if common.family == AF_INET || common.family == AF_INET6 {
+            let ends = EndsV4 {
+                local: common.rcv_saddr,
+                remote: common.daddr,
+                local_port,
+                remote_port,
+                pad: 0,
+            };
+            write_ends(place, id, common, state, ends);
+        } else {
+            return false;
         }
-    } else if family != AF_INET {
-        return 0;
     }
-    let (local, remote) = socket.v4();
-    let (local_port, remote_port) = socket.ports();
-    let ends = EndsV4 {
-        local,
-        remote,
-        local_port,
-        remote_port,
-        pad: 0,
-    };
-    write(file, &socket, state, ends);
-    0
+    true
 }
 
 #[inline(always)]
-fn write<E: Ends>(file: *mut c_void, socket: &BtfSocket, state: u8, ends: E) {
-    let mut record = MaybeUninit::<Live<E>>::uninit();
-    let out = record.as_mut_ptr();
-    // SAFETY: every field of the record is written before it is read; helpers
-    // on the pointers that the kernel gave.
+unsafe fn write_ends<E: Ends>(place: *mut u8, id: u64, common: &Common, state: u8, ends: E) {
+    let place = place.cast::<Live<E>>();
+    // SAFETY: the caller's; probe_read checks the address. What is no full
+    // socket has nothing where the figures would be.
     unsafe {
-        let flags = write_live_figures(
-            &socket.full(),
-            socket.flags(),
-            addr_of_mut!((*out).figures),
-        );
-        addr_of_mut!((*out).head).write(Head {
+        let figures = addr_of_mut!((*place).figures);
+        let flags = if common.state == NEW_SYN_RECV {
+            crate::emit::zero(figures);
+            0
+        } else {
+            let flags: u64 = probe(id, offset(&OFF_SK_FLAGS));
+            write_live_figures(&TracedFull(id), flags, figures)
+        };
+        addr_of_mut!((*place).head).write(Head {
             kind: kind::LIVE,
             flags: flags | E::FLAGS,
             old: state,
             new: state,
             // That of the reader, who knows it.
             netns: 0,
-            id: socket.id(),
-            cookie: bpf_get_socket_cookie(socket.0.cast_mut().cast()),
+            id,
+            cookie: common.cookie,
         });
-        addr_of_mut!((*out).ends).write(ends);
-        bpf_seq_write(file.cast(), out.cast(), size_of::<Live<E>>() as u32);
+        addr_of_mut!((*place).ends).write(ends);
     }
 }

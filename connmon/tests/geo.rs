@@ -349,3 +349,40 @@ fn a_kubernetes_symlink_swap_is_seen() {
     assert!(reloader.poll(false).is_none());
     assert_eq!(country_of(expect_replaced(reloader.poll(false))), "FR");
 }
+
+/// In a process of its own, since the limit is the process's.
+#[test]
+fn a_file_that_descriptors_were_short_for_is_read_later() {
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "short_of_descriptors", "--ignored"])
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+#[test]
+#[ignore = "the child of a_file_that_descriptors_were_short_for_is_read_later"]
+fn short_of_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let scratch = Scratch::new("short");
+    let path = scratch.path("a.mmdb");
+    write(&path, "DE");
+    let (mut reloader, _) = Reloader::open(&path).unwrap();
+    write(&path, "FR");
+    assert!(reloader.poll(false).is_none());
+    let before = getrlimit(Resource::Nofile);
+    let none = Rlimit {
+        current: Some(0),
+        ..before
+    };
+    setrlimit(Resource::Nofile, none).unwrap();
+    let refused = reloader.poll(false);
+    let silent = reloader.poll(false);
+    setrlimit(Resource::Nofile, before).unwrap();
+    assert!(matches!(refused, Some(Outcome::Refused(error)) if error.is_shortage()));
+    assert!(silent.is_none());
+    assert_eq!(reloader.counts(), (0, 1));
+    let database = expect_replaced(reloader.poll(false));
+    assert_eq!(country_of(database), "FR");
+    assert!(reloader.poll(false).is_none());
+}

@@ -10,13 +10,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use connmon::config::AttachChoice;
 use connmon::event::Traffic;
-use connmon::kernel::{SocketIterator, Tracer, TracerOptions, kernel_version};
+use connmon::kernel::{SocketWalk, Tracer, TracerOptions};
 use connmon::reconcile::{
     Access, Row, Trigger, Walk, WalkMessage, WalkMessages, WalkSummary, Walker, WalkerOptions,
 };
@@ -160,14 +159,20 @@ fn figures_are_exactly_what_was_moved() {
     let mut walker = Handle::new(false, false);
     let seen = walker.walk(SAMPLE);
     assert_eq!(figures(seen.only(namespace.inode())), expected);
-    if let Some(mut walker) = Handle::iterating("figures of the socket iterator") {
-        let seen = walker.walk(STARTUP);
-        assert_eq!(figures(seen.only(namespace.inode())), expected);
-        let seen = walker.walk(Walk {
-            traffic: false,
-            ..STARTUP
-        });
-        assert_eq!(figures(seen.only(namespace.inode())), BTreeMap::new());
+    for traffic in [true, false] {
+        let Some(mut walker) = Handle::of_table("figures of the table's walk") else {
+            return;
+        };
+        let seen = walker.walk(Walk { traffic, ..STARTUP });
+        let figures = figures(seen.only(namespace.inode()));
+        assert_eq!(
+            figures,
+            if traffic {
+                expected.clone()
+            } else {
+                Moved::new()
+            }
+        );
     }
 }
 
@@ -225,25 +230,22 @@ fn figures(part: &Part) -> Moved {
 }
 
 #[test]
-fn the_iterator_shows_what_a_dump_shows() {
-    if !may_run("the iterator shows what a dump shows") {
+fn the_table_shows_what_a_dump_shows() {
+    if !may_run("the table shows what a dump shows") {
         return;
     }
-    let Some(mut walker) = Handle::iterating("the iterator shows what a dump shows") else {
+    let Some(mut walker) = Handle::of_table("the table shows what a dump shows") else {
         return;
     };
     let scenes: Vec<Scene> = (0..2).map(Scene::new).collect();
     let seen = walker.walk(STARTUP);
-    assert!(!seen.summary.twice);
-    let mut dumps = Handle::new(false, true);
-    let dumped = dumps.walk(AUDIT);
     for scene in &scenes {
         let part = seen.only(scene.namespace.inode());
         assert_eq!(
             (part.pass, part.access, part.complete),
             (0, Access::Diag, true)
         );
-        // Only of listeners does it tell the inode.
+        // Only of listeners is the inode told.
         let without = |mut line: String| {
             if !line.starts_with("10 ") {
                 line.truncate(line.rfind(' ').unwrap());
@@ -255,16 +257,8 @@ fn the_iterator_shows_what_a_dump_shows() {
         assert_eq!(seen, shown);
         let first_other = part.rows.iter().position(|row| row.state != 10).unwrap();
         assert!(part.rows[first_other..].iter().all(|row| row.state != 10));
-        // The same sockets are the same by cookie.
-        let cookies = |part: &Part| {
-            let mut cookies: Vec<_> = part.rows.iter().map(|row| row.cookie).collect();
-            cookies.sort_unstable();
-            cookies
-        };
-        assert_eq!(cookies(part), cookies(dumped.only(scene.namespace.inode())));
-        assert!(part.rows.iter().all(|row| row.cookie != 0));
     }
-    // Walks after the first are dumps, which tell inodes.
+    // Walks after the first are dumps.
     assert_eq!(
         walker.walk(AUDIT).only(scenes[0].namespace.inode()).shown(),
         scenes[0].ss()
@@ -683,7 +677,8 @@ fn move_bytes(from: &mut TcpStream, to: &mut TcpStream, bytes: usize) {
     });
 }
 
-fn socket_iterator(what: &str) -> Option<SocketIterator> {
+/// `None`, and a line that says so, where nothing can be attached.
+fn socket_walk(what: &str) -> Option<SocketWalk> {
     let mut tracer = Tracer::attach(&TracerOptions {
         attach: AttachChoice::Auto,
         ring_buffer_bytes: 4096,
@@ -698,12 +693,7 @@ fn socket_iterator(what: &str) -> Option<SocketIterator> {
         assert!(std::env::var_os("CI").is_none(), "skipped in CI: {error}");
     })
     .ok()?;
-    let sockets = tracer.take_socket_iterator();
-    if sockets.is_none() {
-        println!("not applicable: {what}: iter/tcp of this kernel may skip sockets");
-        assert!(kernel_version() < (6, 17));
-    }
-    sockets
+    Some(tracer.socket_walk().unwrap())
 }
 
 /// A walker and what it says.
@@ -738,12 +728,11 @@ impl Handle {
         Self { walker, messages }
     }
 
-    /// One whose first walks go by the socket iterator; `None`, and a line
-    /// that says so, where the kernel's promises nothing.
-    fn iterating(what: &str) -> Option<Self> {
-        let sockets = socket_iterator(what)?;
+    /// One whose first walk goes over the kernel's table.
+    fn of_table(what: &str) -> Option<Self> {
+        let walk = socket_walk(what)?;
         let (walker, messages) = Walker::spawn(WalkerOptions {
-            sockets: Some(Arc::new(sockets)),
+            source: Some(Box::new(walk)),
             ..WalkerOptions::default()
         })
         .unwrap();

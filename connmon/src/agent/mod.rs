@@ -26,7 +26,7 @@ use crate::geo::{Database, Locator, Reloader};
 use crate::kernel::{Tracer, TracerOptions};
 use crate::notify::Notify;
 use crate::reconcile::netns::Roots;
-use crate::reconcile::{Walker, WalkerOptions};
+use crate::reconcile::{SocketSource, Walker, WalkerOptions};
 use crate::report::Source;
 use crate::sandbox::{self, Plan};
 
@@ -79,10 +79,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             all_netns: config.all_netns,
             listeners: config.listeners,
             force_proc: source == Source::Proc,
-            sockets: tracer
-                .as_mut()
-                .and_then(Tracer::take_socket_iterator)
-                .map(Arc::new),
+            source: tracer.as_mut().and_then(socket_source),
             ..WalkerOptions::default()
         },
         {
@@ -254,6 +251,16 @@ fn attach(config: &Config, host: NetnsId) -> anyhow::Result<(Option<Tracer>, Opt
                 config.proc_interval
             );
             Ok((None, Some(reason)))
+        }
+    }
+}
+
+fn socket_source(tracer: &mut Tracer) -> Option<Box<dyn SocketSource>> {
+    match tracer.socket_walk() {
+        Ok(walk) => Some(Box::new(walk)),
+        Err(reason) => {
+            log::debug!("the first walk is two dumps: {reason}");
+            None
         }
     }
 }

@@ -12,9 +12,10 @@ use crate::event::Cookie;
 pub(super) const MAX: usize = 1 << 17;
 
 /// How much older than the beginning of a namespace's dump a close has to be
-/// to mean nothing for its rows: the socket was unhashed before its close was
-/// told, so none at all; a few milliseconds in case clocks are read apart.
-const SLACK_NS: u64 = 5_000_000;
+/// to mean nothing for its rows. The socket was unhashed before its close was
+/// told, but the time of one can be that of an earlier packet in the same
+/// jiffy, which lasts 10 ms at most (CONFIG_HZ=100).
+const SLACK_NS: u64 = 11_000_000;
 
 #[derive(Clone, Copy, Debug)]
 struct Tombstone {
@@ -118,7 +119,8 @@ impl Tombstones {
 
     /// Whether a row with these endpoints and cookie, read at `t0_ns` or
     /// later, is of a connection that closed: decided by the cookie where
-    /// both are known, else by endpoints and time.
+    /// both are known, else by endpoints and time. What was opened again since
+    /// is known by event and needs no row.
     pub(super) fn verdict(
         &self,
         hasher: &Hasher,
@@ -134,7 +136,7 @@ impl Tombstones {
                 && if other.cookie != 0 && cookie != 0 {
                     other.cookie == cookie
                 } else {
-                    other.at_ns >= t0_ns
+                    other.at_ns >= t0_ns.saturating_sub(SLACK_NS)
                 }
         });
         if dead { Verdict::Dead } else { Verdict::Alive }
@@ -164,10 +166,11 @@ mod tests {
         );
         tombstones.close(&hasher, KEY, 7, 100);
         let verdict = |cookie, t0| tombstones.verdict(&hasher, &KEY, cookie, t0);
-        assert_eq!(verdict(7, 200), Verdict::Dead);
+        assert_eq!(verdict(7, 200 + SLACK_NS), Verdict::Dead);
         assert_eq!(verdict(8, 50), Verdict::Alive);
         assert_eq!(verdict(0, 100), Verdict::Dead);
-        assert_eq!(verdict(0, 101), Verdict::Alive);
+        assert_eq!(verdict(0, 100 + SLACK_NS), Verdict::Dead);
+        assert_eq!(verdict(0, 101 + SLACK_NS), Verdict::Alive);
         let elsewhere = Key { netns: 4, ..KEY };
         assert_eq!(
             tombstones.verdict(&hasher, &elsewhere, 7, 0),

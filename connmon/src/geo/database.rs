@@ -71,7 +71,10 @@ impl Database {
     /// When it cannot be read, is damaged, or names no countries.
     pub fn open(path: &Path) -> Result<Self, DatabaseError> {
         let refuse = |problem: &dyn fmt::Display| DatabaseError::new(path.display(), problem);
-        let bytes = read(path).map_err(|error| refuse(&error))?;
+        let bytes = read(path).map_err(|error| DatabaseError {
+            shortage: is_shortage(&error),
+            ..refuse(&error)
+        })?;
         if bytes.is_empty() {
             return Err(refuse(&"the file is empty"));
         }
@@ -226,17 +229,29 @@ impl Record<'_> {
 
 /// A database that cannot be used: which, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DatabaseError(String);
+pub struct DatabaseError {
+    text: String,
+    shortage: bool,
+}
 
 impl DatabaseError {
     fn new(which: impl fmt::Display, problem: impl fmt::Display) -> Self {
-        Self(format!("country database {which}: {problem}"))
+        Self {
+            text: format!("country database {which}: {problem}"),
+            shortage: false,
+        }
+    }
+
+    /// Whether descriptors or memory were short, which says nothing about the
+    /// file.
+    pub fn is_shortage(&self) -> bool {
+        self.shortage
     }
 }
 
 impl fmt::Display for DatabaseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 
@@ -260,6 +275,13 @@ fn read(path: &Path) -> std::io::Result<Vec<u8>> {
         .take(MAX_BYTES)
         .read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+fn is_shortage(error: &std::io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)
+    )
 }
 
 fn text(error: impl fmt::Display) -> String {

@@ -19,6 +19,9 @@ pub struct Reloader {
     seen: Option<Identity>,
     /// A change seen at the last poll, to be read once it stays the same.
     pending: Option<Option<Identity>>,
+    /// What was seen last could not be read for want of something that says
+    /// nothing about it, and is to be read again.
+    again: bool,
     ok: u64,
     failed: u64,
 }
@@ -46,6 +49,7 @@ impl Reloader {
             path: path.to_owned(),
             seen,
             pending: None,
+            again: false,
             ok: 0,
             failed: 0,
         };
@@ -54,10 +58,13 @@ impl Reloader {
 
     /// Reads the file again if it is another one than before and was the same
     /// at two polls in a row (a writer may be half-way through it). With
-    /// `force` (SIGHUP) at once and in any case.
+    /// `force` (SIGHUP) at once and in any case. One that could not be read for
+    /// want of descriptors or memory is tried again at every poll, and counts
+    /// as refused once.
     pub fn poll(&mut self, force: bool) -> Option<Outcome> {
         let now = Identity::of(&self.path);
-        if !force {
+        let again = self.again && now == self.seen;
+        if !force && !again {
             if now == self.seen {
                 self.pending = None;
                 return None;
@@ -68,6 +75,7 @@ impl Reloader {
         }
         self.pending = None;
         self.seen = now;
+        self.again = false;
         Some(match Database::open(&self.path) {
             Ok(database) => {
                 self.ok += 1;
@@ -79,7 +87,12 @@ impl Reloader {
                 );
                 Outcome::Replaced(database)
             }
+            Err(error) if error.is_shortage() && again && !force => {
+                self.again = true;
+                return None;
+            }
             Err(error) => {
+                self.again = error.is_shortage();
                 self.failed += 1;
                 log::error!("{error}; the one loaded before stays in use");
                 Outcome::Refused(error)

@@ -20,8 +20,7 @@ pub const KIND_TYPEDEF: u32 = 8;
 /// `BTF_KIND_FUNC`.
 pub const KIND_FUNC: u32 = 12;
 
-/// `BTF_KIND_UNION`.
-pub const KIND_UNION: u32 = 5;
+const KIND_UNION: u32 = 5;
 
 /// Deepest nesting of anonymous members and modifiers that is followed; the
 /// kernel's own is below 10.
@@ -149,12 +148,11 @@ impl<'a> Btf<'a> {
         self.ids(kind, name).next()
     }
 
-    /// Offset in bytes of a member of the structure or union `container`, one
-    /// of the wanted types; `path` has dots between nested structures, anonymous ones are
+    /// Offset in bytes of a member of `struct container`, one of the wanted
+    /// types; `path` has dots between nested structures, anonymous ones are
     /// looked through.
     pub fn offset(&self, container: &str, path: &str) -> Result<u32, BtfError> {
         self.ids(KIND_STRUCT, container)
-            .chain(self.ids(KIND_UNION, container))
             .filter_map(|id| self.get(id))
             .find_map(|this| self.walk(this, path))
             .ok_or_else(|| BtfError::NoMember {

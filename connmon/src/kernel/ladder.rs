@@ -8,13 +8,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use aya::Ebpf;
 use aya::programs::links::FdLink;
 use aya::programs::{
-    BtfTracePoint, FEntry, FExit, Iter, KProbe, Program, ProgramError, RawTracePoint, TracePoint,
+    BtfTracePoint, FEntry, FExit, KProbe, Program, ProgramError, RawTracePoint, TracePoint,
 };
 use connmon_common::tuning::tracepoint::ASSERTED;
 
 use super::facts::MOUNT_TRACEFS;
 use super::load::KernelTypes;
-use super::sockets::SocketIterator;
 use super::{Method, Probe, Rung, sys};
 use crate::config::AttachChoice;
 
@@ -105,28 +104,19 @@ pub fn attach_second(
     })
 }
 
-/// Makes the socket iterator, where the kernel's shows every socket once. The
-/// reason in words when that fails.
-pub fn socket_iterator(
-    ebpf: &mut Ebpf,
-    types: Result<&KernelTypes, &str>,
-) -> Result<SocketIterator, String> {
-    let types = types.map_err(str::to_owned)?;
-    if !types.iterates_once {
-        return Err("iter/tcp of this kernel may skip sockets".into());
-    }
+/// Loads the walk over the table of sockets. The reason in words when that
+/// fails.
+pub fn socket_walk(ebpf: &mut Ebpf) -> Result<OwnedFd, String> {
     let program = program(ebpf, "sockets")?;
-    let result = (|| {
-        let program: &mut Iter = program.try_into()?;
-        program.load("tcp", &types.attach)?;
-        let link = sys::link_iterator(program.fd()?.as_fd());
-        // The link holds the program.
+    let mut load = || {
+        let program: &mut RawTracePoint = program.try_into()?;
+        program.load()?;
+        let fd = program.fd()?.as_fd().try_clone_to_owned()?;
+        // Whoever walks holds it.
         program.unload()?;
-        Ok(link)
-    })();
-    let link = result.map_err(|error: ProgramError| brief(&error))?;
-    link.map(SocketIterator::new)
-        .map_err(|error| format!("BPF_LINK_CREATE: {error}"))
+        Ok(fd)
+    };
+    load().map_err(|error: ProgramError| brief(&error))
 }
 
 /// Attaches a function probe. Counts do not depend on it.

@@ -4,9 +4,9 @@
 use std::borrow::Cow;
 
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader, Endianness};
-use connmon_common::tuning::{self, FIELDS, global, sock_common};
+use connmon_common::tuning::{self, FIELDS, TABLE_FIELDS, global, sock_common};
 
-use super::btf::{self, BtfError, KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, KIND_UNION, Wanted};
+use super::btf::{self, BtfError, KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, Wanted};
 use super::{TracerOptions, sys};
 
 /// The programs, built by `cargo xtask build-ebpf`.
@@ -27,23 +27,18 @@ const WANTED: &[Wanted] = &[
     STATE_TYPEDEF,
     CONNECT_FUNC,
     ACCEPT_FUNC,
-    ITER_FUNC,
-    ITER_BATCH_ITEM,
     (KIND_STRUCT, "sock_common"),
     (KIND_STRUCT, "net"),
     (KIND_STRUCT, "sock"),
     (KIND_STRUCT, "inet_sock"),
     (KIND_STRUCT, "tcp_sock"),
+    (KIND_STRUCT, "task_struct"),
+    (KIND_STRUCT, "nsproxy"),
+    (KIND_STRUCT, "inet_hashinfo"),
 ];
 const STATE_TYPEDEF: Wanted = (KIND_TYPEDEF, "btf_trace_inet_sock_set_state");
 const CONNECT_FUNC: Wanted = (KIND_FUNC, "tcp_connect");
 const ACCEPT_FUNC: Wanted = (KIND_FUNC, "inet_csk_accept");
-const ITER_FUNC: Wanted = (KIND_FUNC, "bpf_iter_tcp");
-/// Its member `cookie` lets a read of the iterator go on exactly where the last
-/// one ended (`bpf_iter_tcp_resume_established`): since 6.17, and in longterm
-/// kernels that took the change over.
-const ITER_BATCH_ITEM: Wanted = (KIND_UNION, "bpf_tcp_iter_batch_item");
-
 /// What the agent takes from the kernel's BTF.
 #[derive(Debug)]
 pub struct KernelTypes {
@@ -51,9 +46,8 @@ pub struct KernelTypes {
     offsets: Vec<u32>,
     /// For aya: the types that programs attach to, under their kernel ids.
     pub attach: Btf,
-    /// The kernel's iterator over TCP sockets shows each once, whatever opens
-    /// and closes meanwhile.
-    pub iterates_once: bool,
+    /// One per [`TABLE_FIELDS`], or why there is none.
+    table: Result<Vec<u32>, BtfError>,
 }
 
 impl KernelTypes {
@@ -63,6 +57,11 @@ impl KernelTypes {
         let blob = std::fs::read(btf::SYS_PATH)
             .map_err(|error| format!("no kernel BTF ({}: {error})", btf::SYS_PATH))?;
         Self::resolve(&blob).map_err(|error| error.to_string())
+    }
+
+    /// Why the table of sockets cannot be found, if so.
+    pub fn no_table(&self) -> Option<String> {
+        Some(self.table.as_ref().err()?.to_string())
     }
 
     fn resolve(blob: &[u8]) -> Result<Self, BtfError> {
@@ -82,11 +81,14 @@ impl KernelTypes {
             .map(|field| types.offset(field.container, field.path))
             .collect::<Result<_, _>>()?;
         let attach = attach_types(&types)?;
-        let iterates_once = types.offset(ITER_BATCH_ITEM.1, "cookie").is_ok();
+        let table = TABLE_FIELDS
+            .iter()
+            .map(|field| types.offset(field.container, field.path))
+            .collect();
         Ok(Self {
             offsets,
             attach,
-            iterates_once,
+            table,
         })
     }
 }
@@ -96,7 +98,7 @@ impl KernelTypes {
 /// its parse of the real one takes 20 MB.
 fn attach_types(types: &btf::Btf<'_>) -> Result<Btf, BtfError> {
     const BTF_KIND_PTR: u32 = 2;
-    let mut named: Vec<(u32, Wanted)> = [STATE_TYPEDEF, CONNECT_FUNC, ACCEPT_FUNC, ITER_FUNC]
+    let mut named: Vec<(u32, Wanted)> = [STATE_TYPEDEF, CONNECT_FUNC, ACCEPT_FUNC]
         .into_iter()
         .filter_map(|wanted| Some((types.id(wanted.0, wanted.1)?, wanted)))
         .collect();
@@ -195,7 +197,10 @@ pub fn prepare(options: &TracerOptions, types: Option<&KernelTypes>) -> Result<E
         Some(types) => Cow::Borrowed(&types.offsets),
         None => Cow::Owned(vec![0; FIELDS.len()]),
     };
-    for (field, offset) in FIELDS.iter().zip(offsets.iter()) {
+    let table = types.and_then(|types| types.table.as_ref().ok());
+    let known = FIELDS.iter().zip(offsets.iter());
+    let table = TABLE_FIELDS.iter().zip(table.into_iter().flatten());
+    for (field, offset) in known.chain(table) {
         loader.override_global(field.global, offset, true);
     }
     loader.load(OBJECT)
@@ -224,7 +229,6 @@ mod tests {
             (STATE_TYPEDEF.1, BtfKind::Typedef, STATE_TYPEDEF),
             (CONNECT_FUNC.1, BtfKind::Func, CONNECT_FUNC),
             (ACCEPT_FUNC.1, BtfKind::Func, ACCEPT_FUNC),
-            (ITER_FUNC.1, BtfKind::Func, ITER_FUNC),
         ] {
             assert_eq!(
                 types.attach.id_by_type_name_kind(name, kind).ok(),

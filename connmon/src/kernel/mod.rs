@@ -15,21 +15,23 @@ mod watch;
 pub use error::AttachError;
 pub use facts::{Diagnosis, HostFacts, MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs};
 pub use ring::{Counters, Drained};
-pub use sockets::SocketIterator;
+pub use sockets::SocketWalk;
 pub use sys::{return_memory_at_once, trim_memory};
 pub use watch::watch;
 
 use std::fs::File;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::sync::OnceLock;
 
-use connmon_common::tuning::{COUNTERS_MAP, EVENTS_MAP};
+use aya::maps::Map;
+use connmon_common::tuning::{COUNTERS_MAP, EVENTS_MAP, STRETCH_MAP};
 
 use crate::config::AttachChoice;
 use crate::event::Event;
 use crate::report::ProgramStats;
 use ring::{CounterReader, ProgramMeter, Ring};
+use sys::Shared;
 
 /// A probe of the contract (label `probe`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -144,10 +146,10 @@ pub struct Tracer {
     /// `kernel.bpf_stats_enabled`, opened before the thread that reports is
     /// closed in and may open nothing any more.
     stats_switch: Option<File>,
-    /// Until it is taken.
-    sockets: Option<SocketIterator>,
+    /// Why the table of sockets cannot be walked, if so.
+    no_table: Option<String>,
     /// Holds the attachments.
-    _programs: aya::Ebpf,
+    programs: aya::Ebpf,
 }
 
 impl Tracer {
@@ -210,9 +212,10 @@ impl Tracer {
             meters.extend(attached.map(|attached| ProgramMeter::new(attached, &rung)));
             rungs.push(rung);
         }
-        let sockets = ladder::socket_iterator(&mut ebpf, known)
-            .inspect_err(|reason| log::debug!("the first walk is two dumps: {reason}"))
-            .ok();
+        let no_table = match &types {
+            Ok(types) => types.no_table(),
+            Err(reason) => Some(reason.clone()),
+        };
         drop(types);
         sys::trim_memory();
         Ok(Self {
@@ -228,8 +231,8 @@ impl Tracer {
             logger,
             stats: None,
             stats_switch: File::open("/proc/sys/kernel/bpf_stats_enabled").ok(),
-            sockets,
-            _programs: ebpf,
+            no_table,
+            programs: ebpf,
         })
     }
 
@@ -295,10 +298,24 @@ impl Tracer {
         }
     }
 
-    /// The kernel's iterator over TCP sockets, at the first call and where it
-    /// shows each once: for [`crate::reconcile::WalkerOptions`].
-    pub fn take_socket_iterator(&mut self) -> Option<SocketIterator> {
-        self.sockets.take()
+    /// The walk over the kernel's table of TCP sockets, once: for
+    /// [`crate::reconcile::WalkerOptions`].
+    ///
+    /// # Errors
+    ///
+    /// The reason in words.
+    pub fn socket_walk(&mut self) -> Result<SocketWalk, String> {
+        if let Some(reason) = &self.no_table {
+            return Err(reason.clone());
+        }
+        let map = self.programs.take_map(STRETCH_MAP);
+        let Some(Map::Array(map)) = map else {
+            return Err(format!("the object has no map {STRETCH_MAP}"));
+        };
+        let program = ladder::socket_walk(&mut self.programs)?;
+        let stretch =
+            Shared::map(map.fd().as_fd()).map_err(|error| format!("map {STRETCH_MAP}: {error}"))?;
+        SocketWalk::new(program, stretch)
     }
 
     /// Size of the ring in bytes.

@@ -1,32 +1,109 @@
-//! The kernel's iterator over TCP sockets, `iter/tcp`.
+//! The walk over the kernel's table of TCP sockets.
+#![expect(unsafe_code, reason = "a map that a program writes to")]
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::ptr::addr_of_mut;
 
-use super::sys;
+use connmon_common::tuning::{STEPS, Stretch};
 
-/// Reads the connections of a network namespace, each exactly once if it is
-/// there from beginning to end, whatever opens and closes meanwhile: a bucket
-/// of the kernel's table is taken as a whole, and a read goes on after the
-/// last by cookies (`bpf_iter_tcp_resume_established`). Linux 6.17, and
-/// longterm kernels that took that over (Debian's 6.1 and 6.12).
+use super::sys::{self, Shared};
+use crate::event::{LiveSocket, decode_live};
+
+/// Reads the connections and handshakes of a network namespace, each that is
+/// there throughout at least once, without a lock and without a reference to
+/// any (`connmon-ebpf/src/sockets.rs`). Linux 5.10, with the offsets of
+/// [`connmon_common::tuning::TABLE_FIELDS`].
 #[derive(Debug)]
-pub struct SocketIterator(OwnedFd);
+pub struct SocketWalk {
+    program: OwnedFd,
+    stretch: Shared<Stretch>,
+}
 
-impl SocketIterator {
-    pub(super) fn new(link: OwnedFd) -> Self {
-        Self(link)
+impl SocketWalk {
+    /// The reason in words when it does not work here.
+    pub(super) fn new(program: OwnedFd, stretch: Shared<Stretch>) -> Result<Self, String> {
+        let mut walk = Self { program, stretch };
+        walk.run(0)
+            .map_err(|error| format!("bpf(BPF_PROG_TEST_RUN): {error}"))?;
+        match walk.buckets() {
+            0 => Err("the table of sockets is not where BTF has it".into()),
+            _ => Ok(walk),
+        }
     }
 
-    /// A file over the network namespace of the calling thread. To be read to
-    /// its end once; what it gives are the records of
-    /// [`crate::event::decode_live`]. Needs no capability.
+    /// Reads the namespace of the calling thread to its end; `sink` gets each
+    /// socket and says whether to go on. Whether it came to the end.
     ///
     /// # Errors
     ///
-    /// bpf(BPF_ITER_CREATE)'s: EPERM under a seccomp filter, EMFILE.
-    pub fn open(&self) -> io::Result<File> {
-        Ok(File::from(sys::create_iterator(self.0.as_fd())?))
+    /// bpf(BPF_PROG_TEST_RUN)'s: EPERM under a seccomp filter. Or a chain of the
+    /// table is longer than a run may be ([`STEPS`]). What was delivered before
+    /// is true all the same.
+    pub fn read(&mut self, mut sink: impl FnMut(LiveSocket) -> bool) -> io::Result<bool> {
+        let mut bucket = 0;
+        // Runs of a bucket in vain: a chain that changes under it is gone
+        // through again.
+        let mut vain = 0;
+        loop {
+            self.run(bucket)?;
+            for place in 0..self.found() {
+                let Some(socket) = self.socket(place)? else {
+                    continue;
+                };
+                if !sink(socket) {
+                    return Ok(false);
+                }
+            }
+            let (begun, buckets) = (bucket, self.buckets());
+            bucket = self.bucket();
+            if bucket >= buckets {
+                return Ok(true);
+            }
+            vain = if bucket > begun { 0 } else { vain + 1 };
+            if vain == TRIES {
+                return Err(io::Error::other(format!(
+                    "bucket {bucket} of {buckets} has more than {STEPS} sockets"
+                )));
+            }
+        }
+    }
+
+    /// Takes the buckets from this one on.
+    fn run(&mut self, bucket: u64) -> io::Result<()> {
+        // SAFETY: `Shared`'s; the program runs within the call below only.
+        unsafe { addr_of_mut!((*self.stretch.as_ptr()).bucket).write_volatile(bucket) };
+        sys::run(self.program.as_fd())
+    }
+
+    fn bucket(&self) -> u64 {
+        // SAFETY: as in `run`.
+        unsafe { addr_of_mut!((*self.stretch.as_ptr()).bucket).read_volatile() }
+    }
+
+    fn buckets(&self) -> u64 {
+        // SAFETY: as in `run`.
+        unsafe { addr_of_mut!((*self.stretch.as_ptr()).buckets).read_volatile() }
+    }
+
+    fn found(&self) -> usize {
+        // SAFETY: as in `run`.
+        let found = unsafe { addr_of_mut!((*self.stretch.as_ptr()).found).read_volatile() };
+        STEPS.min(found as usize)
+    }
+
+    /// `None` for a place without a record.
+    fn socket(&self, place: usize) -> io::Result<Option<LiveSocket>> {
+        // SAFETY: as in `run`; `found` is within bounds.
+        let words =
+            unsafe { addr_of_mut!((*self.stretch.as_ptr()).sockets[place]).read_volatile() };
+        let mut bytes = [0; 96];
+        for (bytes, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+            *bytes = word.to_ne_bytes();
+        }
+        let decoded = decode_live(&bytes).map_err(io::Error::other)?;
+        Ok(decoded.map(|(socket, _)| socket))
     }
 }
+
+const TRIES: u32 = 16;

@@ -1,16 +1,16 @@
 //! The few bpf(2) commands that aya does not offer, and memory trimming.
-#![expect(unsafe_code, reason = "raw bpf(2), mallopt")]
+#![expect(unsafe_code, reason = "raw bpf(2), mmap, mallopt")]
 
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
+const BPF_PROG_TEST_RUN: libc::c_int = 10;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
-const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_GET_FD_BY_ID: libc::c_int = 30;
 const BPF_ENABLE_STATS: libc::c_int = 32;
-const BPF_ITER_CREATE: libc::c_int = 33;
 
 /// `BPF_MAP_LOOKUP_ELEM` of element 0 into `value` (Linux 3.19). For a
 /// per-CPU map the value is one element per possible CPU, each rounded up to
@@ -89,33 +89,67 @@ pub fn link_by_id(id: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `BPF_LINK_CREATE` of an iterator program (Linux 5.8).
+/// `BPF_PROG_TEST_RUN` of a raw tracepoint's program without a context, on the
+/// calling thread (Linux 5.10).
 ///
 /// # Errors
 ///
 /// The system call's.
-pub fn link_iterator(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    const BPF_TRACE_ITER: u32 = 28;
-    // prog_fd, target_fd, attach_type, flags, iter_info and its length.
-    let attr: [u32; 8] = [program.as_raw_fd() as u32, 0, BPF_TRACE_ITER, 0, 0, 0, 0, 0];
-    // SAFETY: the attribute is plain integers, the pointer in it null.
-    let fd = unsafe { bpf(BPF_LINK_CREATE, &attr) }?;
-    // SAFETY: the kernel just returned this descriptor to us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+pub fn run(program: BorrowedFd<'_>) -> io::Result<()> {
+    // prog_fd, and up to batch_size and its padding.
+    let mut attr = [0u32; 20];
+    attr[0] = program.as_raw_fd() as u32;
+    // SAFETY: the attribute is plain integers, the pointers in it null.
+    unsafe { bpf_mut(BPF_PROG_TEST_RUN, &mut attr) }?;
+    Ok(())
 }
 
-/// `BPF_ITER_CREATE` (Linux 5.8): a file that iterates in the network
-/// namespace of the calling thread.
-///
-/// # Errors
-///
-/// The system call's.
-pub fn create_iterator(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let attr: [u32; 2] = [link.as_raw_fd() as u32, 0];
-    // SAFETY: the attribute is plain integers.
-    let fd = unsafe { bpf(BPF_ITER_CREATE, &attr) }?;
-    // SAFETY: the kernel just returned this descriptor to us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+/// A value that programs write to, mapped.
+#[derive(Debug)]
+pub struct Shared<T>(NonNull<T>);
+
+// SAFETY: the mapping belongs to this value alone.
+unsafe impl<T: Send> Send for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// Maps element 0 of an array made with BPF_F_MMAPABLE (Linux 5.5), whose
+    /// values are `T`s.
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    pub fn map(array: BorrowedFd<'_>) -> io::Result<Self> {
+        // SAFETY: a new mapping where the kernel chooses, so none is replaced;
+        // the kernel refuses more than the map's size, rounded up to pages.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size_of::<T>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                array.as_raw_fd(),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        NonNull::new(address.cast())
+            .map(Self)
+            .ok_or_else(|| io::Error::other("mapped at address 0"))
+    }
+
+    /// Where it is: valid while this value lives, for reading and writing.
+    pub fn as_ptr(&self) -> *mut T {
+        self.0.as_ptr()
+    }
+}
+
+impl<T> Drop for Shared<T> {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map` with this length, and nobody has it now.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<T>()) };
+    }
 }
 
 /// `BPF_ENABLE_STATS` (Linux 5.8): the kernel times programs while the

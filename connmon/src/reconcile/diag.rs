@@ -432,12 +432,6 @@ impl DumpBuffer {
     pub fn shorter() -> Self {
         Self(vec![0; DUMP_BUFFER_BYTES * 5 / 8].into())
     }
-
-    /// For another source: 32 KiB, which is also what a read of the socket
-    /// iterator gives at most (`bpf_seq_read`, eight pages).
-    pub fn bytes(&mut self) -> &mut [u8] {
-        &mut self.0
-    }
 }
 
 enum Attempt {

@@ -5,7 +5,6 @@
 //! consumes them between draining the ring. Nothing here changes state.
 
 pub mod diag;
-mod iterator;
 pub mod netns;
 pub mod owners;
 pub mod procfs;
@@ -15,7 +14,10 @@ pub use walker::{BATCH_ROWS, Refused, WalkMessages, Walker, WalkerOptions, rest_
 
 use std::time::Duration;
 
-use crate::event::{Cookie, NetnsId, Owner, Traffic, Tuple};
+use std::io;
+
+use crate::event::{Cookie, LiveSocket, NetnsId, Owner, Traffic, Tuple};
+use crate::kernel::SocketWalk;
 
 /// Why a walk happens (label `trigger`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -93,12 +95,28 @@ pub struct Row {
     pub owner: Owner,
 }
 
+/// Shows every connection and handshake that is in a network namespace from
+/// beginning to end, which a dump does not promise. May show one twice.
+pub trait SocketSource: std::fmt::Debug + Send {
+    /// Reads the namespace of the calling thread; `sink` says whether to go on.
+    /// Whether it came to the end.
+    ///
+    /// # Errors
+    /// What cut it short; what was shown before is true all the same.
+    fn read(&mut self, sink: &mut dyn FnMut(LiveSocket) -> bool) -> io::Result<bool>;
+}
+
+impl SocketSource for SocketWalk {
+    fn read(&mut self, sink: &mut dyn FnMut(LiveSocket) -> bool) -> io::Result<bool> {
+        Self::read(self, sink)
+    }
+}
+
 /// What the walker tells the fold, in this order:
 /// `Begin (NamespaceBegin Rows* NamespaceEnd)* End`. A startup walk reads
-/// every namespace once where the kernel promises to show each socket once
-/// ([`crate::kernel::SocketIterator`]), else twice, where it can at the same
-/// time: rows of pass 0 and 1 come in any mixture, and the fold seeds their
-/// union.
+/// every namespace once where its [`SocketSource`] shows all, else twice, where
+/// it can at the same time: rows of pass 0 and 1 come in any mixture, and the
+/// fold seeds their union.
 #[derive(Debug)]
 pub enum WalkMessage {
     /// A walk starts. The fold drains the ring before it looks at rows.

@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, mpsc as sync};
+use std::sync::mpsc as sync;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -17,16 +17,14 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc;
 
 use super::diag::{self, DumpBuffer, Dumped, Family, States};
-use super::iterator;
 use super::netns::{self, Found, Handle, Namespace, Roots};
 use super::owners::OwnerCache;
 use super::procfs;
-use super::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
-use crate::event::NetnsId;
-use crate::kernel::SocketIterator;
+use super::{Access, Row, SocketSource, Trigger, Walk, WalkMessage, WalkSummary};
+use crate::event::{LiveSocket, NetnsId, Owner};
 
 /// What holds for every walk.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct WalkerOptions {
     /// Every namespace (`--netns all`), or the host's alone.
     pub all_netns: bool,
@@ -34,8 +32,8 @@ pub struct WalkerOptions {
     pub listeners: bool,
     /// Read `/proc` only (polling mode).
     pub force_proc: bool,
-    /// For the first walk, where the kernel has one.
-    pub sockets: Option<Arc<SocketIterator>>,
+    /// For the first walk, which drops it, where the kernel has one.
+    pub source: Option<Box<dyn SocketSource>>,
     /// Where namespaces and processes are found.
     pub roots: Roots,
 }
@@ -46,7 +44,7 @@ impl Default for WalkerOptions {
             all_netns: true,
             listeners: true,
             force_proc: false,
-            sockets: None,
+            source: None,
             roots: Roots::default(),
         }
     }
@@ -115,8 +113,8 @@ impl Walker {
     }
 
     /// Asks for a walk; one with [`Trigger::Startup`] reads every namespace
-    /// by [`WalkerOptions::sockets`], or without it twice, and carries figures
-    /// in pass 1 alone. Never blocks: at most one walk waits behind the one
+    /// by [`WalkerOptions::source`], or without it twice, and then carries
+    /// figures in pass 1 alone. Never blocks: at most one walk waits behind the one
     /// under way.
     ///
     /// # Errors
@@ -242,8 +240,9 @@ struct Entered {
 enum Beside {
     #[default]
     Nothing,
-    /// One reading of everything but listeners.
-    Iterator(File),
+    /// One reading by [`WalkerOptions::source`] of everything but listeners,
+    /// in this namespace if it is not our own.
+    Source(Option<File>),
     /// Another dump, whose union with the first is taken.
     Socket(diag::Socket),
 }
@@ -312,6 +311,9 @@ impl Session {
         summary.duration_ns = now_ns(ClockId::Monotonic).saturating_sub(wall);
         summary.cpu_ns += now_ns(ClockId::ThreadCPUTime).saturating_sub(cpu);
         summary.owners_wait = self.outbox.owners.end_walk();
+        if self.startup {
+            self.options.source = None;
+        }
         self.outbox.send(WalkMessage::End(summary))
     }
 
@@ -445,8 +447,12 @@ impl Session {
                 }
             };
             match netns::within(&there, &self.home, inside) {
-                Ok((Some(Ok(sockets)), ports)) => {
-                    return Entry::Open(Entered::with(sockets, ports));
+                Ok((Some(Ok((socket, beside))), ports)) => {
+                    let beside = match beside {
+                        Beside::Source(_) => Beside::Source(Some(there)),
+                        other => other,
+                    };
+                    return Entry::Open(Entered::with((socket, beside), ports));
                 }
                 Ok((Some(Err(error)), ports)) => {
                     ephemeral = Some(ports);
@@ -474,10 +480,8 @@ impl Session {
         if !self.startup {
             return Ok((first, Beside::Nothing));
         }
-        match self.options.sockets.as_ref().map(|sockets| sockets.open()) {
-            Some(Ok(file)) => return Ok((first, Beside::Iterator(file))),
-            Some(Err(error)) => log::debug!("iter/tcp: {error}; two dumps are made instead"),
-            None => {}
+        if self.options.source.is_some() {
+            return Ok((first, Beside::Source(None)));
         }
         let second = diag::Socket::open().map_or(Beside::Nothing, Beside::Socket);
         Ok((first, second))
@@ -510,10 +514,10 @@ impl Session {
     ) -> Result<(), Closed> {
         self.begin(namespace, entered.ephemeral)?;
         let beside = std::mem::take(&mut entered.beside);
-        self.summary.twice |= self.startup && !matches!(beside, Beside::Iterator(_));
+        self.summary.twice |= self.startup && !matches!(beside, Beside::Source(_));
         let (access, complete) = match beside {
             _ if !self.startup => self.pass(namespace, &mut entered, 0, walk.traffic)?,
-            Beside::Iterator(file) => self.iterate(walk, namespace, &mut entered, file)?,
+            Beside::Source(there) => self.by_source(walk, namespace, &mut entered, there)?,
             Beside::Socket(second) => self.both_passes(walk, namespace, &mut entered, second)?,
             Beside::Nothing => {
                 let (_, first) = self.pass(namespace, &mut entered, 0, false)?;
@@ -534,33 +538,45 @@ impl Session {
     }
 
     /// Listeners by sock_diag, which knows them by inode and has their queues,
-    /// and everything else by the socket iterator.
-    fn iterate(
+    /// and everything else by the source.
+    fn by_source(
         &mut self,
         walk: Walk,
         namespace: &Namespace,
         entered: &mut Entered,
-        file: File,
+        there: Option<File>,
     ) -> Result<(Access, bool), Closed> {
         let wanted = std::mem::replace(&mut self.outbox.wanted, States::LISTEN);
         let listeners = self.pass(namespace, entered, 0, false);
         self.outbox.wanted = wanted;
         let (access, complete) = listeners?;
-        let ended = iterator::read_all(file, self.buffer.bytes(), |mut row| {
-            row.traffic = row.traffic.filter(|_| walk.traffic);
-            self.outbox.push(row).is_ok()
-        });
+        let outbox = &mut self.outbox;
+        let source = self.options.source.as_mut();
+        let read = || match source {
+            Some(source) => source.read(&mut |socket| {
+                let row = row_of(socket, walk.traffic);
+                outbox.push(row).is_ok()
+            }),
+            None => Err(io::ErrorKind::NotFound.into()),
+        };
+        let ended = match there {
+            None => read(),
+            Some(there) => netns::within(&there, &self.home, read).and_then(|ended| ended),
+        };
         self.outbox.flush()?;
         match ended {
-            iterator::Ended::Complete => Ok((access, complete)),
-            iterator::Ended::Stopped => Err(Closed),
-            iterator::Ended::Broken(error) => {
-                log::debug!("network namespace {}: iter/tcp: {error}", namespace.id);
+            Ok(true) => Ok((access, complete)),
+            Ok(false) => Err(Closed),
+            Err(error) => {
+                log::debug!(
+                    "network namespace {}: {error}; two dumps instead",
+                    namespace.id
+                );
                 self.summary.twice = true;
                 // In pass 1, since what was read once counts already.
-                self.pass(namespace, entered, 1, false)?;
-                let (access, _) = self.pass(namespace, entered, 1, walk.traffic)?;
-                Ok((access, false))
+                let (_, first) = self.pass(namespace, entered, 1, false)?;
+                let (access, second) = self.pass(namespace, entered, 1, walk.traffic)?;
+                Ok((access, first && second))
             }
         }
     }
@@ -779,6 +795,21 @@ impl Entered {
             ephemeral,
             reason: None,
         }
+    }
+}
+
+/// Inode and queues are of use for listeners only, of which a source has none.
+fn row_of(socket: LiveSocket, figures: bool) -> Row {
+    let figures = figures && States::OPEN.has(socket.state);
+    Row {
+        state: socket.state,
+        tuple: socket.tuple,
+        cookie: socket.cookie,
+        inode: 0,
+        receive_queue: 0,
+        send_queue: 0,
+        traffic: socket.traffic.filter(|_| figures),
+        owner: Owner::default(),
     }
 }
 
