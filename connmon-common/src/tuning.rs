@@ -9,7 +9,7 @@ pub const COUNTERS_MAP: &str = "COUNTERS";
 pub const STRETCH_MAP: &str = "STRETCH";
 
 /// Chains' ends and sockets that one run of the walk looks at, at most.
-pub const STEPS: usize = 256;
+pub const STEPS: usize = 64;
 
 /// A stretch of the walk over the kernel's table of TCP sockets: where the next
 /// run begins, and what the last one found.

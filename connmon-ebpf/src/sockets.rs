@@ -9,6 +9,7 @@
 //!
 //! Nothing is written to and no reference is taken. 5.10.
 
+use core::arch::asm;
 use core::mem::offset_of;
 use core::ptr::addr_of_mut;
 
@@ -19,15 +20,14 @@ use aya_ebpf::maps::Array;
 use aya_ebpf::programs::RawTracePointContext;
 use connmon_common::state::{CLOSE, LISTEN, NEW_SYN_RECV, SYN_RECV, TIME_WAIT};
 use connmon_common::tuning::{STEPS, Stretch, sock_common};
-use connmon_common::wire::{EndsV4, EndsV6, Head, Live, kind};
+use connmon_common::wire::{EndsV4, EndsV6, Head, Live, flag, kind};
 
+use crate::emit::zero;
 use crate::globals::{
     OFF_NET_TABLE, OFF_NSPROXY_NET, OFF_SK_FLAGS, OFF_SK_NODE, OFF_TABLE_BUCKETS, OFF_TABLE_MASK,
     OFF_TASK_NSPROXY,
 };
-use crate::socket::{
-    AF_INET, AF_INET6, Ends, TracedFull, is_v4_mapped, offset, probe, write_live_figures,
-};
+use crate::socket::{AF_INET6, TracedFull, is_v4_mapped, offset, probe, write_live_figures};
 
 #[map]
 static STRETCH: Array<Stretch> = Array::with_max_entries(1, BPF_F_MMAPABLE);
@@ -117,6 +117,9 @@ struct Walk {
     buckets: u64,
 }
 
+/// The end of no chain: the bucket is gone through again.
+const ASTRAY: u64 = u64::MAX;
+
 /// Heads of buckets that are read at once.
 const HEADS: usize = 8;
 
@@ -189,12 +192,14 @@ impl Walk {
                 if count >= STEPS as u64 {
                     return false;
                 }
-                let place = addr_of_mut!((*self.stretch).sockets[count as usize]);
-                let is_one = write(place.cast(), id, &common);
+                let place = addr_of_mut!((*self.stretch).sockets)
+                    .cast::<u8>()
+                    .add(bounded(count) as usize * size_of::<Live<EndsV6>>());
+                let is_one = write(place, id, &common);
                 // Freed and used again meanwhile: what was read is of two.
                 let (hash, dport, num): (u32, u16, u16) = probe(id, offset_of!(Common, hash));
                 if (hash, dport, num) != (common.hash, common.dport, common.num) {
-                    self.begin_bucket();
+                    addr_of_mut!((*self.stretch).node).write_volatile(ASTRAY);
                     return true;
                 }
                 if is_one {
@@ -205,6 +210,17 @@ impl Walk {
             true
         }
     }
+}
+
+/// The same, less than [`STEPS`], in a register of which the verifier knows it:
+/// what a comparison says of one, the compiler uses in another.
+#[inline(always)]
+fn bounded(count: u64) -> u64 {
+    const { assert!(STEPS == 64) };
+    let mut count = count;
+    // SAFETY: arithmetic on a register.
+    unsafe { asm!("{0} &= 63", inout(reg) count) };
+    count
 }
 
 /// Writes a [`Live`]; false for what is none.
@@ -219,52 +235,43 @@ unsafe fn write(place: *mut u8, id: u64, common: &Common) -> bool {
         NEW_SYN_RECV => SYN_RECV,
         state => state,
     };
-    let local_port = common.num;
-    let remote_port = u16::from_be(common.dport);
-    // SAFETY: the caller's.
+    let (local_port, remote_port) = (common.num, u16::from_be(common.dport));
+    // Both begin alike.
+    const { assert!(offset_of!(Live<EndsV4>, ends) == offset_of!(Live<EndsV6>, ends)) };
+    let live = place.cast::<Live<EndsV6>>();
+    // SAFETY: the caller's; probe_read checks the address. What is no full
+    // socket has nothing where the figures would be.
     unsafe {
-        if common.family == AF_INET6 && !is_v4_mapped(common.v6_daddr) {
-            let ends = EndsV6 {
+        let is_v6 = common.family == AF_INET6 && !is_v4_mapped(common.v6_daddr);
+        let ends = addr_of_mut!((*live).ends);
+        if is_v6 {
+            ends.write(EndsV6 {
                 local: common.v6_rcv_saddr,
                 remote: common.v6_daddr,
                 local_port,
                 remote_port,
                 pad: 0,
-            };
-            write_ends(place, id, common, state, ends);
-        } else if common.family == AF_INET || common.family == AF_INET6 {
-            let ends = EndsV4 {
+            });
+        } else {
+            ends.cast::<EndsV4>().write(EndsV4 {
                 local: common.rcv_saddr,
                 remote: common.daddr,
                 local_port,
                 remote_port,
                 pad: 0,
-            };
-            write_ends(place, id, common, state, ends);
-        } else {
-            return false;
+            });
         }
-    }
-    true
-}
-
-#[inline(always)]
-unsafe fn write_ends<E: Ends>(place: *mut u8, id: u64, common: &Common, state: u8, ends: E) {
-    let place = place.cast::<Live<E>>();
-    // SAFETY: the caller's; probe_read checks the address. What is no full
-    // socket has nothing where the figures would be.
-    unsafe {
-        let figures = addr_of_mut!((*place).figures);
+        let figures = addr_of_mut!((*live).figures);
         let flags = if common.state == NEW_SYN_RECV {
-            crate::emit::zero(figures);
+            zero(figures);
             0
         } else {
             let flags: u64 = probe(id, offset(&OFF_SK_FLAGS));
             write_live_figures(&TracedFull(id), flags, figures)
         };
-        addr_of_mut!((*place).head).write(Head {
+        addr_of_mut!((*live).head).write(Head {
             kind: kind::LIVE,
-            flags: flags | E::FLAGS,
+            flags: flags | if is_v6 { flag::V6 } else { 0 },
             old: state,
             new: state,
             // That of the reader, who knows it.
@@ -272,6 +279,6 @@ unsafe fn write_ends<E: Ends>(place: *mut u8, id: u64, common: &Common, state: u
             id,
             cookie: common.cookie,
         });
-        addr_of_mut!((*place).ends).write(ends);
     }
+    true
 }

@@ -1014,6 +1014,11 @@ pub(super) fn now_ns(clock: ClockId) -> u64 {
 mod tests {
     use super::*;
 
+    use std::collections::BTreeSet;
+    use std::net::Ipv4Addr;
+
+    use crate::event::{Traffic, Tuple};
+
     /// A tree like `/proc` whose namespace 9 has process 5, and a walker in it.
     fn tree() -> (tempfile::TempDir, Session, mpsc::Receiver<WalkMessage>) {
         let tree = tempfile::tempdir().unwrap();
@@ -1073,6 +1078,97 @@ mod tests {
         assert!(session.namespaces(walk, &found).is_ok());
         assert_eq!(ends(&mut messages), [(9, true), (10, false)]);
         assert_eq!(session.summary.unaudited, 1);
+    }
+
+    /// Shows a connection and a handshake, and ends so.
+    #[derive(Debug)]
+    struct Scripted(Option<io::ErrorKind>);
+
+    const SHOWN: u64 = u64::MAX - 7;
+
+    impl SocketSource for Scripted {
+        fn read(&mut self, sink: &mut dyn FnMut(LiveSocket) -> bool) -> io::Result<bool> {
+            for state in [state::SYN_SENT, state::ESTABLISHED] {
+                let end = (Ipv4Addr::LOCALHOST.into(), 9);
+                let shown = sink(LiveSocket {
+                    state,
+                    cookie: SHOWN,
+                    tuple: Tuple {
+                        local: end.0,
+                        local_port: end.1,
+                        remote: end.0,
+                        remote_port: end.1,
+                    },
+                    traffic: Some(Traffic::default()),
+                });
+                assert!(shown);
+            }
+            self.0.map_or(Ok(true), |kind| Err(kind.into()))
+        }
+    }
+
+    /// The passes in which rows came, what the source showed, and whether the
+    /// namespace is complete, of a first walk of our own namespace.
+    fn first_walk(source: Scripted) -> (BTreeSet<u8>, Vec<(u8, Row)>, bool) {
+        let (_tree, mut session, mut messages) = tree();
+        let walk = Walk {
+            trigger: Trigger::Startup,
+            traffic: true,
+            audit: true,
+        };
+        let (mut passes, mut shown, mut whole) = (BTreeSet::new(), Vec::new(), false);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                session.options.force_proc = false;
+                session.options.source = Some(Box::new(source));
+                session.startup = true;
+                session.outbox.begin_walk(walk, false);
+                let own = Namespace {
+                    id: 7,
+                    stand_in: false,
+                    table: None,
+                    handles: Vec::new(),
+                };
+                let Entry::Open(entered) = session.enter(&own) else {
+                    panic!("our own namespace is closed to us");
+                };
+                assert!(session.read(walk, &own, entered).is_ok());
+            });
+            while let Some(message) = messages.blocking_recv() {
+                match message {
+                    WalkMessage::Rows { pass, rows } => {
+                        passes.insert(pass);
+                        let rows = rows.into_iter().filter(|row| row.cookie == SHOWN);
+                        shown.extend(rows.map(|row| (pass, row)));
+                    }
+                    WalkMessage::NamespaceEnd { complete, .. } => whole = complete,
+                    _ => {}
+                }
+            }
+        });
+        (passes, shown, whole)
+    }
+
+    #[test]
+    fn a_source_makes_a_second_pass_needless() {
+        let (passes, shown, whole) = first_walk(Scripted(None));
+        assert_eq!((passes, whole), ([0].into(), true));
+        let seen = shown
+            .iter()
+            .map(|(pass, row)| (*pass, row.state, row.traffic.is_some()));
+        // No figures before a connection is open, as in a dump.
+        let expected = [(0, state::SYN_SENT, false), (0, state::ESTABLISHED, true)];
+        assert!(seen.eq(expected), "{shown:?}");
+    }
+
+    #[test]
+    fn what_a_source_breaks_off_two_dumps_make_good() {
+        // So that the dumps have something to show.
+        let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (passes, shown, whole) = first_walk(Scripted(Some(io::ErrorKind::Other)));
+        assert_eq!((passes, whole), ([0, 1].into(), true));
+        assert_eq!(shown.len(), 2);
     }
 
     #[test]

@@ -68,7 +68,7 @@ pub fn churn(_world: &mut World<'_>) -> Outcome {
     setrlimit(Resource::Nofile, raised).unwrap();
     let mut walk = tracer().socket_walk().unwrap();
     // Where the kernel has tables of namespaces, one of few buckets (6.1).
-    let buckets = Sysctl::set("ipv4/tcp_child_ehash_entries", "32").ok();
+    let buckets = Sysctl::set("ipv4/tcp_child_ehash_entries", "128").ok();
     let inside = || {
         #[expect(unsafe_code, reason = "the only way to get a network namespace")]
         // SAFETY: no file descriptors are unshared. The namespace is that of
