@@ -1,4 +1,5 @@
-//! The records of the event ring buffer.
+//! The records of the event ring buffer, and those of the walk over the table
+//! of sockets.
 //!
 //! One record is one [`Kind`](kind); its size follows from the kind and from
 //! [`flag::V6`]. All integers are in host order; addresses are the bytes of
@@ -25,8 +26,8 @@ pub mod kind {
     pub const CONNECT_SENT: u8 = 7;
     /// `inet_csk_accept` returned a socket, as [`super::Task`].
     pub const ACCEPT: u8 = 8;
-    /// A socket that is there, as [`super::Live`]; from the socket iterator,
-    /// never in the ring.
+    /// A socket that is there, as [`super::Live`]; from the walk over the
+    /// table of sockets, never in the ring.
     pub const LIVE: u8 = 9;
 }
 
@@ -109,7 +110,7 @@ pub struct Owner {
     pub pad: u32,
 }
 
-/// What a socket counted until it closed.
+/// What a socket counted until it closed, or until now.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Figures {

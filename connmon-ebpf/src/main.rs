@@ -1,10 +1,10 @@
-//! The kernel side of connmon. One file per hook; [`socket`] is the only
-//! place that reads the kernel's socket fields, [`emit`] the only one that
-//! touches the ring buffer.
+//! The kernel side of connmon. One file per hook, and [`sockets`], which the
+//! agent runs; it and [`socket`] are the only places that read the kernel's
+//! socket fields, [`emit`] is the only one that touches the ring buffer.
 //!
 //! What is shared with the agent (records, map names, globals) is defined in
 //! `connmon-common`. Loads and attaches on 5.10 and later: no helper newer
-//! than 5.8 but in the program whose comment says so, no loops.
+//! than 5.8 but in the program whose comment says so, no loop but the walk's.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]

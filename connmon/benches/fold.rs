@@ -252,7 +252,7 @@ fn memory(_: &mut Criterion) {
     }
 }
 
-/// A startup walk: every row read twice, figures in the second pass.
+/// A startup walk by dumps: every row read twice, figures in the second pass.
 fn merge(criterion: &mut Criterion) {
     let database = Arc::new(Database::embedded().expect("the embedded database opens"));
     let mut group = criterion.benchmark_group("fold/startup merge");

@@ -1,4 +1,4 @@
-//! A record of the ring buffer: an event or a refusal.
+//! A record of the ring buffer: an event or a refusal; and a series of sockets.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -170,7 +170,7 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
     })
 }
 
-/// A socket that is there, as the socket iterator tells of it.
+/// A socket that is there, as the walk over the kernel's table tells of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LiveSocket {
     /// Its TCP state; SYN_RECV for a request socket as well.

@@ -1,5 +1,5 @@
-//! The kernel's own tables (sock_diag, /proc/net/tcp) → messages for the
-//! fold: what existed before start, and the audit of what the events say.
+//! The kernel's own tables (walked, by sock_diag, from /proc/net/tcp) → messages
+//! for the fold: what existed before start, and the audit of what events say.
 //!
 //! A dedicated walker thread produces [`WalkMessage`]s; the fold thread
 //! consumes them between draining the ring. Nothing here changes state.
@@ -77,9 +77,10 @@ pub struct Row {
     /// Endpoints, v4-mapped addresses unmapped; LISTEN rows have the
     /// listener's address and port as local end.
     pub tuple: Tuple,
-    /// Cookie; 0 from /proc.
+    /// Cookie; 0 from /proc, and from a source where there is none yet.
     pub cookie: Cookie,
-    /// Socket inode; 0 for an unaccepted child or an orphan.
+    /// Socket inode; 0 for an unaccepted child or an orphan, and from a source,
+    /// as are the queues.
     pub inode: u32,
     /// Accept queue length for LISTEN rows, else receive queue bytes.
     pub receive_queue: u32,

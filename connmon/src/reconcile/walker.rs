@@ -32,7 +32,7 @@ pub struct WalkerOptions {
     pub listeners: bool,
     /// Read `/proc` only (polling mode).
     pub force_proc: bool,
-    /// For the first walk, which drops it, where the kernel has one.
+    /// For the first walk, which drops it; without one that is two dumps.
     pub source: Option<Box<dyn SocketSource>>,
     /// Where namespaces and processes are found.
     pub roots: Roots,

@@ -138,7 +138,7 @@ enum Attached {
 const CONTENDERS: [&str; 6] = [
     "connmon",
     "empty program",
-    "8-byte record",
+    "8 bytes a change",
     "tcplife",
     "tcpstates",
     "bpftrace",
@@ -149,7 +149,7 @@ fn attach(contender: &str) -> Result<Attached> {
     let started = match contender {
         "connmon" => Attached::Agent(Agent::start(AGENT_CPU, &[])?),
         "empty program" => Attached::Reference(Tool::start(&["--cpu", cpu, "empty"])?),
-        "8-byte record" => Attached::Reference(Tool::start(&["--cpu", cpu, "record"])?),
+        "8 bytes a change" => Attached::Reference(Tool::start(&["--cpu", cpu, "record"])?),
         "tcplife" | "tcpstates" => Attached::Other(Running::start(
             &mut Command::new(format!("/usr/sbin/{contender}")),
             AGENT_CPU,
@@ -290,7 +290,7 @@ impl Bench {
             format!("1/{:.1} (tcplife {tcplife:.0} ns)", tcplife / own),
             own * 10.0 <= tcplife,
         ));
-        for other in ["8-byte record", "tcpstates", "bpftrace"] {
+        for other in ["8 bytes a change", "tcpstates", "bpftrace"] {
             self.rows.push(Row::context(
                 format!("{other}, kernel body"),
                 format!("{:.0} ns per hit", hit(other)),

@@ -1,6 +1,6 @@
 //! Two BPF programs on the hook of connmon's own: one that does nothing, what
-//! any program there costs; and one that hands the smallest of records over,
-//! what any program costs that tells somebody.
+//! any program there costs; and one that hands the smallest of records over at
+//! every change, what a program costs that tells somebody and nothing more.
 
 #![expect(unsafe_code, reason = "bpf(2) has no safe wrapper without a loader")]
 

@@ -1,5 +1,5 @@
-//! Load, held sockets, scrapes and an empty program, each in a process of its
-//! own, so that it can be pinned and counted apart from what it measures.
+//! Load, held sockets, scrapes and programs to compare with, each in a process
+//! of its own, so that it can be pinned and counted apart from what it measures.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
