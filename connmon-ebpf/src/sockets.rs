@@ -5,7 +5,9 @@
 //! RCU and without any lock. A chain ends in the number of its bucket; whoever
 //! comes to another one was led there by a socket that was freed and used
 //! again meanwhile, and goes through the bucket once more. So every socket
-//! that is there throughout is seen, and each stretch ends with a bucket.
+//! that is there throughout is seen, and each stretch ends with a bucket. (As
+//! there, a bucket of the same number in another namespace's own table would
+//! not be noticed.)
 //!
 //! Nothing is written to and no reference is taken. 5.10.
 
@@ -18,7 +20,9 @@ use aya_ebpf::helpers::generated::bpf_get_current_task;
 use aya_ebpf::macros::{map, raw_tracepoint};
 use aya_ebpf::maps::Array;
 use aya_ebpf::programs::RawTracePointContext;
-use connmon_common::state::{CLOSE, LISTEN, NEW_SYN_RECV, SYN_RECV, TIME_WAIT};
+use connmon_common::state::{
+    CLOSE, CLOSING, ESTABLISHED, LISTEN, NEW_SYN_RECV, SYN_RECV, TIME_WAIT,
+};
 use connmon_common::tuning::{STEPS, Stretch, sock_common};
 use connmon_common::wire::{EndsV4, EndsV6, Head, Live, flag, kind};
 
@@ -32,16 +36,15 @@ use crate::socket::{AF_INET6, TracedFull, is_v4_mapped, offset, probe, write_liv
 #[map]
 static STRETCH: Array<Stretch> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
+/// `skc_addrpair`: remote and local address; `skc_hash`, and `skc_portpair`:
+/// remote port, local port.
+type Identity = [u64; 2];
+
 /// `struct sock_common` up to the cookie.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Common {
-    daddr: u32,
-    rcv_saddr: u32,
-    /// `skc_hash`, `skc_dport` and `skc_num`: who it is.
-    hash: u32,
-    dport: u16,
-    num: u16,
+    identity: Identity,
     family: u16,
     state: u8,
     flags: u8,
@@ -56,7 +59,7 @@ struct Common {
 
 const _: () = {
     assert!(size_of::<Common>() == sock_common::LEN);
-    assert!(offset_of!(Common, dport) == sock_common::DPORT);
+    assert!(sock_common::ADDRESSES == 0 && sock_common::DPORT == 12 && sock_common::NUM == 14);
     assert!(offset_of!(Common, state) == sock_common::STATE);
     assert!(offset_of!(Common, net) == sock_common::NET);
     assert!(offset_of!(Common, v6_daddr) == sock_common::V6_DADDR);
@@ -197,8 +200,8 @@ impl Walk {
                     .add(bounded(count) as usize * size_of::<Live<EndsV6>>());
                 let is_one = write(place, id, &common);
                 // Freed and used again meanwhile: what was read is of two.
-                let (hash, dport, num): (u32, u16, u16) = probe(id, offset_of!(Common, hash));
-                if (hash, dport, num) != (common.hash, common.dport, common.num) {
+                let again: Identity = probe(id, 0);
+                if again[0] != common.identity[0] || again[1] != common.identity[1] {
                     addr_of_mut!((*self.stretch).node).write_volatile(ASTRAY);
                     return true;
                 }
@@ -231,11 +234,20 @@ fn bounded(count: u64) -> u64 {
 #[inline(always)]
 unsafe fn write(place: *mut u8, id: u64, common: &Common) -> bool {
     let state = match common.state {
-        CLOSE | LISTEN => return false,
         NEW_SYN_RECV => SYN_RECV,
-        state => state,
+        TIME_WAIT | CLOSE | LISTEN => return false,
+        state @ ESTABLISHED..=CLOSING => state,
+        // Just allocated.
+        _ => return false,
     };
-    let (local_port, remote_port) = (common.num, u16::from_be(common.dport));
+    let [addresses, ports] = common.identity;
+    let remote_port = u16::from_be((ports >> 32) as u16);
+    let local_port = (ports >> 48) as u16;
+    if local_port == 0 {
+        // About to close: it has left the table and given its port back
+        // (`tcp_set_state`).
+        return false;
+    }
     // Both begin alike.
     const { assert!(offset_of!(Live<EndsV4>, ends) == offset_of!(Live<EndsV6>, ends)) };
     let live = place.cast::<Live<EndsV6>>();
@@ -254,8 +266,8 @@ unsafe fn write(place: *mut u8, id: u64, common: &Common) -> bool {
             });
         } else {
             ends.cast::<EndsV4>().write(EndsV4 {
-                local: common.rcv_saddr,
-                remote: common.daddr,
+                local: (addresses >> 32) as u32,
+                remote: addresses as u32,
                 local_port,
                 remote_port,
                 pad: 0,

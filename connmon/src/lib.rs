@@ -21,4 +21,5 @@ pub mod notify;
 pub mod reconcile;
 pub mod report;
 pub mod sandbox;
+mod shortage;
 pub mod version;

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use connmon::config::AttachChoice;
 use connmon::event::Traffic;
-use connmon::kernel::{SocketWalk, Tracer, TracerOptions};
+use connmon::kernel::{SocketWalk, Tracer, TracerOptions, kernel_version};
 use connmon::reconcile::{
     Access, Row, Trigger, Walk, WalkMessage, WalkMessages, WalkSummary, Walker, WalkerOptions,
 };
@@ -221,7 +221,8 @@ fn figures(part: &Part) -> Moved {
         {
             let figures = (sent_bytes as usize, received_bytes as usize);
             found.insert((row.tuple.local_port, row.tuple.remote_port), figures);
-            assert_eq!(retransmitted_segments, 0);
+            // A starved machine sends a few again.
+            assert!(retransmitted_segments < 100, "{retransmitted_segments}");
             // Both ends measured the handshake or the data.
             assert!(srtt_us > 0 && srtt_us < 1_000_000, "{srtt_us}");
         }
@@ -693,7 +694,13 @@ fn socket_walk(what: &str) -> Option<SocketWalk> {
         assert!(std::env::var_os("CI").is_none(), "skipped in CI: {error}");
     })
     .ok()?;
-    Some(tracer.socket_walk().unwrap())
+    let walk = tracer.socket_walk();
+    if let Err(reason) = &walk {
+        println!("not applicable: {what}: {reason}");
+        let version = kernel_version();
+        assert!(((5, 17)..(6, 1)).contains(&version), "{reason}");
+    }
+    walk.ok()
 }
 
 /// A walker and what it says.

@@ -183,24 +183,27 @@ pub struct LiveSocket {
     pub traffic: Option<Traffic>,
 }
 
-/// Decodes the first of a series of [`Live`] records, and tells its length;
-/// `None` where more bytes are needed for a whole one. Never panics, whatever
-/// the bytes.
+/// Decodes a place with a [`Live`] record, which may be shorter. Never panics,
+/// whatever the bytes.
 ///
 /// # Errors
 ///
-/// The first thing that is wrong with the record. Where the next one begins
-/// is not known then.
-pub fn decode_live(series: &[u8]) -> Result<Option<(LiveSocket, usize)>, Undecodable> {
-    let bytes = Bytes(series);
-    if series.len() < size_of::<Head>() {
-        return Ok(None);
-    }
+/// The first thing that is wrong with the record.
+pub fn decode_live(place: &[u8]) -> Result<LiveSocket, Undecodable> {
+    let bytes = Bytes(place);
     let kind = bytes.u8(offset_of!(Head, kind));
+    let flags = bytes.u8(offset_of!(Head, flags));
+    let v6 = flags & flag::V6 != 0;
+    let length = match v6 {
+        true => size_of::<Live<EndsV6>>(),
+        false => size_of::<Live<EndsV4>>(),
+    };
+    if place.len() < length {
+        return Err(Undecodable::Short(place.len()));
+    }
     if kind != kind::LIVE {
         return Err(Undecodable::Kind(kind));
     }
-    let flags = bytes.u8(offset_of!(Head, flags));
     if flags & !(flag::V6 | flag::TRAFFIC) != 0 {
         return Err(Undecodable::Flags(flags));
     }
@@ -212,22 +215,13 @@ pub fn decode_live(series: &[u8]) -> Result<Option<(LiveSocket, usize)>, Undecod
     if old != new || left_out || !(state::ESTABLISHED..=state::CLOSING).contains(&new) {
         return Err(Undecodable::States { old, new });
     }
-    let v6 = flags & flag::V6 != 0;
-    let length = match v6 {
-        true => size_of::<Live<EndsV6>>(),
-        false => size_of::<Live<EndsV4>>(),
-    };
-    if series.len() < length {
-        return Ok(None);
-    }
     let figures = offset_of!(Live<EndsV4>, figures);
-    let socket = LiveSocket {
+    Ok(LiveSocket {
         state: new,
         cookie: bytes.u64(offset_of!(Head, cookie)),
         tuple: bytes.ends(offset_of!(Live<EndsV4>, ends), v6),
         traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(figures)),
-    };
-    Ok(Some((socket, length)))
+    })
 }
 
 /// A record whose length has been checked. Reads past its end give zeroes,
@@ -508,26 +502,21 @@ mod tests {
     }
 
     #[test]
-    fn a_series_of_sockets_decodes_one_by_one() {
+    fn a_socket_decodes_or_is_refused() {
         let figures = |record: Record| record.u64(10).u64(20).u32(3).u32(40).u32(0).u32(0);
         let local = "2001:db8::1".parse::<Ipv6Addr>().unwrap();
-        let first = figures(Record::new(kind::LIVE, flag::V6 | flag::TRAFFIC, 1, 1)).v6(local);
-        let second = figures(Record::new(kind::LIVE, 0, 3, 3)).v4();
-        let series = [first.0, second.0].concat();
-        let (socket, length) = decode_live(&series).unwrap().unwrap();
-        assert_eq!(
-            (length, socket.state, socket.cookie),
-            (96, 1, SOCKET.cookie)
-        );
+        let v6 = figures(Record::new(kind::LIVE, flag::V6 | flag::TRAFFIC, 1, 1)).v6(local);
+        let socket = decode_live(&v6.0).unwrap();
+        assert_eq!((socket.state, socket.cookie), (1, SOCKET.cookie));
         assert_eq!(socket.tuple.local, IpAddr::V6(local));
         assert_eq!(socket.traffic.unwrap().sent_bytes, 20);
-        let (socket, length) = decode_live(&series[96..]).unwrap().unwrap();
-        assert_eq!((length, socket.state, socket.traffic), (72, 3, None));
+        assert_eq!(decode_live(&v6.0[..95]), Err(Undecodable::Short(95)));
+        // In a place for the longer one.
+        let mut v4 = figures(Record::new(kind::LIVE, 0, 3, 3)).v4().0;
+        v4.resize(96, 0xff);
+        let socket = decode_live(&v4).unwrap();
+        assert_eq!((socket.state, socket.traffic), (3, None));
         assert_eq!(socket.tuple, tuple_v4());
-        // Cut anywhere, it waits for more.
-        for cut in 0..96 {
-            assert_eq!(decode_live(&series[..cut]), Ok(None), "{cut}");
-        }
         for (kind, flags, old, new) in [
             (kind::OPEN, 0, 1, 1),
             (kind::LIVE, flag::ERROR, 1, 1),
@@ -545,16 +534,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_series_of_sockets_decodes_or_is_refused(
+        fn any_place_decodes_or_is_refused(
             kind in 8_u8..10, flags in 0_u8..8, old in 0_u8..14, new in 0_u8..14,
-            tail in prop::collection::vec(any::<u8>(), 0..=2 * MAX_RECORD_BYTES),
+            tail in prop::collection::vec(any::<u8>(), 0..=MAX_RECORD_BYTES),
         ) {
-            let mut series = Record::new(kind, flags, old, new).0;
-            series.extend(tail);
-            let mut rest = &series[..];
-            while let Ok(Some((_, length))) = decode_live(rest) {
-                rest = &rest[length..];
-            }
+            let mut place = Record::new(kind, flags, old, new).0;
+            place.extend(tail);
+            let _ = decode_live(&place);
         }
 
         #[test]

@@ -281,6 +281,9 @@ impl Fold {
         match row.state {
             LISTEN => return self.listen_row(now_ns, progress, row),
             CLOSE | TIME_WAIT => return,
+            // About to close: it has given its port back, and its close will
+            // tell another one.
+            _ if row.tuple.local_port == 0 => return,
             _ => {}
         }
         if let Some(hidden) = self.filter.hides(&row.tuple) {

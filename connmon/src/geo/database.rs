@@ -12,6 +12,7 @@ use maxminddb::{LookupResult, PathElement, Reader, WithinOptions};
 
 use super::Country;
 use crate::report::DatabaseInfo;
+use crate::shortage::is_shortage;
 
 /// DB-IP Lite country, CC BY 4.0; see `data/NOTICE`.
 static EMBEDDED: &[u8] = include_bytes!("../../data/dbip-country-lite.mmdb");
@@ -275,13 +276,6 @@ fn read(path: &Path) -> std::io::Result<Vec<u8>> {
         .take(MAX_BYTES)
         .read_to_end(&mut bytes)?;
     Ok(bytes)
-}
-
-fn is_shortage(error: &std::io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)
-    )
 }
 
 fn text(error: impl fmt::Display) -> String {

@@ -39,6 +39,7 @@ const WANTED: &[Wanted] = &[
 const STATE_TYPEDEF: Wanted = (KIND_TYPEDEF, "btf_trace_inet_sock_set_state");
 const CONNECT_FUNC: Wanted = (KIND_FUNC, "tcp_connect");
 const ACCEPT_FUNC: Wanted = (KIND_FUNC, "inet_csk_accept");
+
 /// What the agent takes from the kernel's BTF.
 #[derive(Debug)]
 pub struct KernelTypes {

@@ -26,10 +26,7 @@ impl SocketWalk {
         let mut walk = Self { program, stretch };
         walk.run(0)
             .map_err(|error| format!("bpf(BPF_PROG_TEST_RUN): {error}"))?;
-        match walk.buckets() {
-            0 => Err("the table of sockets is not where BTF has it".into()),
-            _ => Ok(walk),
-        }
+        Ok(walk)
     }
 
     /// Reads the namespace of the calling thread to its end; `sink` gets each
@@ -37,9 +34,10 @@ impl SocketWalk {
     ///
     /// # Errors
     ///
-    /// bpf(BPF_PROG_TEST_RUN)'s: EPERM under a seccomp filter. Or a chain of the
-    /// table is longer than a run may be ([`STEPS`]). What was delivered before
-    /// is true all the same.
+    /// bpf(BPF_PROG_TEST_RUN)'s: EPERM under a seccomp filter, and before 6.0
+    /// without CAP_BPF. Or a chain of the table is longer than a run may be
+    /// ([`STEPS`], whatever namespace its sockets are of, TIME_WAIT included).
+    /// What was delivered before is true all the same.
     pub fn read(&mut self, mut sink: impl FnMut(LiveSocket) -> bool) -> io::Result<bool> {
         let mut bucket = 0;
         // Runs of a bucket in vain: a chain that changes under it is gone
@@ -48,10 +46,7 @@ impl SocketWalk {
         loop {
             self.run(bucket)?;
             for place in 0..self.found() {
-                let Some(socket) = self.socket(place)? else {
-                    continue;
-                };
-                if !sink(socket) {
+                if !sink(self.socket(place)?) {
                     return Ok(false);
                 }
             }
@@ -63,7 +58,7 @@ impl SocketWalk {
             vain = if bucket > begun { 0 } else { vain + 1 };
             if vain == TRIES {
                 return Err(io::Error::other(format!(
-                    "bucket {bucket} of {buckets} has more than {STEPS} sockets"
+                    "bucket {bucket} of {buckets}: a chain of {STEPS} sockets or more, or one that does not hold still"
                 )));
             }
         }
@@ -71,9 +66,19 @@ impl SocketWalk {
 
     /// Takes the buckets from this one on.
     fn run(&mut self, bucket: u64) -> io::Result<()> {
+        let stretch = self.stretch.as_ptr();
         // SAFETY: `Shared`'s; the program runs within the call below only.
-        unsafe { addr_of_mut!((*self.stretch.as_ptr()).bucket).write_volatile(bucket) };
-        sys::run(self.program.as_fd())
+        unsafe {
+            addr_of_mut!((*stretch).bucket).write_volatile(bucket);
+            // What a program that was not run leaves.
+            addr_of_mut!((*stretch).buckets).write_volatile(0);
+            addr_of_mut!((*stretch).found).write_volatile(0);
+        }
+        sys::run(self.program.as_fd())?;
+        match self.buckets() {
+            0 => Err(io::Error::other("the table of sockets was not found")),
+            _ => Ok(()),
+        }
     }
 
     fn bucket(&self) -> u64 {
@@ -92,8 +97,7 @@ impl SocketWalk {
         STEPS.min(found as usize)
     }
 
-    /// `None` for a place without a record.
-    fn socket(&self, place: usize) -> io::Result<Option<LiveSocket>> {
+    fn socket(&self, place: usize) -> io::Result<LiveSocket> {
         // SAFETY: as in `run`; `found` is within bounds.
         let words =
             unsafe { addr_of_mut!((*self.stretch.as_ptr()).sockets[place]).read_volatile() };
@@ -101,8 +105,7 @@ impl SocketWalk {
         for (bytes, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(words) {
             *bytes = word.to_ne_bytes();
         }
-        let decoded = decode_live(&bytes).map_err(io::Error::other)?;
-        Ok(decoded.map(|(socket, _)| socket))
+        decode_live(&bytes).map_err(io::Error::other)
     }
 }
 

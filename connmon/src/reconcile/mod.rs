@@ -12,9 +12,8 @@ mod walker;
 
 pub use walker::{BATCH_ROWS, Refused, WalkMessages, Walker, WalkerOptions, rest_after};
 
-use std::time::Duration;
-
 use std::io;
+use std::time::Duration;
 
 use crate::event::{Cookie, LiveSocket, NetnsId, Owner, Traffic, Tuple};
 use crate::kernel::SocketWalk;
@@ -181,7 +180,7 @@ pub struct WalkSummary {
     pub duration_ns: u64,
     /// CPU time of the walk (CLOCK_THREAD_CPUTIME_ID of its threads).
     pub cpu_ns: u64,
-    /// Some namespace was read twice.
+    /// Every namespace was read twice.
     pub twice: bool,
 }
 

@@ -11,6 +11,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::diag::Family;
 use crate::event::NetnsId;
+use crate::shortage::is_shortage;
 
 /// Most namespaces of one walk; what is beyond counts as unaudited. A busy
 /// Kubernetes node has a few hundred.
@@ -398,15 +399,6 @@ fn parse_port_range(text: &str) -> Option<(u16, u16)> {
     let mut words = text.split_ascii_whitespace();
     let (low, high) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     (low <= high).then_some((low, high))
-}
-
-/// Whether an error says that the agent or the system has run out of
-/// something, and nothing about what was asked for.
-pub(super) fn is_shortage(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)
-    )
 }
 
 #[derive(Default)]

@@ -22,6 +22,7 @@ use super::owners::OwnerCache;
 use super::procfs;
 use super::{Access, Row, SocketSource, Trigger, Walk, WalkMessage, WalkSummary};
 use crate::event::{LiveSocket, NetnsId, Owner};
+use crate::shortage::is_shortage;
 
 /// What holds for every walk.
 #[derive(Debug)]
@@ -501,7 +502,7 @@ impl Session {
                 reason: reason.filter(|_| !self.options.force_proc),
             }),
             Err(error) if is_gone(&error) => Entry::Gone,
-            Err(error) if netns::is_shortage(&error) => Entry::Short(error.to_string()),
+            Err(error) if is_shortage(&error) => Entry::Short(error.to_string()),
             Err(error) => Entry::Refused(reason.unwrap_or_else(|| error.to_string())),
         }
     }
@@ -514,7 +515,7 @@ impl Session {
     ) -> Result<(), Closed> {
         self.begin(namespace, entered.ephemeral)?;
         let beside = std::mem::take(&mut entered.beside);
-        self.summary.twice |= self.startup && !matches!(beside, Beside::Source(_));
+        self.summary.twice = self.startup && self.options.source.is_none();
         let (access, complete) = match beside {
             _ if !self.startup => self.pass(namespace, &mut entered, 0, walk.traffic)?,
             Beside::Source(there) => self.by_source(walk, namespace, &mut entered, there)?,
@@ -551,9 +552,11 @@ impl Session {
         self.outbox.wanted = wanted;
         let (access, complete) = listeners?;
         let outbox = &mut self.outbox;
+        let mut shown = false;
         let source = self.options.source.as_mut();
         let read = || match source {
             Some(source) => source.read(&mut |socket| {
+                shown = true;
                 let row = row_of(socket, walk.traffic);
                 outbox.push(row).is_ok()
             }),
@@ -572,9 +575,11 @@ impl Session {
                     "network namespace {}: {error}; two dumps instead",
                     namespace.id
                 );
-                self.summary.twice = true;
-                // In pass 1, since what was read once counts already.
-                let (_, first) = self.pass(namespace, entered, 1, false)?;
+                // What was shown counts already; listeners do in any case.
+                self.outbox.wanted = States::OPENING.and(States::OPEN);
+                let first = self.pass(namespace, entered, u8::from(shown), false);
+                self.outbox.wanted = wanted;
+                let (_, first) = first?;
                 let (access, second) = self.pass(namespace, entered, 1, walk.traffic)?;
                 Ok((access, first && second))
             }
@@ -719,7 +724,7 @@ impl Session {
         let before = self.summary.undecodable;
         let mut closed = false;
         // There are no figures in /proc for a traffic sample.
-        let listeners_only = !self.outbox.audit;
+        let listeners_only = !self.outbox.audit || self.outbox.wanted == States::LISTEN;
         let read = procfs::read_table(file, &mut self.summary.undecodable, |row| {
             // Listeners come first in every table.
             if listeners_only && row.state != state::LISTEN {
@@ -1080,15 +1085,19 @@ mod tests {
         assert_eq!(session.summary.unaudited, 1);
     }
 
-    /// Shows a connection and a handshake, and ends so.
+    /// Shows a connection and a handshake, or nothing, and ends so.
     #[derive(Debug)]
-    struct Scripted(Option<io::ErrorKind>);
+    struct Scripted {
+        shows: bool,
+        breaks: bool,
+    }
 
     const SHOWN: u64 = u64::MAX - 7;
 
     impl SocketSource for Scripted {
         fn read(&mut self, sink: &mut dyn FnMut(LiveSocket) -> bool) -> io::Result<bool> {
-            for state in [state::SYN_SENT, state::ESTABLISHED] {
+            let states = [state::SYN_SENT, state::ESTABLISHED];
+            for state in states.into_iter().filter(|_| self.shows) {
                 let end = (Ipv4Addr::LOCALHOST.into(), 9);
                 let shown = sink(LiveSocket {
                     state,
@@ -1103,13 +1112,17 @@ mod tests {
                 });
                 assert!(shown);
             }
-            self.0.map_or(Ok(true), |kind| Err(kind.into()))
+            match self.breaks {
+                true => Err(io::ErrorKind::PermissionDenied.into()),
+                false => Ok(true),
+            }
         }
     }
 
-    /// The passes in which rows came, what the source showed, and whether the
-    /// namespace is complete, of a first walk of our own namespace.
-    fn first_walk(source: Scripted) -> (BTreeSet<u8>, Vec<(u8, Row)>, bool) {
+    /// The passes in which rows came, and whether of open connections, what the
+    /// source showed, and whether the namespace is complete, of a first walk of
+    /// our own namespace.
+    fn first_walk(source: Scripted) -> (BTreeSet<(u8, bool)>, Vec<(u8, Row)>, bool) {
         let (_tree, mut session, mut messages) = tree();
         let walk = Walk {
             trigger: Trigger::Startup,
@@ -1137,7 +1150,7 @@ mod tests {
             while let Some(message) = messages.blocking_recv() {
                 match message {
                     WalkMessage::Rows { pass, rows } => {
-                        passes.insert(pass);
+                        passes.extend(rows.iter().map(|row| (pass, States::OPEN.has(row.state))));
                         let rows = rows.into_iter().filter(|row| row.cookie == SHOWN);
                         shown.extend(rows.map(|row| (pass, row)));
                     }
@@ -1151,8 +1164,11 @@ mod tests {
 
     #[test]
     fn a_source_makes_a_second_pass_needless() {
-        let (passes, shown, whole) = first_walk(Scripted(None));
-        assert_eq!((passes, whole), ([0].into(), true));
+        let (passes, shown, whole) = first_walk(Scripted {
+            shows: true,
+            breaks: false,
+        });
+        assert!(whole && passes.iter().all(|(pass, _)| *pass == 0));
         let seen = shown
             .iter()
             .map(|(pass, row)| (*pass, row.state, row.traffic.is_some()));
@@ -1166,9 +1182,22 @@ mod tests {
         // So that the dumps have something to show.
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (passes, shown, whole) = first_walk(Scripted(Some(io::ErrorKind::Other)));
-        assert_eq!((passes, whole), ([0, 1].into(), true));
-        assert_eq!(shown.len(), 2);
+        for shows in [true, false] {
+            let source = Scripted {
+                shows,
+                breaks: true,
+            };
+            let (passes, shown, whole) = first_walk(source);
+            // Rows count in pass 0, and each socket is to count once.
+            let first: BTreeSet<bool> = passes
+                .iter()
+                .filter(|(pass, _)| *pass == 0)
+                .map(|(_, is_open)| *is_open)
+                .collect();
+            assert!(first.contains(&true), "{passes:?}");
+            assert!(passes.contains(&(1, true)) && whole);
+            assert_eq!(shown.len(), if shows { 2 } else { 0 });
+        }
     }
 
     #[test]

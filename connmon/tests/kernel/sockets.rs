@@ -64,7 +64,8 @@ pub fn churn(_world: &mut World<'_>) -> Outcome {
     const DESCRIPTORS: u64 = 4_000;
     let limit = getrlimit(Resource::Nofile);
     let mut raised = limit;
-    raised.current = limit.current.map(|current| current.max(DESCRIPTORS));
+    let wanted = DESCRIPTORS.min(limit.maximum.unwrap_or(u64::MAX));
+    raised.current = limit.current.map(|current| current.max(wanted));
     setrlimit(Resource::Nofile, raised).unwrap();
     let mut walk = tracer().socket_walk().unwrap();
     // Where the kernel has tables of namespaces, one of few buckets (6.1).

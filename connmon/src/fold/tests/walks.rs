@@ -77,6 +77,19 @@ fn the_startup_seeds_the_union_of_both_passes() {
     assert_eq!(bench.fold.snapshot().established, 3);
 }
 
+/// Its close tells the port that it had, and would find no such seed.
+#[test]
+fn a_socket_that_has_given_its_port_back_is_no_seed() {
+    let mut bench = Bench::new(config());
+    bench.startup(vec![
+        row(ESTABLISHED, tuple(0, DE), 1),
+        row(ESTABLISHED, tuple(22, DE), 2),
+    ]);
+    assert_eq!(bench.fold.snapshot().corrections.seeded, 1);
+    bench.audit(vec![row(LAST_ACK, tuple(0, US), 3)]);
+    assert_eq!(bench.fold.snapshot().corrections.added, 0);
+}
+
 #[test]
 fn seeds_are_adopted_by_later_events_by_cookie_or_endpoints() {
     let mut bench = Bench::new(config());
