@@ -1119,10 +1119,12 @@ mod tests {
         }
     }
 
-    /// The passes in which rows came, and whether of open connections, what the
-    /// source showed, and whether the namespace is complete, of a first walk of
-    /// our own namespace.
-    fn first_walk(source: Scripted) -> (BTreeSet<(u8, bool)>, Vec<(u8, Row)>, bool) {
+    /// Passes in which rows came, and whether of open connections.
+    type Passes = BTreeSet<(u8, bool)>;
+
+    /// Those of a first walk of our own namespace, what the source showed in
+    /// it, and whether it is complete.
+    fn first_walk(source: Scripted) -> (Passes, Vec<(u8, Row)>, bool) {
         let (_tree, mut session, mut messages) = tree();
         let walk = Walk {
             trigger: Trigger::Startup,
