@@ -168,7 +168,7 @@ fn attach(contender: &str) -> Result<Attached> {
     Ok(started)
 }
 
-/// Agents started one after the other, a bare dump after each; medians.
+/// Three agents started one after the other, a bare dump after each; medians.
 struct Starts {
     /// The last one, two seconds old.
     agent: Agent,
@@ -178,7 +178,9 @@ struct Starts {
 }
 
 impl Starts {
-    fn new(count: usize) -> Result<Self> {
+    const COUNT: usize = 3;
+
+    fn new() -> Result<Self> {
         let (mut firsts, mut merges, mut dumps) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             // Both processors: nothing else runs, as on a host at its start.
@@ -187,7 +189,7 @@ impl Starts {
             firsts.push(agent.first_scrape_s);
             merges.push(sum(&agent.scrape()?, "connmon_reconcile_duration_seconds"));
             dumps.push(process::output(&["discard"])?.trim().parse()?);
-            if merges.len() == count {
+            if merges.len() == Self::COUNT {
                 return Ok(Self {
                     agent,
                     first_scrape_s: Spread::of(&firsts).median,
@@ -495,7 +497,7 @@ impl Bench {
                 first_scrape_s,
                 merge_s: merge,
                 dump_s: dump,
-            } = Starts::new(if connections == 0 { 1 } else { 3 })?;
+            } = Starts::new()?;
             let tracked = sum(&agent.scrape()?, "connmon_tracked_connections");
             let anonymous = agent.process.status_bytes("RssAnon")? as f64;
             let file = agent.process.status_bytes("RssFile")? as f64;
