@@ -101,11 +101,7 @@ impl SocketWalk {
         // SAFETY: as in `run`; `found` is within bounds.
         let words =
             unsafe { addr_of_mut!((*self.stretch.as_ptr()).sockets[place]).read_volatile() };
-        let mut bytes = [0; 96];
-        for (bytes, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(words) {
-            *bytes = word.to_ne_bytes();
-        }
-        decode_live(&bytes).map_err(io::Error::other)
+        decode_live(words.map(u64::to_ne_bytes).as_flattened()).map_err(io::Error::other)
     }
 }
 

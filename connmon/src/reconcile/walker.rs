@@ -313,7 +313,7 @@ impl Session {
         summary.cpu_ns += now_ns(ClockId::ThreadCPUTime).saturating_sub(cpu);
         summary.owners_wait = self.outbox.owners.end_walk();
         if self.startup {
-            self.options.source = None;
+            summary.twice = self.options.source.take().is_none();
         }
         self.outbox.send(WalkMessage::End(summary))
     }
@@ -515,7 +515,6 @@ impl Session {
     ) -> Result<(), Closed> {
         self.begin(namespace, entered.ephemeral)?;
         let beside = std::mem::take(&mut entered.beside);
-        self.summary.twice = self.startup && self.options.source.is_none();
         let (access, complete) = match beside {
             _ if !self.startup => self.pass(namespace, &mut entered, 0, walk.traffic)?,
             Beside::Source(there) => self.by_source(walk, namespace, &mut entered, there)?,
