@@ -12,7 +12,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use connmon::expose::metrics::Metrics;
-use connmon::report::{Report, Source};
+use connmon_core::report::{Report, Source};
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use synthetic::Size;
 

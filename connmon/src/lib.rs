@@ -2,24 +2,19 @@
 //! now, and how sure are we?
 //!
 //! Data flows one way through the modules, in this order:
-//! [`kernel`] (probes, ring buffer) → [`event`] (bytes → events) → [`fold`]
-//! (events → state) → [`report`] → [`expose`] (state → text, JSON, page).
-//! [`reconcile`] (the kernel's own tables) and [`geo`] (address → country)
+//! [`connmon_host::kernel`] (probes, ring buffer) → [`connmon_core::event`] (bytes → events) → [`connmon_core::fold`]
+//! (events → state) → [`connmon_core::report`] → [`expose`] (state → text, JSON, page).
+//! [`connmon_host::reconcile`] (the kernel's own tables) and [`connmon_core::geo`] (address → country)
 //! are side rooms of the fold.
+
+#![forbid(unsafe_code)]
 
 pub mod agent;
 pub mod cli;
 pub mod cmd;
 pub mod config;
-pub mod event;
+pub mod database;
 pub mod expose;
-pub mod fold;
-pub mod geo;
-pub mod kernel;
 pub mod logging;
 pub mod notify;
-pub mod reconcile;
-pub mod report;
-pub mod sandbox;
-mod shortage;
 pub mod version;

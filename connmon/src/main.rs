@@ -1,5 +1,7 @@
 //! Parse, run, exit code.
 
+#![forbid(unsafe_code)]
+
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 

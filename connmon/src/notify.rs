@@ -1,7 +1,7 @@
 //! sd_notify(3): tells systemd when the agent is ready, alive and stopping.
 //!
 //! The socket is opened once, at start: the serving thread may not open one
-//! later (see [`crate::sandbox`]). With [`crate::config`], the only place
+//! later (see [`connmon_host::sandbox`]). With [`crate::config`], the only place
 //! that reads the environment; `NOTIFY_SOCKET` and `WATCHDOG_*` are
 //! systemd's words, not the user's.
 
@@ -131,7 +131,11 @@ mod tests {
         };
         assert_eq!(notify.interval(), Some(Duration::from_secs(15)));
         // Also from behind the walls of the serving thread.
-        let plan = crate::sandbox::Plan::new(crate::config::SandboxChoice::Auto, true, true);
+        let plan = connmon_host::sandbox::Plan::new(
+            connmon_host::sandbox::SandboxChoice::Auto,
+            true,
+            true,
+        );
         std::thread::spawn(move || {
             plan.enter_serve().unwrap();
             notify.ready("watching 3\nnamespaces");

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use connmon::sandbox::{self, Feature};
+use connmon_host::sandbox::{self, Feature};
 
 /// Cells of the rows of the one table in a document whose head starts so,
 /// without the marks of code.

@@ -4,7 +4,8 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use connmon::geo::{Country, Database, Locate, Locator, Outcome, Reloader};
+use connmon::database::{self, Outcome, Reloader};
+use connmon_core::geo::{Country, Database, Locate, Locator};
 use mmdb_writer::{Value, Writer};
 
 /// A directory that goes away with the test.
@@ -43,7 +44,7 @@ fn database(records: &[(&str, Value)]) -> Vec<u8> {
 }
 
 fn locator(bytes: Vec<u8>) -> Locator {
-    Locator::new(Arc::new(Database::from_bytes(bytes).unwrap()))
+    Locator::new(Arc::new(Database::from_bytes(bytes, || true).unwrap()))
 }
 
 fn code(locator: &mut Locator, address: &str) -> &'static str {
@@ -53,7 +54,7 @@ fn code(locator: &mut Locator, address: &str) -> &'static str {
 #[test]
 fn the_embedded_database_is_sound() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/dbip-country-lite.mmdb");
-    let checked = Database::open(&path).unwrap();
+    let checked = database::open(&path).unwrap();
     let embedded = Database::embedded().unwrap();
     assert_eq!(embedded.database_type(), checked.database_type());
     assert!(embedded.build_timestamp() > 1_600_000_000);
@@ -209,7 +210,7 @@ fn files_that_are_no_country_database_are_refused() {
     ] {
         let path = scratch.path(name);
         std::fs::write(&path, bytes).unwrap();
-        let error = Database::open(&path).unwrap_err().to_string();
+        let error = database::open(&path).unwrap_err().to_string();
         assert!(error.contains(message) && error.contains(name), "{error}");
     }
     for path in [
@@ -217,7 +218,7 @@ fn files_that_are_no_country_database_are_refused() {
         scratch.0.clone(),
         "/dev/zero".into(),
     ] {
-        let error = Database::open(&path).unwrap_err().to_string();
+        let error = database::open(&path).unwrap_err().to_string();
         assert!(error.contains(path.to_str().unwrap()), "{error}");
     }
 }
@@ -235,7 +236,7 @@ fn mangled_databases_neither_panic_nor_hang() {
         ),
     ]);
     let ask = |bytes: Vec<u8>| {
-        if let Ok(database) = Database::from_bytes(bytes) {
+        if let Ok(database) = Database::from_bytes(bytes, || true) {
             let mut locator = Locator::new(Arc::new(database));
             for address in [
                 "198.18.0.1",
@@ -270,7 +271,7 @@ fn a_cyclic_search_tree_is_refused() {
     for byte in &mut bytes[..end] {
         *byte = 0;
     }
-    assert!(Database::from_bytes(bytes).is_err());
+    assert!(Database::from_bytes(bytes, || true).is_err());
     assert!(start.elapsed() < std::time::Duration::from_secs(5));
 }
 
@@ -384,7 +385,7 @@ fn short_of_descriptors() {
     let refused = reloader.poll(false);
     let silent = reloader.poll(false);
     setrlimit(Resource::Nofile, before).unwrap();
-    assert!(matches!(refused, Some(Outcome::Refused(error)) if error.is_shortage()));
+    assert!(matches!(refused, Some(Outcome::Refused(error)) if error.is_resource_exhausted()));
     assert!(silent.is_none());
     assert_eq!(reloader.counts(), (0, 1));
     let database = expect_replaced(reloader.poll(false));

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use connmon::expose::Limits;
-use connmon::report::Unavailable;
+use connmon_core::report::Unavailable;
 use web_support::{Says, Start, parse};
 
 /// Times short enough to wait for.

@@ -11,9 +11,9 @@ use std::path::Path;
 use connmon::expose::families::{FAMILIES, Kind};
 use connmon::expose::metrics::Metrics;
 use connmon::expose::process::ProcessFigures;
-use connmon::geo::Country;
-use connmon::kernel::Method;
-use connmon::report::{Report, Source};
+use connmon_core::geo::Country;
+use connmon_core::probe::Method;
+use connmon_core::report::{Report, Source};
 use support::{promtool, samples};
 use synthetic::Size;
 

@@ -18,7 +18,7 @@ mod traffic;
 use std::time::{Duration, Instant};
 
 use agent::Agent;
-use connmon::geo::Country;
+use connmon_core::geo::Country;
 use fixture::Prometheus;
 use support::samples;
 use traffic::Network;

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
-use connmon::config::SandboxChoice;
-use connmon::sandbox::{CapabilitySet, Measure, Plan, held};
+use connmon_host::sandbox::SandboxChoice;
+use connmon_host::sandbox::{CapabilitySet, Measure, Plan, held};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// A directory of this test, removed at the end.

@@ -6,10 +6,11 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
-use connmon::config::AttachChoice;
-use connmon::event::{Event, SocketId, Traffic, Tuple};
-use connmon::kernel::{Method, Probe, Tracer, TracerOptions};
 use connmon_common::state::*;
+use connmon_core::event::{Event, SocketId, Traffic, Tuple};
+use connmon_core::probe::{Method, Probe};
+use connmon_host::kernel::AttachChoice;
+use connmon_host::kernel::{Tracer, TracerOptions};
 
 const OPTIONS: TracerOptions = TracerOptions {
     attach: AttachChoice::Auto,
@@ -634,7 +635,7 @@ fn the_programs_diagnostics_reach_the_log_at_debug() {
         }
         tracer.drain(1000, |_| ());
         let lines = KEPT.0.lock().unwrap().clone();
-        let full = "DEBUG connmon::kernel::program event ring buffer full";
+        let full = "DEBUG connmon_host::kernel::program event ring buffer full";
         assert!(lines.iter().any(|line| line.starts_with(full)), "{lines:?}");
     }
 }

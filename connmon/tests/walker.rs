@@ -13,12 +13,11 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use connmon::config::AttachChoice;
-use connmon::event::Traffic;
-use connmon::kernel::{SocketWalk, Tracer, TracerOptions, kernel_version};
-use connmon::reconcile::{
-    Access, Row, Trigger, Walk, WalkMessage, WalkMessages, WalkSummary, Walker, WalkerOptions,
-};
+use connmon_core::event::{LiveSocket, Traffic};
+use connmon_core::scan::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
+use connmon_host::kernel::AttachChoice;
+use connmon_host::kernel::{SocketWalk, Tracer, TracerOptions, kernel_version};
+use connmon_host::reconcile::{WalkMessages, Walker, WalkerOptions};
 use namespaces::{Namespace, ip, may_run, wait_until};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
@@ -737,9 +736,11 @@ impl Handle {
 
     /// One whose first walk goes over the kernel's table.
     fn of_table(what: &str) -> Option<Self> {
-        let walk = socket_walk(what)?;
+        let mut scan = socket_walk(what)?;
         let (walker, messages) = Walker::spawn(WalkerOptions {
-            source: Some(Box::new(walk)),
+            source: Some(Box::new(move |sink: &mut dyn FnMut(LiveSocket) -> bool| {
+                scan.read(sink)
+            })),
             ..WalkerOptions::default()
         })
         .unwrap();
@@ -772,7 +773,7 @@ impl Handle {
                 }
                 WalkMessage::Rows { pass, rows } => {
                     let first = open.expect("rows of some namespace");
-                    assert!(!rows.is_empty() && rows.len() <= connmon::reconcile::BATCH_ROWS);
+                    assert!(!rows.is_empty() && rows.len() <= connmon_host::reconcile::BATCH_ROWS);
                     let at = first + usize::from(pass);
                     if at == parts.len() {
                         parts.push(Part::new(parts[first].netns, pass));

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
-use connmon::geo::{Database, Locate, Locator};
+use connmon_core::geo::{Database, Locate, Locator};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -12,7 +12,7 @@ fuzz_target!(|data: &[u8]| {
     let Some((data, last)) = data.split_last_chunk::<16>() else {
         return;
     };
-    let Ok(database) = Database::from_bytes(data.to_vec()) else {
+    let Ok(database) = Database::from_bytes(data.to_vec(), || true) else {
         return;
     };
     let mut locator = Locator::new(Arc::new(database));

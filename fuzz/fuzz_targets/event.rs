@@ -4,6 +4,6 @@
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
-    let _ = connmon::event::decode(data);
-    let _ = connmon::event::decode_live(data);
+    let _ = connmon_core::event::decode(data);
+    let _ = connmon_core::event::decode_live(data);
 });

@@ -4,7 +4,7 @@
 //! message names, so that rows are reached; another one is tried as well.
 #![no_main]
 
-use connmon::reconcile::diag::{Datagram, parse_datagram, parse_message};
+use connmon_host::reconcile::diag::{Datagram, parse_datagram, parse_message};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {

@@ -2,7 +2,7 @@
 //! counted, whatever the bytes.
 #![no_main]
 
-use connmon::reconcile::procfs::{Line, parse_line, read_table};
+use connmon_host::reconcile::procfs::{Line, parse_line, read_table};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {

@@ -1,12 +1,12 @@
 //! What the server hands out: metrics, summary, page.
 
 use bytes::Bytes;
+use connmon_core::report::Report;
 
 use crate::config::Config;
 use crate::expose::metrics::Metrics;
 use crate::expose::page::Page;
 use crate::expose::{Asset, Content, summary};
-use crate::report::Report;
 
 /// The agent's [`Content`].
 pub struct AgentContent {

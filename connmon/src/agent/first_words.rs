@@ -1,8 +1,8 @@
 //! The one line at start that a person understands.
 
-use crate::fold::Snapshot;
-use crate::geo::Country;
-use crate::report::Source;
+use connmon_core::fold::Snapshot;
+use connmon_core::geo::Country;
+use connmon_core::report::Source;
 
 use super::status::StatusBoard;
 

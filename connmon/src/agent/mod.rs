@@ -19,16 +19,17 @@ use log::{error, warn};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::{Config, SourceChoice};
-use crate::event::NetnsId;
+use crate::database::Reloader;
 use crate::expose::Server;
-use crate::fold::{Fold, FoldConfig, RemoteFilter};
-use crate::geo::{Database, Locator, Reloader};
-use crate::kernel::{Tracer, TracerOptions};
 use crate::notify::Notify;
-use crate::reconcile::netns::Roots;
-use crate::reconcile::{SocketSource, Walker, WalkerOptions};
-use crate::report::Source;
-use crate::sandbox::{self, Plan};
+use connmon_core::event::{LiveSocket, NetnsId};
+use connmon_core::fold::{Fold, FoldConfig, RemoteFilter};
+use connmon_core::geo::{Database, Locator};
+use connmon_core::report::Source;
+use connmon_host::kernel::{Tracer, TracerOptions};
+use connmon_host::reconcile::netns::Roots;
+use connmon_host::reconcile::{SocketSource, Walker, WalkerOptions};
+use connmon_host::sandbox::{self, Plan};
 
 use content::AgentContent;
 use pipeline::Parts;
@@ -45,7 +46,7 @@ const PANIC_EXIT: i32 = 101;
 /// configuration is to blame.
 pub fn run(config: Config) -> anyhow::Result<()> {
     exit_on_panic();
-    crate::kernel::return_memory_at_once();
+    connmon_host::kernel::return_memory_at_once();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -69,7 +70,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     };
     let traffic = tracer.as_ref().is_some_and(Tracer::traffic_known);
     // Every thread closes itself in, once what it needs is open.
-    let mut plan = sandbox::plan(&config);
+    let mut plan = config.sandbox_plan();
     for file in server.files() {
         plan.also_readable(file);
     }
@@ -104,7 +105,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     };
     let rungs = match &tracer {
         Some(tracer) => tracer.rungs().to_vec(),
-        None => crate::kernel::no_rungs(degraded.as_deref()),
+        None => connmon_host::kernel::no_rungs(degraded.as_deref()),
     };
     status::log_rungs(&rungs);
     let database = Arc::new(database);
@@ -257,7 +258,9 @@ fn attach(config: &Config, host: NetnsId) -> anyhow::Result<(Option<Tracer>, Opt
 
 fn socket_source(tracer: &mut Tracer) -> Option<Box<dyn SocketSource>> {
     match tracer.socket_walk() {
-        Ok(walk) => Some(Box::new(walk)),
+        Ok(mut scan) => Some(Box::new(move |sink: &mut dyn FnMut(LiveSocket) -> bool| {
+            scan.read(sink)
+        })),
         Err(reason) => {
             log::debug!("the first walk is two dumps: {reason}");
             None

@@ -6,18 +6,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use connmon_core::fold::Fold;
+use connmon_core::geo::Locator;
+use connmon_core::report::{DatabaseInfo, Report};
+use connmon_core::scan::{Trigger, Walk, WalkMessage, WalkSummary};
+use connmon_host::kernel::{self, Tracer, monotonic_ns};
+use connmon_host::reconcile::{Refused, WalkMessages, Walker, cpu_time, rest_after};
 use log::{debug, info};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
-
-use crate::fold::Fold;
-use crate::geo::Locator;
-use crate::kernel::{self, Tracer, monotonic_ns};
-use crate::reconcile::{
-    Refused, Trigger, Walk, WalkMessage, WalkMessages, WalkSummary, Walker, cpu_time, rest_after,
-};
-use crate::report::{DatabaseInfo, Report};
 
 use super::first_words;
 use super::reporter::Request;

@@ -4,9 +4,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use connmon_core::report::{Report, Reporter, Unavailable};
 use tokio::sync::{mpsc, oneshot};
-
-use crate::report::{Report, Reporter, Unavailable};
 
 /// A fold that does not answer for so long is stuck; the scrape fails rather
 /// than serving old numbers.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::reconcile::{Trigger, Walk};
+use connmon_core::scan::{Trigger, Walk};
 
 const SECOND_NS: u64 = 1_000_000_000;
 

@@ -4,15 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use connmon_core::geo::{Database, Locator};
+use connmon_core::report::Reporter;
+use connmon_host::sandbox::Plan;
 use log::info;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::database::{Outcome, Reloader};
 use crate::expose::Server;
-use crate::geo::{Database, Locator, Outcome, Reloader};
 use crate::notify::Notify;
-use crate::report::Reporter;
-use crate::sandbox::Plan;
 
 use super::content::AgentContent;
 use super::pipeline::DatabaseChange;

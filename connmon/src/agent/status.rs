@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use connmon_core::fold::{Corrections, Snapshot};
+use connmon_core::probe::{Probe, Rung};
+use connmon_core::report::{DatabaseInfo, ProgramStats, Source, Status};
+use connmon_core::scan::{Trigger, Walk, WalkSummary};
+use connmon_host::kernel::{Counters, monotonic_ns};
 use log::{error, info, warn};
 use tokio::sync::watch;
-
-use crate::fold::{Corrections, Snapshot};
-use crate::kernel::{Counters, Probe, Rung, monotonic_ns};
-use crate::reconcile::{Trigger, Walk, WalkSummary};
-use crate::report::{DatabaseInfo, ProgramStats, Source, Status};
 
 /// Readiness waits this long for the first merge at most.
 const READY_AT_LATEST: Duration = Duration::from_secs(10);
@@ -324,7 +324,7 @@ mod tests {
 
     fn board() -> (StatusBoard, watch::Receiver<bool>) {
         let (ready, is_ready) = watch::channel(false);
-        let database = crate::geo::Database::embedded().unwrap().info(0, 0);
+        let database = connmon_core::geo::Database::embedded().unwrap().info(0, 0);
         let board = StatusBoard::new(
             Source::Ebpf,
             None,

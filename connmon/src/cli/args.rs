@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use connmon_core::fold::Direction;
+use connmon_core::geo::Country;
+
+use crate::config::parse;
 
 use super::{AgentFlags, ToolFlags};
-use crate::config::parse;
-use crate::fold::Direction;
-use crate::geo::Country;
 
 /// `-o`, `--output`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

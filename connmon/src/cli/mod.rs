@@ -186,8 +186,8 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
-    use crate::fold::Direction;
-    use crate::geo::Country;
+    use connmon_core::fold::Direction;
+    use connmon_core::geo::Country;
 
     fn parsed(line: &str) -> Result<Cli, clap::Error> {
         let words = line.split_whitespace().map(std::ffi::OsString::from);

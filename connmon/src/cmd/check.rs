@@ -9,13 +9,17 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::cli::Output;
-use crate::config::{Config, SandboxChoice, SourceChoice};
-use crate::geo::Database;
-use crate::kernel::{
-    HostFacts, MOUNT_TRACEFS, Method, OPEN_TRACEFS, Probe, Rung, Tracefs, Tracer, TracerOptions,
+use crate::config::{Config, SourceChoice};
+use crate::database;
+use connmon_core::geo::Database;
+use connmon_core::probe::{Method, Probe, Rung};
+use connmon_core::scan::{Trigger, Walk, WalkMessage, WalkSummary};
+use connmon_host::kernel::{
+    HostFacts, MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs, Tracer, TracerOptions,
 };
-use crate::reconcile::{Trigger, Walk, WalkMessage, WalkSummary, Walker, WalkerOptions};
-use crate::sandbox::{self, Plan};
+use connmon_host::reconcile::{Walker, WalkerOptions};
+use connmon_host::sandbox::Plan;
+use connmon_host::sandbox::SandboxChoice;
 
 /// Exit code of a host where the agent runs with less than it could.
 const DEGRADED: u8 = 3;
@@ -176,8 +180,8 @@ fn find(config: &Config) -> Findings {
     let asked = Asked::of(config);
     let tracing = trace(config, &asked);
     let database = match &config.geoip_database {
-        Some(path) => Database::open(path),
-        None => Database::embedded(),
+        Some(path) => database::open(path).map_err(|error| error.to_string()),
+        None => Database::embedded().map_err(|error| error.to_string()),
     };
     Findings {
         facts: HostFacts::read(),
@@ -216,7 +220,7 @@ fn trace(config: &Config, asked: &Asked) -> Result<Tracing, NoTracing> {
 /// Closes a thread in for each room, as the agent does with `--sandbox
 /// strict`.
 fn close(config: &Config) -> Result<(), String> {
-    let plan = sandbox::plan(config);
+    let plan = config.sandbox_plan();
     for enter in [Plan::enter_walker, Plan::enter_fold, Plan::enter_serve] {
         std::thread::scope(|scope| scope.spawn(|| enter(&plan)).join())
             .map_err(|_| "bug: closing in panicked".to_owned())?
@@ -535,7 +539,7 @@ fn table(out: &mut impl Write, lines: &[Line]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sandbox::CapabilitySet;
+    use connmon_host::sandbox::{self, CapabilitySet};
 
     fn rung(probe: Probe, method: Method, reason: Option<&str>) -> Rung {
         Rung {

@@ -4,10 +4,10 @@
 use std::net::SocketAddr;
 
 use connmon_common::state;
+use connmon_core::event::Tuple;
+use connmon_core::fold::Direction;
 use serde::Serialize;
 
-use crate::event::Tuple;
-use crate::fold::Direction;
 use crate::logging;
 
 /// One connection event, or one connection of a snapshot. Fields that do not

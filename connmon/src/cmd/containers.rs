@@ -6,8 +6,8 @@ use std::os::unix::fs::DirEntryExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::event::Owner;
-use crate::reconcile::owners::container_id;
+use connmon_core::event::Owner;
+use connmon_host::reconcile::owners::container_id;
 
 /// Digits of an id that are shown, as `docker ps` does.
 const DIGITS: usize = 12;

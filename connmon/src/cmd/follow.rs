@@ -6,11 +6,10 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 
 use connmon_common::state;
+use connmon_core::event::{Cookie, Event, NetnsId, Owner, Socket, SocketId, Traffic, Tuple};
+use connmon_core::fold::{Direction, FailureReason, failure_reason};
+use connmon_core::scan::Row;
 use hashbrown::HashTable;
-
-use crate::event::{Cookie, Event, NetnsId, Owner, Socket, SocketId, Traffic, Tuple};
-use crate::fold::{Direction, FailureReason, failure_reason};
-use crate::reconcile::Row;
 
 /// Most connections followed at once; beyond it a connection's close is
 /// reported without its owner and duration.

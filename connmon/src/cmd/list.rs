@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
+use connmon_core::fold::{Direction, PortLabel};
 use serde::Serialize;
 
 use crate::cli::{By, ListArgs, Output};
 use crate::config::Config;
-use crate::fold::{Direction, PortLabel};
 
 use super::connection::{ConnectionRecord, bytes, heading, process_name, service_port, state_name};
 use super::containers::Containers;

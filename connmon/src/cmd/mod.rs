@@ -16,9 +16,9 @@ pub mod top;
 pub mod trace;
 
 use crate::config::Config;
-use crate::fold::RemoteFilter;
-use crate::kernel::TracerOptions;
-use crate::reconcile::netns::Roots;
+use connmon_core::fold::RemoteFilter;
+use connmon_host::kernel::TracerOptions;
+use connmon_host::reconcile::netns::Roots;
 
 /// The remote filter of a configuration.
 fn remote_filter(config: &Config) -> RemoteFilter {

@@ -6,18 +6,18 @@ use std::io;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use connmon_common::state;
+use connmon_core::event::{NetnsId, Owner};
+use connmon_core::fold::country_of;
+use connmon_core::fold::{Direction, Filter, seed_direction};
+use connmon_core::geo::{Country, Database, Locator};
+use connmon_core::scan::{Row, Trigger, Walk, WalkMessage};
+use connmon_host::reconcile::netns::Roots;
+use connmon_host::reconcile::{Walker, WalkerOptions, owners};
+use connmon_host::sandbox::Plan;
 
 use crate::config::Config;
-use crate::event::{NetnsId, Owner};
-use crate::fold::{Direction, Filter, seed_direction};
-use crate::geo::{Country, Database, Locator};
-use crate::reconcile::netns::Roots;
-use crate::reconcile::{Row, Trigger, Walk, WalkMessage, Walker, WalkerOptions, owners};
-use crate::sandbox::Plan;
-
-use crate::fold::country_of;
-
-use connmon_common::state;
+use crate::database;
 
 /// One connection of the kernel's tables.
 #[derive(Clone, Debug)]
@@ -59,7 +59,7 @@ pub struct Tables {
 /// Reads the tables of the watched namespaces again and again.
 pub struct Reader {
     walker: Walker,
-    messages: crate::reconcile::WalkMessages,
+    messages: connmon_host::reconcile::WalkMessages,
     roots: Roots,
     filter: Filter,
     locator: Locator,
@@ -90,7 +90,7 @@ impl Reader {
         let database = match &config.geoip_database {
             None => Database::embedded()?,
             Some(path) => {
-                Database::open(path).map_err(|error| config.refused("geoip.database", error))?
+                database::open(path).map_err(|error| config.refused("geoip.database", error))?
             }
         };
         Ok(Self {

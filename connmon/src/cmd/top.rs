@@ -6,13 +6,13 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use connmon_core::fold::{Direction, Filter, PortLabel, country_of};
+use connmon_core::geo::Locator;
+use connmon_host::kernel::{Tracer, monotonic_ns};
 use crossterm::{cursor, queue, style, terminal as crossterm_terminal};
 
 use crate::cli::TopArgs;
 use crate::config::{Config, SourceChoice};
-use crate::fold::{Direction, Filter, PortLabel, country_of};
-use crate::geo::Locator;
-use crate::kernel::{Tracer, monotonic_ns};
 
 use super::connection::{bytes, process_name, service_port};
 use super::follow::{Follower, Happening, Occurrence};

@@ -5,14 +5,14 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use connmon_core::fold::country_of;
+use connmon_core::geo::Country;
+use connmon_core::probe::Method;
+use connmon_host::kernel::{Tracer, monotonic_ns};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::cli::{EventKind, Output, TraceArgs};
 use crate::config::{Config, SourceChoice};
-use crate::kernel::{Method, Tracer, monotonic_ns};
-
-use crate::fold::country_of;
-use crate::geo::Country;
 
 use super::connection::{ConnectionRecord, heading, is_named, process_name, service_port};
 use super::containers::Containers;

@@ -1,7 +1,7 @@
 //! `--config.check`: what only shows when files are opened.
 
 use super::{Config, ConfigError, Loaded};
-use crate::geo::Database;
+use crate::database;
 
 /// Opens everything the configuration points at, and throws it away again.
 /// What a stronger source overrides is checked as well: it is in effect the
@@ -16,7 +16,7 @@ pub fn check(loaded: &Loaded) -> Result<(), ConfigError> {
 
 fn files(config: &Config) -> Result<(), ConfigError> {
     if let Some(path) = &config.geoip_database {
-        Database::open(path).map_err(|error| config.refused("geoip.database", error))?;
+        database::open(path).map_err(|error| config.refused("geoip.database", error))?;
     }
     if let Some(path) = &config.web_config_file {
         crate::expose::webconfig::check(path)

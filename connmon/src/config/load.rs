@@ -6,12 +6,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use connmon_core::fold::Network;
+
 use super::error::{ConfigError, Origin};
 use super::settings::{Kind, SETTINGS, Setting, VARIABLE_PREFIX};
 use super::{
     AttachChoice, Config, ListenAddress, LogFormat, SandboxChoice, SourceChoice, file, parse,
 };
-use crate::fold::Network;
 
 /// A validated configuration and what is to be said about it.
 #[derive(Clone, Debug)]
@@ -397,7 +398,7 @@ fn pieces(list: bool, text: &str, origin: &Origin) -> Vec<(String, Origin)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fold::CrossFamilies;
+    use connmon_core::fold::CrossFamilies;
 
     fn with(
         flags: &[(&'static str, &str)],

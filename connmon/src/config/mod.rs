@@ -20,7 +20,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::fold::{CrossFamilies, Network, PortRanges};
+use connmon_core::fold::{CrossFamilies, Network, PortRanges};
+use connmon_host::kernel::AttachChoice;
+use connmon_host::sandbox::{Plan, SandboxChoice};
 
 /// `--source`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,30 +33,6 @@ pub enum SourceChoice {
     Ebpf,
     /// Polling.
     Proc,
-}
-
-/// `--ebpf.attach`: the highest rung tried for the function probes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AttachChoice {
-    /// The whole ladder.
-    Auto,
-    /// fentry/fexit only.
-    Fentry,
-    /// kprobe/kretprobe only.
-    Kprobe,
-    /// No function probes; the classic tracepoint for state changes.
-    Tracepoint,
-}
-
-/// `--sandbox`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SandboxChoice {
-    /// As much as the kernel has, and say what it lacks.
-    Auto,
-    /// All of it or fail.
-    Strict,
-    /// Nothing.
-    Off,
 }
 
 /// `--log.format`.
@@ -136,6 +114,15 @@ pub struct Config {
 }
 
 impl Config {
+    /// What each thread may still do once the agent runs, by these settings.
+    /// Has no effect by itself.
+    pub fn sandbox_plan(&self) -> Plan {
+        let mut plan = Plan::new(self.sandbox, self.all_netns, self.listeners);
+        let reloaded = self.web_config_file.iter().chain(&self.geoip_database);
+        reloaded.for_each(|file| plan.also_readable(file));
+        plan
+    }
+
     /// The error for a value of `key` that only turned out bad when it was
     /// used, like a file that cannot be read: it says where the value stands.
     pub fn refused(&self, key: &'static str, problem: impl fmt::Display) -> ConfigError {

@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use connmon_core::report::{Report, Reporter, Unavailable};
 use tokio::sync::{mpsc, oneshot};
 
 use super::Content;
 use super::encoding::{WORTH_COMPRESSING, gzip};
-use crate::report::{Report, Reporter, Unavailable};
 
 /// Requests that can wait for the next rendering; more are turned away. More
 /// than connections can bring (HTTP/2 streams included) before they are

@@ -6,16 +6,17 @@
 //! accept queues that were read from /proc.
 
 use bytes::Bytes;
+use connmon_core::fold::{
+    AUDITED_STATES, CountryRow, Direction, FailureReason, ListenerRow, PortLabel, PortRow,
+    Snapshot, Sum,
+};
+use connmon_core::report::{Report, Source, Status};
+
+use crate::version;
 
 use super::families::{FAMILIES, Id};
 use super::process::{Process, ProcessFigures};
 use super::rows::{Rows, seconds};
-use crate::fold::{
-    AUDITED_STATES, CountryRow, Direction, FailureReason, ListenerRow, PortLabel, PortRow,
-    Snapshot, Sum,
-};
-use crate::report::{Report, Source, Status};
-use crate::version;
 
 /// Renders reports. Keeps rows between scrapes, so that a scrape mostly
 /// writes numbers.
@@ -194,7 +195,7 @@ impl Metrics {
         }
         for direction in Direction::ALL {
             let key = direction as u64;
-            let mut histogram = |id: Id, histograms: &[crate::fold::Histogram]| {
+            let mut histogram = |id: Id, histograms: &[connmon_core::fold::Histogram]| {
                 let histogram = &histograms[direction as usize];
                 self.rows[id as usize].histogram(key, histogram, |label| label(direction.label()));
             };
@@ -275,7 +276,7 @@ impl Metrics {
         }
         for rung in &status.rungs {
             let key = (rung.probe as u64) << 8 | rung.method as u64;
-            let attached = rung.method != crate::kernel::Method::None;
+            let attached = rung.method != connmon_core::probe::Method::None;
             self.count(Id::ProbeAttached, key, attached.into(), |label| {
                 label(rung.probe.label());
                 label(rung.method.label());

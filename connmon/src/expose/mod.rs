@@ -1,7 +1,7 @@
 //! State → text, JSON, page; and the HTTP server that hands them out.
 //!
 //! The server knows nothing of metrics: it asks a [`Content`] to turn a
-//! [`Report`] into bytes, and a [`crate::report::Reporter`] for the report.
+//! [`Report`] into bytes, and a [`connmon_core::report::Reporter`] for the report.
 
 mod connections;
 mod encoding;
@@ -23,7 +23,7 @@ pub mod webconfig;
 
 use bytes::Bytes;
 
-use crate::report::Report;
+use connmon_core::report::Report;
 
 pub use limits::Limits;
 pub use listen::BindError;

@@ -3,13 +3,13 @@
 
 use std::io::Write as _;
 
+use connmon_core::fold;
 use prometheus::TextEncoder;
 use prometheus::proto::{
     Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType, Summary,
 };
 
 use super::families::{Family, Kind};
-use crate::fold;
 
 /// How far ahead a row is looked for before it counts as new.
 const LOOK_AHEAD: usize = 16;

@@ -1,13 +1,13 @@
 //! A report for tests, with something in every field. Also compiled into the
 //! browser test.
 
-use crate::fold::{
+use connmon_core::fold::{
     Corrections, CountryRow, Direction, FailureReason, Flow, Histogram, ListenerRow, PortLabel,
     PortRow, Snapshot, Sum,
 };
-use crate::geo::Country;
-use crate::kernel::{Method, Probe, Rung};
-use crate::report::{DatabaseInfo, Report, Source, Status};
+use connmon_core::geo::Country;
+use connmon_core::probe::{Method, Probe, Rung};
+use connmon_core::report::{DatabaseInfo, Report, Source, Status};
 
 const BOUNDS_NS: &[u64] = &[1_000_000, 1_000_000_000];
 

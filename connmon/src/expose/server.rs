@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use connmon_core::report::Reporter;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::CACHE_CONTROL;
 use hyper::service::service_fn;
@@ -38,6 +39,8 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use crate::config::Config;
+
 use super::connections::{Admission, Connections, Slot, Watch};
 use super::encoding::{WORTH_COMPRESSING, gzip_small, wants_gzip};
 use super::flight::{self, Answer, Desk, Want};
@@ -47,8 +50,6 @@ use super::response::{FULL, JSON, METRICS, PLAIN_TO_TLS, Reply};
 use super::stream::{Payload, Watched};
 use super::webconfig::{Entry, Gate};
 use super::{Asset, Content};
-use crate::config::Config;
-use crate::report::Reporter;
 
 /// Clients told that the server is full at the same time; beyond that they
 /// are just disconnected.

@@ -25,10 +25,9 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use connmon_core::fold::{CountryRow, Direction, FailureReason, Flow, PortLabel, Snapshot, Sum};
+use connmon_core::report::{DatabaseInfo, Report, Source, Status};
 use serde::Serialize;
-
-use crate::fold::{CountryRow, Direction, FailureReason, Flow, PortLabel, Snapshot, Sum};
-use crate::report::{DatabaseInfo, Report, Source, Status};
 
 /// Most process names shown for one port; more say nothing to a reader.
 const PROCESSES_PER_PORT: usize = 4;
@@ -758,8 +757,8 @@ mod tests {
             n >> 44
         };
         let snapshot = &mut report.snapshot;
-        snapshot.countries = (0..crate::geo::Country::COUNT)
-            .filter_map(crate::geo::Country::from_index)
+        snapshot.countries = (0..connmon_core::geo::Country::COUNT)
+            .filter_map(connmon_core::geo::Country::from_index)
             .map(|country| {
                 let mut row =
                     sample::country(country, [next(), next(), next()], [next(), next(), 0]);

@@ -3,7 +3,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 
-use connmon::reconcile::diag::{self, DumpBuffer, States};
+use connmon_host::reconcile::diag::{self, DumpBuffer, States};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::harness::Agent;

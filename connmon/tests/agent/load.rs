@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
-use connmon::reconcile::diag::{self, DumpBuffer, States};
 use connmon_common::state;
+use connmon_host::reconcile::diag::{self, DumpBuffer, States};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::Socket;
 

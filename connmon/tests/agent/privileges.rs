@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
-use connmon::sandbox::{self, CapabilitySet, held};
+use connmon_host::sandbox::{self, CapabilitySet, held};
 use serde_json::Value;
 
 use crate::harness::{Agent, Scrape};

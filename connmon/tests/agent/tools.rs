@@ -7,7 +7,7 @@ use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use connmon::sandbox::{CapabilitySet, held};
+use connmon_host::sandbox::{CapabilitySet, held};
 use serde_json::Value;
 
 use crate::harness::{Agent, PATIENCE};

@@ -11,7 +11,7 @@ use connmon::config;
 use connmon::expose::metrics::Metrics;
 use connmon::expose::page::Page;
 use connmon::expose::{Asset, Content, Server, summary};
-use connmon::report::{Report, Reporter, Unavailable};
+use connmon_core::report::{Report, Reporter, Unavailable};
 use serde_json::Value;
 use tokio::sync::oneshot;
 

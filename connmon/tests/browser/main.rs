@@ -4,8 +4,9 @@
 
 mod fake;
 mod webdriver;
-// The report that the unit tests use; its `crate::` paths are the imports below.
-use connmon::{fold, geo, kernel, report};
+// The report that the unit tests use.
+use connmon_core::probe::Method;
+use connmon_core::{fold, geo, report};
 #[path = "../../src/expose/sample.rs"]
 mod sample;
 
@@ -704,7 +705,7 @@ fn it_says_in_words_how_the_agent_is() -> Result<()> {
         Ok(())
     };
     let mut report = sample::report();
-    report.status.rungs[2].method = kernel::Method::None;
+    report.status.rungs[2].method = Method::None;
     report.snapshot.accept_known = false;
     report.status.rungs[2].reason = Some("kretprobe: no such function".to_owned());
     pill(
@@ -714,7 +715,7 @@ fn it_says_in_words_how_the_agent_is() -> Result<()> {
     )?;
     says("no probe at inet_csk_accept: kretprobe: no such function.")?;
     let mut report = sample::report();
-    report.status.rungs[0].method = kernel::Method::Tracepoint;
+    report.status.rungs[0].method = Method::Tracepoint;
     report.snapshot.traffic_known = false;
     pill(
         &agent,

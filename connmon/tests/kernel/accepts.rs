@@ -8,8 +8,9 @@ use std::os::fd::{AsRawFd as _, RawFd};
 use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
-use connmon::kernel::{Method, Probe, Tracer};
 use connmon_common::state::{CLOSE, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, SYN_RECV};
+use connmon_core::probe::{Method, Probe};
+use connmon_host::kernel::Tracer;
 use socket2::{Domain, Socket, Type};
 
 use crate::harness::{PATIENCE, Scrape};
@@ -131,7 +132,7 @@ pub fn many_accepts(world: &mut World<'_>) -> Outcome {
                 let missed = (now - before) as usize;
                 assert!(known + missed >= count, "{known} known, {missed} missed");
             }
-            let told = connmon::kernel::kernel_version() >= (6, 7);
+            let told = connmon_host::kernel::kernel_version() >= (6, 7);
             assert_eq!(missed.is_some(), told);
         }
         _ => assert_eq!(known, 0),

@@ -3,7 +3,8 @@
 use std::panic::resume_unwind;
 use std::process::Command;
 
-use connmon::kernel::{Probe, kernel_version};
+use connmon_core::probe::Probe;
+use connmon_host::kernel::kernel_version;
 use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 use rustix::thread::UnshareFlags;
 use serde_json::Value;

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use connmon::event::{Event, Owner, SocketId, Tuple};
 use connmon_common::state::{CLOSE, SYN_SENT};
+use connmon_core::event::{Event, Owner, SocketId, Tuple};
 
 /// One socket from its first event to its close.
 #[derive(Clone, Debug)]

@@ -4,10 +4,10 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use connmon::config::AttachChoice;
-use connmon::event::{Event, LiveSocket};
-use connmon::kernel::{SocketWalk, Tracer, TracerOptions};
 use connmon_common::state::ESTABLISHED;
+use connmon_core::event::{Event, LiveSocket};
+use connmon_host::kernel::AttachChoice;
+use connmon_host::kernel::{SocketWalk, Tracer, TracerOptions};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rustix::thread::UnshareFlags;
 

@@ -6,9 +6,10 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use connmon::config::AttachChoice;
-use connmon::event::{Event, Owner};
-use connmon::kernel::{Method, Probe, Tracer, TracerOptions};
+use connmon_core::event::{Event, Owner};
+use connmon_core::probe::{Method, Probe};
+use connmon_host::kernel::AttachChoice;
+use connmon_host::kernel::{Tracer, TracerOptions};
 
 use crate::accepts::Blocked;
 use crate::harness::{Agent, PATIENCE, Scrape};

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use connmon::geo::Country;
+use connmon_core::geo::Country;
 
 use super::agent::{PATIENCE, Running, database_of, free_address, get, ready, retried};
 

@@ -1,12 +1,12 @@
 //! Reports to render: one with every family, and ones of any size.
 
-use connmon::fold::{
+use connmon_core::fold::{
     Corrections, CountryRow, CrossRow, DIRECTIONS, Direction, FailureReason, Flow, Histogram,
     ListenerRow, PortLabel, PortRow, Snapshot, Sum,
 };
-use connmon::geo::Country;
-use connmon::kernel::{Method, Probe, Rung};
-use connmon::report::{DatabaseInfo, ProgramStats, Report, Source, Status};
+use connmon_core::geo::Country;
+use connmon_core::probe::{Method, Probe, Rung};
+use connmon_core::report::{DatabaseInfo, ProgramStats, Report, Source, Status};
 
 /// The contract's latency buckets, nanoseconds.
 const LATENCY_NS: &[u64] = &[

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use connmon::expose::{Asset, Content, Limits, Server};
-use connmon::fold::{Corrections, Histogram, Snapshot};
-use connmon::report::{DatabaseInfo, Report, Reporter, Source, Status, Unavailable};
+use connmon_core::fold::{Corrections, Histogram, Snapshot};
+use connmon_core::report::{DatabaseInfo, Report, Reporter, Source, Status, Unavailable};
 
 /// What the reporter says next.
 #[derive(Clone, Debug)]

@@ -23,6 +23,9 @@ use image::Payload;
 /// they wait for each other's locks.
 const GUESTS: usize = 2;
 
+/// Lines of a guest that wait to be read.
+const LINES: usize = 1_024;
+
 /// A guest that takes longer hangs.
 const TIME: Duration = Duration::from_secs(900);
 
@@ -341,7 +344,7 @@ impl Guest {
             .spawn()
             .with_context(|| format!("cannot start `{}`", exec::shown(&command)))?;
         let output = child.stdout.take().context("piped")?;
-        let (sender, receiver) = mpsc::channel();
+        let (sender, receiver) = mpsc::sync_channel(LINES);
         std::thread::spawn(move || read_lines(output, &sender));
         let until = Instant::now() + TIME;
         let in_time = loop {
@@ -362,7 +365,7 @@ impl Guest {
     }
 }
 
-fn read_lines(output: impl Read, sender: &mpsc::Sender<String>) {
+fn read_lines(output: impl Read, sender: &mpsc::SyncSender<String>) {
     for line in BufReader::new(output).split(b'\n') {
         let Ok(line) = line else { return };
         let line = String::from_utf8_lossy(&line);

@@ -1,9 +1,9 @@
 //! Feature → capability: what is held, and what the configuration asks for.
 
+use connmon_host::sandbox::{self, Feature, FeatureKind};
 use rustix::thread::CapabilitySet;
 
 use super::{Findings, Line, Outcome};
-use crate::sandbox::{self, Feature, FeatureKind};
 
 /// First Linux that charges a ring to the memory cgroup instead of the limit
 /// of locked memory.

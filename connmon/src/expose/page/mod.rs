@@ -148,7 +148,7 @@ mod tests {
     /// Every code of the map is one that the label can take.
     #[test]
     fn shapes_are_countries() {
-        use crate::geo::Country;
+        use connmon_core::geo::Country;
 
         let map = text(Page::new("/metrics"), "/assets/map.svg");
         let codes: Vec<_> = map

@@ -1,0 +1,624 @@
+//! Which network namespaces there are, and ways into each.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use connmon_core::event::NetnsId;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::is_resource_exhausted;
+
+use super::diag::Family;
+
+/// Most namespaces of one walk; what is beyond counts as unaudited. A busy
+/// Kubernetes node has a few hundred.
+pub const MAX_NAMESPACES: usize = 4096;
+
+/// A way into a namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Handle {
+    /// It is the walker's own.
+    Own,
+    /// A process in it, or a thread of one whose first thread has ended:
+    /// `/proc` leads to both alike.
+    Process(u32),
+    /// A file that holds it, as `ip netns add` makes them.
+    Mount(PathBuf),
+}
+
+/// A namespace that was there when the walk looked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namespace {
+    /// Inode, or a stand-in.
+    pub id: NetnsId,
+    /// Whether `id` is the inode of its `/proc/<pid>/net/tcp` instead, for
+    /// want of the right to read the namespace's own.
+    pub stand_in: bool,
+    /// Inode of its `/proc/<pid>/net/tcp`, where it is that which tells it
+    /// from others because its own may not be read, or not for long.
+    pub table: Option<u64>,
+    /// Ways in, at most [`MAX_HANDLES`] and a mount: processes come and go,
+    /// and all that were seen first may have ended by the time they are used.
+    pub handles: Vec<Handle>,
+}
+
+impl Namespace {
+    /// Whether only names under `/run/netns` and the like lead there.
+    pub fn is_mount_only(&self) -> bool {
+        let mut handles = self.handles.iter();
+        handles.all(|handle| matches!(handle, Handle::Mount(_)))
+    }
+}
+
+/// What [`Roots::find`] found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Each once; the walker's own first.
+    pub namespaces: Vec<Namespace>,
+    /// Namespaces beyond [`MAX_NAMESPACES`].
+    pub overflow: u32,
+    /// Why some processes' namespaces cannot even be told apart.
+    pub hidden: Option<String>,
+    /// A directory could not be read for want of resources, so namespaces may
+    /// be missing that are there.
+    pub short: bool,
+}
+
+/// Where to look; a parameter so that tests can bring their own tree.
+#[derive(Clone, Debug)]
+pub struct Roots {
+    /// `/proc`.
+    pub proc: PathBuf,
+    /// Directories with files that hold namespaces.
+    pub mounts: Vec<PathBuf>,
+}
+
+impl Default for Roots {
+    fn default() -> Self {
+        Self {
+            proc: "/proc".into(),
+            mounts: ["/run/netns", "/var/run/netns", "/run/docker/netns"]
+                .map(PathBuf::from)
+                .to_vec(),
+        }
+    }
+}
+
+/// Ways in that are kept per namespace.
+pub const MAX_HANDLES: usize = 3;
+
+/// Threads that are looked at when the first one of a process has ended.
+const MAX_THREADS: usize = 8;
+
+impl Roots {
+    /// The calling process's namespace.
+    ///
+    /// # Errors
+    /// Without a readable `/proc/self/ns/net`.
+    pub fn own(&self) -> io::Result<NetnsId> {
+        namespace_link(&self.proc.join("self/ns/net"))
+    }
+
+    /// The namespace called `host`: pid 1's where that can be read, else the
+    /// agent's own, which it usually is. The log says so where it is not, or
+    /// where nothing tells.
+    ///
+    /// # Errors
+    /// Without a readable `/proc/self/ns/net`.
+    pub fn host(&self) -> io::Result<NetnsId> {
+        let first = self.process(1).join("ns/net");
+        let error = match namespace_link(&first) {
+            Ok(host) => return Ok(host),
+            Err(error) => error,
+        };
+        let table = |handle: Handle| self.table(&handle, Family::V4).and_then(inode);
+        let firsts = table(Handle::Process(1));
+        if firsts.is_none() || firsts != table(Handle::Own) {
+            log::warn!(
+                "{}: {error}; the agent's own network namespace is taken for the host's",
+                first.display(),
+            );
+        }
+        self.own()
+    }
+
+    /// The host's namespace, to be asked for before the right to read it is
+    /// given up: its table can still be read, and told from others, after.
+    ///
+    /// # Errors
+    /// Without a readable `/proc/self/ns/net`.
+    pub fn host_namespace(&self) -> io::Result<Namespace> {
+        let (own, host) = (self.own()?, self.host()?);
+        let handle = if own == host {
+            Handle::Own
+        } else {
+            Handle::Process(1)
+        };
+        Ok(Namespace {
+            id: host,
+            stand_in: false,
+            table: self.table(&handle, Family::V4).and_then(inode),
+            handles: vec![handle],
+        })
+    }
+
+    /// Every namespace some process is in or some mount holds. Processes
+    /// that end meanwhile are nothing special. `home` is the way back from
+    /// namespaces that only entering tells apart, see [`within`].
+    ///
+    /// # Errors
+    /// Without a readable `/proc`.
+    pub fn find(&self, home: &File) -> io::Result<Found> {
+        let mut finder = Finder::default();
+        finder.note(self.own()?, false, Handle::Own);
+        let mut unreadable = Vec::new();
+        for pid in self.pids()? {
+            match self.living(pid, |task| namespace_link(&task.join("ns/net"))) {
+                Ok((task, id)) => finder.note(id, false, Handle::Process(task)),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    unreadable.push(pid);
+                }
+                Err(_) => {}
+            }
+        }
+        for directory in &self.mounts {
+            let entries = match fs::read_dir(directory) {
+                Ok(entries) => entries,
+                Err(error) => {
+                    finder.found.short |= is_resource_exhausted(&error);
+                    continue;
+                }
+            };
+            // A mount point whose namespace is gone is an empty file of
+            // another file system.
+            for path in entries.flatten().map(|entry| entry.path()) {
+                if let Some(id) = namespace_file(&path) {
+                    finder.note(id, false, Handle::Mount(path));
+                }
+            }
+        }
+        if !unreadable.is_empty() {
+            self.note_unreadable(&unreadable, home, &mut finder);
+        }
+        Ok(finder.found)
+    }
+
+    /// Tells the namespaces of processes we may not look into apart by the
+    /// inode of `/proc/<pid>/net/tcp`, which needs no right at all: it
+    /// belongs to the namespace (`proc_net` entries are per `struct net`).
+    fn note_unreadable(&self, pids: &[u32], home: &File, finder: &mut Finder) {
+        let namespaces = &finder.found.namespaces;
+        let known: HashSet<u64> = namespaces
+            .iter()
+            .filter_map(|namespace| self.table_inode(namespace, home))
+            .collect();
+        for &pid in pids {
+            let table = |process: &Path| process.join("net").join(Family::V4.proc_file());
+            match self.living(pid, |task| Ok(fs::metadata(table(task))?.ino())) {
+                Ok((task, inode)) => {
+                    if !known.contains(&inode) {
+                        finder.note(stand_in(inode), true, Handle::Process(task));
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    finder.found.hidden.get_or_insert_with(|| {
+                        format!(
+                            "{}: {error}; CAP_SYS_PTRACE lets it be read",
+                            table(&self.process(pid)).display()
+                        )
+                    });
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// The inode of a namespace's table by the first way that leads to it.
+    fn table_inode(&self, namespace: &Namespace, home: &File) -> Option<u64> {
+        namespace.handles.iter().find_map(|handle| {
+            if let Some(path) = self.table(handle, Family::V4) {
+                return inode(path);
+            }
+            // Nothing shows a mounted namespace's table from outside.
+            let there = self.open(namespace, handle).ok()?;
+            within(&there, home, || inode(self.own_table(Family::V4))).ok()?
+        })
+    }
+
+    /// What `look` finds in the directory of a process, or of another of its
+    /// threads: a first thread that ended before the others is in no
+    /// namespace any more. With the id that leads there.
+    fn living<T>(&self, pid: u32, look: impl Fn(&Path) -> io::Result<T>) -> io::Result<(u32, T)> {
+        let process = self.process(pid);
+        let gone = match look(&process) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => error,
+            result => return result.map(|found| (pid, found)),
+        };
+        let tasks = process.join("task");
+        let Ok(entries) = fs::read_dir(&tasks) else {
+            return Err(gone);
+        };
+        entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+            .filter(|&tid| tid != pid)
+            .take(MAX_THREADS)
+            .map(|tid| look(&tasks.join(tid.to_string())).map(|found| (tid, found)))
+            .find(|result| !matches!(result, Err(error) if error.kind() == io::ErrorKind::NotFound))
+            .unwrap_or(Err(gone))
+    }
+
+    /// The path of a namespace's table as seen through a handle.
+    pub fn table(&self, handle: &Handle, family: Family) -> Option<PathBuf> {
+        let process = match handle {
+            Handle::Own => self.proc.join("self"),
+            Handle::Process(pid) => self.process(*pid),
+            Handle::Mount(_) => return None,
+        };
+        Some(process.join("net").join(family.proc_file()))
+    }
+
+    /// Opens the file that setns(2) wants, making sure that it still is
+    /// this namespace's: a pid may have been reused.
+    ///
+    /// # Errors
+    /// NotFound when it is gone, PermissionDenied without CAP_SYS_PTRACE.
+    pub fn open(&self, namespace: &Namespace, handle: &Handle) -> io::Result<File> {
+        let file = File::open(match handle {
+            Handle::Own => self.proc.join("self/ns/net"),
+            Handle::Process(pid) => self.process(*pid).join("ns/net"),
+            Handle::Mount(path) => path.clone(),
+        })?;
+        if file.metadata()?.ino() != u64::from(namespace.id) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(file)
+    }
+
+    /// Opens a namespace's table through a process, making sure that it is
+    /// still that namespace's. `Ok(None)`: the kernel has no such table (IPv6
+    /// is compiled out or off).
+    ///
+    /// # Errors
+    /// NotFound when the process or its namespace is gone.
+    pub fn open_table(
+        &self,
+        namespace: &Namespace,
+        handle: &Handle,
+        family: Family,
+    ) -> io::Result<Option<File>> {
+        let path = self.table(handle, family).ok_or(io::ErrorKind::NotFound)?;
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && family == Family::V6 => {
+                // No table, or no process?
+                let v4 = self
+                    .table(handle, Family::V4)
+                    .ok_or(io::ErrorKind::NotFound)?;
+                fs::metadata(v4)?;
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        let same = match (handle, namespace.table) {
+            (Handle::Own | Handle::Mount(_), _) => true,
+            (Handle::Process(pid), None) => {
+                namespace_link(&self.process(*pid).join("ns/net"))? == namespace.id
+            }
+            (Handle::Process(_), Some(inode)) => {
+                let v4 = self
+                    .table(handle, Family::V4)
+                    .ok_or(io::ErrorKind::NotFound)?;
+                fs::metadata(v4)?.ino() == inode
+            }
+        };
+        if same {
+            Ok(Some(file))
+        } else {
+            Err(io::ErrorKind::NotFound.into())
+        }
+    }
+
+    /// Opens a table of the calling thread's namespace, which need not be
+    /// that of its process.
+    ///
+    /// # Errors
+    /// Without a readable `/proc`.
+    pub fn open_own_table(&self, family: Family) -> io::Result<Option<File>> {
+        match File::open(self.own_table(family)) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && family == Family::V6 => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn own_table(&self, family: Family) -> PathBuf {
+        self.proc.join("thread-self/net").join(family.proc_file())
+    }
+
+    /// Processes, ascending.
+    ///
+    /// # Errors
+    /// Without a readable `/proc`.
+    pub fn pids(&self) -> io::Result<Vec<u32>> {
+        let mut pids: Vec<u32> = fs::read_dir(&self.proc)?
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        pids.sort_unstable();
+        Ok(pids)
+    }
+
+    /// `/proc/<pid>`.
+    pub fn process(&self, pid: u32) -> PathBuf {
+        self.proc.join(pid.to_string())
+    }
+}
+
+/// Runs `inside` with the calling thread in the namespace of `there`, then
+/// brings the thread back to `home`.
+///
+/// Only for a thread that does nothing else: everything it opens meanwhile
+/// belongs to the other namespace.
+///
+/// # Errors
+/// PermissionDenied without CAP_SYS_ADMIN over both namespaces.
+///
+/// # Panics
+/// When there is no way back: such a thread must not live on.
+pub fn within<T>(there: &File, home: &File, inside: impl FnOnce() -> T) -> io::Result<T> {
+    let network = Some(LinkNameSpaceType::Network);
+    move_into_link_name_space(there.as_fd(), network)?;
+    let result = inside();
+    if let Err(error) = move_into_link_name_space(home.as_fd(), network) {
+        panic!("cannot return to the agent's own network namespace: {error}");
+    }
+    Ok(result)
+}
+
+/// `net.ipv4.ip_local_port_range` of the calling thread's namespace; the
+/// kernel's default where it cannot be read.
+pub fn ephemeral_ports() -> (u16, u16) {
+    fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")
+        .ok()
+        .and_then(|text| parse_port_range(&text))
+        .unwrap_or(DEFAULT_EPHEMERAL)
+}
+
+/// `inet_init_net` (net/ipv4/af_inet.c).
+pub const DEFAULT_EPHEMERAL: (u16, u16) = (32768, 60999);
+
+fn parse_port_range(text: &str) -> Option<(u16, u16)> {
+    let mut words = text.split_ascii_whitespace();
+    let (low, high) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    (low <= high).then_some((low, high))
+}
+
+#[derive(Default)]
+struct Finder {
+    found: Found,
+    places: HashMap<(NetnsId, bool), Option<usize>>,
+}
+
+impl Finder {
+    fn note(&mut self, id: NetnsId, stand_in: bool, handle: Handle) {
+        let namespaces = &mut self.found.namespaces;
+        match self.places.get(&(id, stand_in)) {
+            Some(Some(place)) => {
+                let handles = &mut namespaces[*place].handles;
+                let is_mount = |handle: &Handle| matches!(handle, Handle::Mount(_));
+                let first_mount = is_mount(&handle) && !handles.iter().any(is_mount);
+                if handles.len() < MAX_HANDLES || first_mount {
+                    handles.push(handle);
+                }
+            }
+            Some(None) => {}
+            None if namespaces.len() < MAX_NAMESPACES => {
+                self.places.insert((id, stand_in), Some(namespaces.len()));
+                namespaces.push(Namespace {
+                    id,
+                    stand_in,
+                    table: stand_in.then_some(id.into()),
+                    handles: vec![handle],
+                });
+            }
+            None if self.places.len() < 4 * MAX_NAMESPACES => {
+                self.places.insert((id, stand_in), None);
+                self.found.overflow += 1;
+            }
+            // Beyond any sense; no longer told apart.
+            None => {}
+        }
+    }
+}
+
+/// Inodes of /proc come from the same 32-bit range as namespaces' own
+/// (`proc_alloc_inum`), so they are distinct.
+fn stand_in(inode: u64) -> NetnsId {
+    inode as NetnsId
+}
+
+fn inode(path: PathBuf) -> Option<u64> {
+    fs::metadata(path).ok().map(|file| file.ino())
+}
+
+/// The inode in a link such as `net:[4026531840]`.
+fn namespace_link(path: &Path) -> io::Result<NetnsId> {
+    let link = fs::read_link(path)?;
+    parse_link(link.as_os_str().as_encoded_bytes())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a namespace link"))
+}
+
+fn parse_link(link: &[u8]) -> Option<NetnsId> {
+    let inode = link.strip_prefix(b"net:[")?.strip_suffix(b"]")?;
+    std::str::from_utf8(inode).ok()?.parse().ok()
+}
+
+/// The inode of a file that holds a network namespace.
+fn namespace_file(path: &Path) -> Option<NetnsId> {
+    // Not opened before it is known to be of nsfs: it could be a FIFO.
+    let status = rustix::fs::statfs(path).ok()?;
+    if status.f_type as u32 != NSFS_MAGIC {
+        return None;
+    }
+    // Other kinds of namespaces can be mounted, too; setns refuses them.
+    u32::try_from(fs::metadata(path).ok()?.ino()).ok()
+}
+
+/// include/uapi/linux/magic.h
+const NSFS_MAGIC: u32 = 0x6e73_6673;
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    struct Tree(tempfile::TempDir);
+
+    impl Tree {
+        fn new(own: u32) -> Self {
+            let tree = Self(tempfile::tempdir().unwrap());
+            tree.process("self", Some(own));
+            tree
+        }
+
+        fn process(&self, pid: &str, netns: Option<u32>) {
+            let dir = self.0.path().join(pid);
+            fs::create_dir_all(dir.join("ns")).unwrap();
+            fs::create_dir_all(dir.join("net")).unwrap();
+            if let Some(netns) = netns {
+                symlink(format!("net:[{netns}]"), dir.join("ns/net")).unwrap();
+            }
+        }
+
+        fn roots(&self) -> Roots {
+            Roots {
+                proc: self.0.path().into(),
+                mounts: vec![self.0.path().join("missing"), self.0.path().into()],
+            }
+        }
+
+        fn find(&self) -> Found {
+            // No mount here leads anywhere, so there is nowhere to return from.
+            let home = File::open(self.0.path()).unwrap();
+            self.roots().find(&home).unwrap()
+        }
+    }
+
+    #[test]
+    fn namespaces_are_unique_and_the_own_comes_first() {
+        let tree = Tree::new(7);
+        for (pid, netns) in [("1", 7), ("20", 9), ("3", 9), ("4", 8), ("5", 9), ("6", 9)] {
+            tree.process(pid, Some(netns));
+        }
+        tree.process("30", None); // a zombie: no link
+        fs::write(tree.0.path().join("version"), "").unwrap();
+        let found = tree.find();
+        assert_eq!(found.overflow, 0);
+        assert_eq!(found.hidden, None);
+        let ids: Vec<_> = found.namespaces.iter().map(|ns| ns.id).collect();
+        assert_eq!(ids, [7, 9, 8]);
+        assert_eq!(
+            found.namespaces[0].handles,
+            [Handle::Own, Handle::Process(1)]
+        );
+        let nine: Vec<_> = [3, 5, 6].map(Handle::Process).to_vec();
+        assert_eq!(found.namespaces[1].handles, nine);
+    }
+
+    #[test]
+    fn a_process_whose_first_thread_ended_is_found_by_another() {
+        let tree = Tree::new(7);
+        tree.process("50/task/50", None);
+        tree.process("50/task/51", Some(9));
+        tree.process("60/task/60", None); // ended as a whole
+        let found = tree.find();
+        let ids: Vec<_> = found.namespaces.iter().map(|ns| ns.id).collect();
+        assert_eq!(ids, [7, 9]);
+        assert_eq!(found.namespaces[1].handles, [Handle::Process(51)]);
+    }
+
+    #[test]
+    fn a_mount_is_kept_beside_many_processes() {
+        let mut finder = Finder::default();
+        for pid in 1..=5 {
+            finder.note(9, false, Handle::Process(pid));
+        }
+        for name in ["a", "b"] {
+            finder.note(9, false, Handle::Mount(name.into()));
+        }
+        let mut expected: Vec<_> = [1, 2, 3].map(Handle::Process).to_vec();
+        expected.push(Handle::Mount("a".into()));
+        assert_eq!(finder.found.namespaces[0].handles, expected);
+    }
+
+    #[test]
+    fn beyond_the_bound_namespaces_are_counted() {
+        let tree = Tree::new(1);
+        let mut finder = Finder::default();
+        for id in 0..MAX_NAMESPACES as u32 + 10 {
+            finder.note(id, false, Handle::Process(id));
+            finder.note(id, false, Handle::Process(id + 1));
+        }
+        assert_eq!(finder.found.namespaces.len(), MAX_NAMESPACES);
+        assert_eq!(finder.found.overflow, 10);
+        drop(tree);
+    }
+
+    #[test]
+    fn the_host_is_pid_1_where_it_can_be_read() {
+        let tree = Tree::new(7);
+        assert_eq!(tree.roots().host().unwrap(), 7);
+        assert_eq!(
+            tree.roots().host_namespace().unwrap().handles,
+            [Handle::Own]
+        );
+        tree.process("1", Some(5));
+        assert_eq!(tree.roots().host().unwrap(), 5);
+        let host = tree.roots().host_namespace().unwrap();
+        assert_eq!(host.handles, [Handle::Process(1)]);
+    }
+
+    #[test]
+    fn the_hosts_table_is_known_when_the_link_cannot_be_read_any_more() {
+        let tree = Tree::new(7);
+        tree.process("1", Some(5));
+        let table = tree.0.path().join("1/net/tcp");
+        fs::write(&table, "").unwrap();
+        let roots = tree.roots();
+        let host = roots.host_namespace().unwrap();
+        fs::remove_file(tree.0.path().join("1/ns/net")).unwrap();
+        let open = || roots.open_table(&host, &Handle::Process(1), Family::V4);
+        assert!(open().unwrap().is_some());
+        // The old file keeps its inode from being used again.
+        fs::rename(&table, tree.0.path().join("old")).unwrap();
+        fs::write(&table, "").unwrap();
+        assert_eq!(open().unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn links_and_ranges_parse_or_do_not() {
+        assert_eq!(parse_link(b"net:[4026531840]"), Some(4_026_531_840));
+        for link in [
+            "",
+            "net:[]",
+            "net:[x]",
+            "mnt:[1]",
+            "net:[99999999999]",
+            "net:[1",
+        ] {
+            assert_eq!(parse_link(link.as_bytes()), None, "{link}");
+        }
+        assert_eq!(parse_port_range("32768\t60999\n"), Some((32768, 60999)));
+        for range in ["", "1", "x y", "2 1", "1 70000"] {
+            assert_eq!(parse_port_range(range), None, "{range}");
+        }
+    }
+}
