@@ -1,51 +1,79 @@
-//! What is counted per country.
+//! Counters by country. Every country has a row from the start; one is
+//! exported from when something is first counted in it.
 
-use super::snapshot::{CountryRow, DIRECTIONS, FailureReason, Flow, Sum};
+use super::dimension::{Dimension, Index, Rank, Row, Value};
+use super::snapshot::{CountryRow, Sum};
 use crate::geo::Country;
 
-/// One country's counters.
-#[derive(Clone, Debug, Default)]
-pub(super) struct CountryCounters {
-    pub(super) flows: [Flow; DIRECTIONS],
-    pub(super) failures: [u64; FailureReason::COUNT],
+impl Value for Country {
+    type Index = CountryIndex;
+    type Extra = CountryExtra;
+}
+
+/// What a country's row holds beside flows and failures.
+#[derive(Debug, Default)]
+pub(super) struct CountryExtra {
     pub(super) connect_latency: Sum,
     pub(super) rtt: Sum,
-    /// Its row exists, for ever.
     seen: bool,
 }
 
-/// All countries; bounded by [`Country::COUNT`].
-#[derive(Debug)]
-pub(super) struct Countries {
-    rows: Vec<CountryCounters>,
+/// Row by country: rows are made in the order of [`Country::index`].
+#[derive(Debug, Default)]
+pub(super) struct CountryIndex {
+    rows: u16,
 }
 
-impl Countries {
-    pub(super) fn new() -> Self {
-        Self {
-            rows: vec![CountryCounters::default(); Country::COUNT],
+impl Index<Country> for CountryIndex {
+    fn get(&self, country: Country) -> u16 {
+        let row = row_of(country);
+        if row <= self.rows {
+            row
+        } else {
+            super::dimension::OTHER
         }
     }
 
-    /// The counters of a country, which exists from now on.
-    pub(super) fn row(&mut self, country: Country) -> &mut CountryCounters {
-        let row = &mut self.rows[country.index()];
-        row.seen = true;
+    fn set(&mut self, _: Country, row: u16) {
+        self.rows = self.rows.max(row);
+    }
+}
+
+fn row_of(country: Country) -> u16 {
+    country.index() as u16 + 1
+}
+
+/// All countries.
+#[derive(Debug)]
+pub(super) struct Countries(Dimension<Country>);
+
+impl Countries {
+    pub(super) fn new() -> Self {
+        let mut rows = Dimension::new(Country::COUNT);
+        for country in (0..Country::COUNT).filter_map(Country::from_index) {
+            rows.row_for(0, country, Rank::Opened, None);
+        }
+        Self(rows)
+    }
+
+    /// The counters of a country, which is exported from now on.
+    pub(super) fn change(&mut self, now_ns: u64, country: Country) -> &mut Row<Country> {
+        let row = self.0.change(now_ns, row_of(country));
+        row.extra.seen = true;
         row
     }
 
     pub(super) fn snapshot(&self) -> Vec<CountryRow> {
-        self.rows
-            .iter()
-            .enumerate()
-            .filter(|(_, row)| row.seen)
-            .filter_map(|(index, row)| {
+        self.0
+            .rows()
+            .filter(|(_, row)| row.extra.seen)
+            .filter_map(|(country, row)| {
                 Some(CountryRow {
-                    country: Country::from_index(index)?,
+                    country: country?,
                     flows: row.flows,
                     failures: row.failures,
-                    connect_latency: row.connect_latency,
-                    rtt: row.rtt,
+                    connect_latency: row.extra.connect_latency,
+                    rtt: row.extra.rtt,
                 })
             })
             .collect()

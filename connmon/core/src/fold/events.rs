@@ -156,7 +156,7 @@ impl Fold {
         self.ledger.opened(now_ns, place);
         if let Some(slot) = pending {
             let latency = at_ns.saturating_sub(self.table.entry(slot).since_ns);
-            self.ledger.connected_after(country, latency);
+            self.ledger.connected_after(now_ns, country, latency);
         }
         let early = accepted && direction == Direction::Inbound;
         if early {

@@ -3,11 +3,12 @@
 
 use super::countries::Countries;
 use super::cross::Cross;
+use super::dimension::{NO_ROW, OTHER};
 use super::failures;
 use super::histogram::{Buckets, DURATION_NS, LATENCY_NS};
-use super::ports::{OTHER, PortSet, Ports};
-use super::snapshot::{CrossRow, DIRECTIONS, Direction, PortRow};
-use super::table::{Entry, NO_CROSS};
+use super::ports::{PortSet, Ports};
+use super::snapshot::{CrossRow, DIRECTIONS, Direction, Flow, PortRow};
+use super::table::Entry;
 use super::{FoldConfig, snapshot::Sum};
 use crate::geo::Country;
 
@@ -75,14 +76,18 @@ impl Ledger {
         port: u16,
     ) -> Place {
         let (row, ended) = self.ports(direction).row_for(now_ns, port);
-        if let Some(ended) = ended {
-            self.cross.end_port_row(direction, ended);
-        }
+        self.end_cross_rows(direction, ended);
         Place {
             country,
             direction,
             port: row,
-            cross: self.cross.row_for(country, direction, port, row),
+            cross: self.cross.row_for(now_ns, country, direction, port, row),
+        }
+    }
+
+    fn end_cross_rows(&mut self, direction: Direction, ended: Option<u16>) {
+        if let Some(port_row) = ended {
+            self.cross.end_port_row(direction, port_row);
         }
     }
 
@@ -92,15 +97,14 @@ impl Ledger {
             country,
             direction: Direction::Unknown,
             port: OTHER,
-            cross: NO_CROSS,
+            cross: NO_ROW,
         }
     }
 
     /// Inbound ports that listen get a row before anybody connects.
     pub(super) fn reserve_listening(&mut self, now_ns: u64, port: u16) {
-        if let Some(ended) = self.ports(Direction::Inbound).reserve(now_ns, port) {
-            self.cross.end_port_row(Direction::Inbound, ended);
-        }
+        let ended = self.ports(Direction::Inbound).reserve(now_ns, port);
+        self.end_cross_rows(Direction::Inbound, ended);
     }
 
     pub(super) fn set_listening(&mut self, ports: &PortSet) {
@@ -109,68 +113,57 @@ impl Ledger {
 
     /// A tracked connection refers to its rows from now on.
     pub(super) fn attach(&mut self, now_ns: u64, place: Place) {
-        self.countries.row(place.country);
-        self.ports(place.direction).attach(now_ns, place.port);
+        self.countries.change(now_ns, place.country);
+        self.ports(place.direction).rows.attach(now_ns, place.port);
+        if place.cross != NO_ROW {
+            self.cross.rows.attach(now_ns, place.cross);
+        }
     }
 
     /// A tracked connection is gone from its rows.
     pub(super) fn detach(&mut self, now_ns: u64, place: Place) {
-        self.ports(place.direction).detach(now_ns, place.port);
+        self.ports(place.direction).rows.detach(now_ns, place.port);
+        if place.cross != NO_ROW {
+            self.cross.rows.detach(now_ns, place.cross);
+        }
+    }
+
+    /// Applies `change` to the flow of each row of a connection, so that all
+    /// dimensions have the same sums.
+    fn each_flow(&mut self, now_ns: u64, place: Place, change: impl Fn(&mut Flow)) {
+        let direction = place.direction as usize;
+        change(&mut self.countries.change(now_ns, place.country).flows[direction]);
+        let ports = &mut self.ports[direction].rows;
+        change(&mut ports.change(now_ns, place.port).flows[direction]);
+        if place.cross != NO_ROW {
+            change(&mut self.cross.rows.change(now_ns, place.cross).flows[direction]);
+        }
     }
 
     /// A handshake ended.
     pub(super) fn opened(&mut self, now_ns: u64, place: Place) {
-        let direction = place.direction as usize;
-        self.countries.row(place.country).flows[direction].opened += 1;
-        self.ports(place.direction)
-            .change(now_ns, place.port)
-            .flow
-            .opened += 1;
-        if let Some(cross) = self.cross.row(place.cross) {
-            cross.opened += 1;
-        }
+        self.each_flow(now_ns, place, |flow| flow.opened += 1);
     }
 
     /// A tracked connection reached CLOSE.
     pub(super) fn closed(&mut self, now_ns: u64, place: Place) {
-        let direction = place.direction as usize;
-        self.countries.row(place.country).flows[direction].closed += 1;
-        self.ports(place.direction)
-            .change(now_ns, place.port)
-            .flow
-            .closed += 1;
+        self.each_flow(now_ns, place, |flow| flow.closed += 1);
     }
 
     /// A tracked connection entered ESTABLISHED.
     pub(super) fn entered_established(&mut self, now_ns: u64, place: Place) {
-        let direction = place.direction as usize;
         self.established += 1;
-        self.countries.row(place.country).flows[direction].connections += 1;
-        self.ports(place.direction)
-            .change(now_ns, place.port)
-            .flow
-            .connections += 1;
-        if let Some(cross) = self.cross.row(place.cross) {
-            cross.connections += 1;
-        }
+        self.each_flow(now_ns, place, |flow| flow.connections += 1);
     }
 
     /// A tracked connection left ESTABLISHED.
     pub(super) fn left_established(&mut self, now_ns: u64, place: Place) {
-        let direction = place.direction as usize;
-        let country = &mut self.countries.row(place.country).flows[direction].connections;
-        let port = &mut self.ports[direction]
-            .change(now_ns, place.port)
-            .flow
-            .connections;
-        debug_assert!(self.established > 0 && *country > 0 && *port > 0);
+        debug_assert!(self.established > 0);
         self.established = self.established.saturating_sub(1);
-        *country = country.saturating_sub(1);
-        *port = port.saturating_sub(1);
-        if let Some(cross) = self.cross.row(place.cross) {
-            debug_assert!(cross.connections > 0);
-            cross.connections = cross.connections.saturating_sub(1);
-        }
+        self.each_flow(now_ns, place, |flow| {
+            debug_assert!(flow.connections > 0);
+            flow.connections = flow.connections.saturating_sub(1);
+        });
     }
 
     /// Payload and retransmits since the last look at a connection.
@@ -185,18 +178,14 @@ impl Ledger {
         if received | sent | retransmitted == 0 {
             return;
         }
-        let direction = place.direction as usize;
-        let country = &mut self.countries.row(place.country).flows[direction];
-        let port = &mut self.ports[direction].change(now_ns, place.port).flow;
-        for flow in [country, port] {
+        self.each_flow(now_ns, place, |flow| {
             flow.received_bytes += received;
             flow.sent_bytes += sent;
             flow.retransmitted_segments += retransmitted;
-        }
+        });
     }
 
-    /// An active open never completed; it counts in its port's row if there
-    /// is one already, since a row takes a completed handshake.
+    /// An active open never completed.
     pub(super) fn failed(
         &mut self,
         now_ns: u64,
@@ -206,29 +195,37 @@ impl Ledger {
         segments_out: Option<u32>,
     ) {
         let reason = failures::failure_reason(error, segments_out) as usize;
-        self.countries.row(country).failures[reason] += 1;
+        self.countries.change(now_ns, country).failures[reason] += 1;
         let ports = self.ports(Direction::Outbound);
-        let row = ports.existing(port);
-        ports.change(now_ns, row).failures[reason] += 1;
+        let (row, ended) = ports.row_for_failure(now_ns, port);
+        ports.rows.change(now_ns, row).failures[reason] += 1;
+        self.end_cross_rows(Direction::Outbound, ended);
     }
 
     /// An active handshake took this long.
-    pub(super) fn connected_after(&mut self, country: Country, latency_ns: u64) {
+    pub(super) fn connected_after(&mut self, now_ns: u64, country: Country, latency_ns: u64) {
         self.connect_latency.observe(latency_ns);
-        add(&mut self.countries.row(country).connect_latency, latency_ns);
+        let row = self.countries.change(now_ns, country);
+        add(&mut row.extra.connect_latency, latency_ns);
     }
 
     /// A passive connection waited this long for accept().
     pub(super) fn accepted_after(&mut self, now_ns: u64, place: Place, wait_ns: u64) {
         self.accept_wait.observe(wait_ns);
-        let row = self.ports(place.direction).change(now_ns, place.port);
-        add(&mut row.accept_wait, wait_ns);
+        let ports = &mut self.ports(place.direction).rows;
+        add(
+            &mut ports.change(now_ns, place.port).extra.accept_wait,
+            wait_ns,
+        );
     }
 
     /// A connection's smoothed round-trip time.
-    pub(super) fn round_trip(&mut self, place: Place, rtt_ns: u64) {
+    pub(super) fn round_trip(&mut self, now_ns: u64, place: Place, rtt_ns: u64) {
         self.rtt[place.direction as usize].observe(rtt_ns);
-        add(&mut self.countries.row(place.country).rtt, rtt_ns);
+        add(
+            &mut self.countries.change(now_ns, place.country).extra.rtt,
+            rtt_ns,
+        );
     }
 
     pub(super) fn saw_close_wait(&mut self, place: Place) {
@@ -260,16 +257,19 @@ impl Ledger {
     }
 
     pub(super) fn cross_rows(&self) -> Vec<CrossRow> {
-        self.cross
-            .rows()
-            .map(|row| CrossRow {
-                country: row.country,
-                port: self.ports[row.direction as usize].label(row.port_row),
-                direction: row.direction,
-                connections: row.connections,
-                opened: row.opened,
+        let rows = self.cross.rows.rows();
+        rows.filter_map(|(labels, row)| {
+            let labels = labels?;
+            let flow = &row.flows[labels.direction as usize];
+            Some(CrossRow {
+                country: labels.country,
+                port: self.ports[labels.direction as usize].label(labels.port_row),
+                direction: labels.direction,
+                connections: flow.connections,
+                opened: flow.opened,
             })
-            .collect()
+        })
+        .collect()
     }
 
     /// `connmon_series_overflow_total` and `connmon_series_evicted_total` of
@@ -277,11 +277,15 @@ impl Ledger {
     pub(super) fn series_losses(&self) -> [(&'static str, u64, u64); 2] {
         let ports = |of: fn(&Ports) -> u64| self.ports.iter().map(of).sum();
         [
-            ("country_port", self.cross.overflow, self.cross.evicted),
+            (
+                "country_port",
+                self.cross.rows.overflow,
+                self.cross.rows.evicted,
+            ),
             (
                 "port",
-                ports(|ports| ports.overflow),
-                ports(|ports| ports.evicted),
+                ports(|ports| ports.rows.overflow),
+                ports(|ports| ports.rows.evicted),
             ),
         ]
     }

@@ -7,6 +7,7 @@
 mod accepts;
 mod countries;
 mod cross;
+mod dimension;
 mod events;
 mod failures;
 mod filter;

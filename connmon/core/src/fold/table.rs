@@ -6,6 +6,7 @@
 
 use hashbrown::HashTable;
 
+use super::dimension::NO_ROW;
 use super::key::{Hasher, Key};
 use super::snapshot::Direction;
 use crate::event::{Cookie, SocketId, Tuple};
@@ -13,9 +14,6 @@ use crate::geo::Country;
 
 /// Place of an entry in the slab.
 pub(super) type Slot = u32;
-
-/// A `cross` value that stands for no row.
-pub(super) const NO_CROSS: u16 = u16::MAX;
 
 /// Entries per slab chunk: 64 KiB, so that an idle agent stays small and
 /// growing never copies.
@@ -94,7 +92,7 @@ pub(super) struct Entry {
     pub(super) retransmitted: u32,
     /// Row of its direction's port table.
     pub(super) port: u16,
-    /// Row of the cross table, or [`NO_CROSS`].
+    /// Row of the cross table, or [`NO_ROW`].
     pub(super) cross: u16,
     pub(super) flags: Flags,
     pub(super) country: Country,
@@ -120,7 +118,7 @@ impl Entry {
         sent_high: 0,
         retransmitted: 0,
         port: 0,
-        cross: NO_CROSS,
+        cross: NO_ROW,
         flags: Flags(0),
         country: Country::UNKNOWN,
         epoch: 0,

@@ -42,7 +42,7 @@ impl Fold {
         let observed = self.table.entry(slot).flags.has(Flags::RTT);
         if traffic.srtt_us > 0 && (moved > 0 || !observed) {
             self.ledger
-                .round_trip(place, u64::from(traffic.srtt_us) * US);
+                .round_trip(now_ns, place, u64::from(traffic.srtt_us) * US);
         }
     }
 
@@ -70,7 +70,7 @@ impl Fold {
         if received + sent > 0 && traffic.srtt_us > 0 {
             entry.flags.set(Flags::RTT);
             self.ledger
-                .round_trip(place, u64::from(traffic.srtt_us) * US);
+                .round_trip(now_ns, place, u64::from(traffic.srtt_us) * US);
         }
         self.ledger
             .moved(now_ns, place, received, sent, retransmitted);
