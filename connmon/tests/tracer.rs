@@ -488,7 +488,7 @@ fn function_probes(attach: AttachChoice, connect: Method, accept: Method) {
             .find(|rung| rung.probe == probe)
             .unwrap();
         if rung.method == Method::None {
-            let reason = rung.reason.as_deref().unwrap_or_default();
+            let reason = rung.reason().unwrap_or_default();
             assert!(!reason.is_empty(), "{rung:?}");
             println!("not applicable: {}: {reason}", method.label());
             assert!(!tracer.accepts_known() || probe != Probe::Accept);

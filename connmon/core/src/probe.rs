@@ -1,4 +1,8 @@
-//! The kernel probes and how each is attached.
+//! The kernel probes, how each is attached, and why not in a better way.
+
+use std::fmt;
+
+use serde::Serialize;
 
 /// A probe of the contract (label `probe`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -26,7 +30,8 @@ impl Probe {
 }
 
 /// How a probe is attached (label `method`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Method {
     /// BTF raw tracepoint.
     TpBtf,
@@ -59,13 +64,82 @@ impl Method {
     }
 }
 
-/// Where a probe ended up on its ladder.
+/// Which step of attaching failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// The configuration excludes this method.
+    Configuration,
+    /// The kernel's BTF is absent, or lacks a type or member.
+    Btf,
+    /// Creating or mapping a BPF map.
+    Map,
+    /// Reading the tracepoint's format in tracefs.
+    Tracefs,
+    /// The tracepoint's fields are not where the program reads them.
+    Format,
+    /// BPF_PROG_LOAD, the verifier included.
+    Load,
+    /// Attaching the loaded program.
+    Attach,
+}
+
+/// Why a probe could not be attached by one method.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct AttachFailure {
+    /// The method tried; [`Method::None`] where it failed before any.
+    pub method: Method,
+    /// The step that failed.
+    pub stage: Stage,
+    /// The kernel's error number, if it gave one.
+    pub errno: Option<i32>,
+    /// What failed, in one line.
+    pub message: String,
+    /// The last lines of the verifier's log, at most 2 KiB; empty without one.
+    pub verifier_log: String,
+}
+
+impl AttachFailure {
+    /// A failure without an error number or verifier log.
+    pub fn new(method: Method, stage: Stage, message: impl Into<String>) -> Self {
+        Self {
+            method,
+            stage,
+            errno: None,
+            message: message.into(),
+            verifier_log: String::new(),
+        }
+    }
+}
+
+impl fmt::Display for AttachFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.method != Method::None && self.stage != Stage::Configuration {
+            write!(f, "{}: ", self.method.label())?;
+        }
+        f.write_str(&self.message)?;
+        match self.verifier_log.lines().next_back() {
+            Some(line) => write!(f, " ({line})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How a probe is attached, and which better methods failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rung {
     /// Probe.
     pub probe: Probe,
     /// Method.
     pub method: Method,
-    /// Why it is not higher, in words; `None` on the highest rung.
-    pub reason: Option<String>,
+    /// One for each method tried before, best first.
+    pub failures: Vec<AttachFailure>,
+}
+
+impl Rung {
+    /// Why the method is not a better one, in one line; `None` on the best.
+    pub fn reason(&self) -> Option<String> {
+        let failures: Vec<_> = self.failures.iter().map(AttachFailure::to_string).collect();
+        (!failures.is_empty()).then(|| failures.join("; "))
+    }
 }

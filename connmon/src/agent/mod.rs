@@ -25,6 +25,7 @@ use crate::notify::Notify;
 use connmon_core::event::{LiveSocket, NetnsId};
 use connmon_core::fold::{Fold, FoldConfig, RemoteFilter};
 use connmon_core::geo::{Database, Locator};
+use connmon_core::probe::{AttachFailure, Method, Stage};
 use connmon_core::report::Source;
 use connmon_host::kernel::{Tracer, TracerOptions};
 use connmon_host::reconcile::netns::Roots;
@@ -62,7 +63,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let host = Roots::default()
         .host()
         .context("cannot read /proc/self/ns/net; is /proc mounted?")?;
-    let (mut tracer, degraded) = attach(&config, host)?;
+    let attached = attach(&config, host)?;
+    let mut tracer = attached.tracer;
     let source = if tracer.is_some() {
         Source::Ebpf
     } else {
@@ -105,13 +107,13 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     };
     let rungs = match &tracer {
         Some(tracer) => tracer.rungs().to_vec(),
-        None => connmon_host::kernel::no_rungs(degraded.as_deref()),
+        None => connmon_host::kernel::no_rungs(&attached.failures),
     };
     status::log_rungs(&rungs);
     let database = Arc::new(database);
     let board = StatusBoard::new(
         source,
-        degraded,
+        attached.degraded,
         rungs,
         database.info(0, 0),
         audit_every,
@@ -216,10 +218,23 @@ fn open_database(config: &Config) -> anyhow::Result<(Option<Reloader>, Database)
     })
 }
 
-/// The kernel side, or why polling stands in for it.
-fn attach(config: &Config, host: NetnsId) -> anyhow::Result<(Option<Tracer>, Option<String>)> {
+/// The attached programs, or why there are none.
+#[derive(Default)]
+struct Attached {
+    /// `None`: the agent polls.
+    tracer: Option<Tracer>,
+    /// Why it polls, unless the configuration asks for that.
+    degraded: Option<String>,
+    failures: Vec<AttachFailure>,
+}
+
+fn attach(config: &Config, host: NetnsId) -> anyhow::Result<Attached> {
     if config.source == SourceChoice::Proc {
-        return Ok((None, None));
+        let asked = AttachFailure::new(Method::None, Stage::Configuration, "--source proc");
+        return Ok(Attached {
+            failures: vec![asked],
+            ..Attached::default()
+        });
     }
     let options = TracerOptions {
         attach: config.attach,
@@ -233,11 +248,17 @@ fn attach(config: &Config, host: NetnsId) -> anyhow::Result<(Option<Tracer>, Opt
     match Tracer::attach(&options) {
         Ok(mut tracer) => {
             if config.bpf_stats
-                && let Err(reason) = tracer.enable_stats()
+                && let Err(error) = tracer.enable_stats()
             {
-                warn!("--ebpf.stats: {reason}");
+                warn!(
+                    "--ebpf.stats: the kernel does not time the programs ({error}): \
+                     grant CAP_SYS_ADMIN, or set kernel.bpf_stats_enabled=1"
+                );
             }
-            Ok((Some(tracer), None))
+            Ok(Attached {
+                tracer: Some(tracer),
+                ..Attached::default()
+            })
         }
         Err(error) => {
             let reason = match sandbox::missing_for_tracing() {
@@ -251,7 +272,11 @@ fn attach(config: &Config, host: NetnsId) -> anyhow::Result<(Option<Tracer>, Opt
                 "no eBPF, polling /proc every {:?} instead: {reason}",
                 config.proc_interval
             );
-            Ok((None, Some(reason)))
+            Ok(Attached {
+                tracer: None,
+                degraded: Some(reason),
+                failures: error.failures,
+            })
         }
     }
 }

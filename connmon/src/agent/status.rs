@@ -304,7 +304,7 @@ impl StatusBoard {
 /// One line of the log for each probe: its rung, and why it is not higher.
 pub fn log_rungs(rungs: &[Rung]) {
     for rung in rungs {
-        match &rung.reason {
+        match rung.reason() {
             None => info!("{} attached by {}", rung.probe.label(), rung.method.label()),
             Some(reason) => info!(
                 "{} attached by {}: {reason}",

@@ -12,7 +12,7 @@ use crate::cli::Output;
 use crate::config::{Config, SourceChoice};
 use crate::database;
 use connmon_core::geo::Database;
-use connmon_core::probe::{Method, Probe, Rung};
+use connmon_core::probe::{AttachFailure, Method, Probe, Rung};
 use connmon_core::scan::{Trigger, Walk, WalkMessage, WalkSummary};
 use connmon_host::kernel::{
     HostFacts, MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs, Tracer, TracerOptions,
@@ -58,6 +58,24 @@ struct Line {
     cause: String,
     /// What helps; empty when nothing is needed.
     remedy: String,
+    /// What the kernel refused, best method first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    failures: Vec<AttachFailure>,
+}
+
+fn line(
+    check: impl Into<String>,
+    result: Outcome,
+    cause: impl Into<String>,
+    remedy: impl Into<String>,
+) -> Line {
+    Line {
+        check: check.into(),
+        result,
+        cause: cause.into(),
+        remedy: remedy.into(),
+        failures: Vec::new(),
+    }
 }
 
 /// What was tried.
@@ -119,12 +137,12 @@ struct Tracing {
 struct NoTracing {
     cause: String,
     remedy: String,
+    failures: Vec<AttachFailure>,
 }
 
 impl NoTracing {
-    /// From an attach error's sentence; the agent polls then or does not run.
-    fn from_sentence(sentence: &str, polls: bool) -> Self {
-        let (cause, remedy) = sentence.rsplit_once(": ").unwrap_or((sentence, ""));
+    /// The agent polls then, or does not run.
+    fn new(cause: &str, remedy: &str, polls: bool) -> Self {
         let until = if polls {
             "; until then /proc is polled"
         } else {
@@ -133,6 +151,7 @@ impl NoTracing {
         Self {
             cause: cause.to_owned(),
             remedy: format!("{remedy}{until}"),
+            failures: Vec::new(),
         }
     }
 
@@ -140,6 +159,7 @@ impl NoTracing {
         Self {
             cause: "--source proc: /proc is polled".to_owned(),
             remedy: "leave --source at auto".to_owned(),
+            failures: Vec::new(),
         }
     }
 }
@@ -200,16 +220,21 @@ fn trace(config: &Config, asked: &Asked) -> Result<Tracing, NoTracing> {
     if asked.polling {
         return Err(NoTracing::asked_for());
     }
-    let refused = |sentence: &str| NoTracing::from_sentence(sentence, !asked.ebpf_only);
-    let options = super::tracer_options(config)
-        .map_err(|error| refused(&format!("/proc/self/ns/net: {error}: mount /proc")))?;
+    let polls = !asked.ebpf_only;
+    let options = super::tracer_options(config).map_err(|error| {
+        let cause = format!("/proc/self/ns/net cannot be read: {error}");
+        NoTracing::new(&cause, "mount /proc", polls)
+    })?;
     let tracer = Tracer::attach(&TracerOptions {
         owners: false,
         traffic: asked.traffic,
         log_level: log::LevelFilter::Off,
         ..options
     })
-    .map_err(|error| refused(&error.to_string()))?;
+    .map_err(|error| NoTracing {
+        failures: error.failures,
+        ..NoTracing::new(&error.diagnosis.cause, &error.diagnosis.remedy, polls)
+    })?;
     Ok(Tracing {
         rungs: tracer.rungs().to_vec(),
         ring_bytes: tracer.ring_len(),
@@ -254,226 +279,176 @@ fn walk(asked: &Asked, polling: bool) -> Result<WalkSummary, String> {
 
 /// Findings → lines. Pure.
 fn judge(findings: &Findings) -> Vec<Line> {
-    let facts = &findings.facts;
-    let mut lines = Vec::new();
-    let mut add = |check: &str, result, cause: &str, remedy: &str| {
-        lines.push(Line {
-            check: check.into(),
-            result,
-            cause: cause.into(),
-            remedy: remedy.into(),
-        });
-    };
-
-    let version = facts.version();
-    if version < (5, 8) {
-        let cause = format!("Linux {}, older than 5.8", facts.release);
-        add(
-            "kernel",
-            Outcome::Degraded,
-            &cause,
-            "run a newer kernel; until then /proc is polled",
-        );
-    } else {
-        add(
-            "kernel",
-            Outcome::Ok,
-            &format!("Linux {}", facts.release),
-            "",
-        );
-    }
-    if facts.is_wsl2() {
-        add(
-            "wsl2",
-            Outcome::Info,
-            "sees WSL's sockets, not Windows'",
-            "",
-        );
-    }
-    if facts.btf {
-        add("btf", Outcome::Ok, "/sys/kernel/btf/vmlinux", "");
-    } else {
-        add(
-            "btf",
-            Outcome::Degraded,
-            "the kernel shows no BTF: no namespaces, cookies, errors and byte counts in events",
-            "run a kernel with CONFIG_DEBUG_INFO_BTF",
-        );
-    }
-    if facts.lockdown == "confidentiality" {
-        let remedy = "boot with lockdown=integrity or without";
-        add("lockdown", Outcome::Degraded, "confidentiality", remedy);
-    } else {
-        let mode = if facts.lockdown.is_empty() {
-            "none"
-        } else {
-            &facts.lockdown
-        };
-        add("lockdown", Outcome::Ok, mode, "");
-    }
-    // Needed by one rung only, whose own line counts.
-    let (outcome, cause, remedy) = match facts.tracefs {
-        Tracefs::Mounted => (Outcome::Ok, "mounted", ""),
-        Tracefs::Closed => (
-            Outcome::Info,
-            "closed to this user: the tracepoint rung cannot be used",
-            OPEN_TRACEFS,
-        ),
-        Tracefs::Absent => (
-            Outcome::Info,
-            "not mounted: the tracepoint rung cannot be used",
-            MOUNT_TRACEFS,
-        ),
-    };
-    add("tracefs", outcome, cause, remedy);
-
-    match &findings.tracing {
-        Ok(tracing) => {
-            add(
-                "ring buffer",
-                Outcome::Ok,
-                &format!("{} bytes", tracing.ring_bytes),
-                "",
-            );
-            for rung in &tracing.rungs {
-                let (result, cause, remedy) = judge_rung(rung);
-                add(
-                    &format!("probe {}", rung.probe.label()),
-                    result,
-                    &cause,
-                    remedy,
-                );
-            }
-            if !findings.asked.traffic {
-                add("traffic", Outcome::Info, "--traffic.interval is 0", "");
-            } else if !tracing.traffic {
-                add(
-                    "traffic",
-                    Outcome::Degraded,
-                    "the tracepoint without BTF tells no bytes: those families are absent",
-                    "run a kernel with BTF",
-                );
-            }
-        }
-        Err(NoTracing { cause, remedy }) => {
-            let ebpf_only = findings.asked.ebpf_only;
-            let result = if ebpf_only {
-                Outcome::Failed
-            } else {
-                Outcome::Degraded
-            };
-            add("tracing", result, cause, remedy);
-            let none = format!("none: {cause}");
-            add("ring buffer", result, &none, remedy);
-            for probe in Probe::ALL {
-                add(&format!("probe {}", probe.label()), result, &none, remedy);
-            }
-            if !ebpf_only {
-                let cause = "polling: no bytes, retransmits, round-trip times, latencies, failures";
-                add("traffic", Outcome::Degraded, cause, remedy);
-            }
-        }
-    }
-
+    let mut lines = judge_host(&findings.facts, findings.tracing.is_ok());
+    lines.extend(match &findings.tracing {
+        Ok(tracing) => judge_tracing(findings, tracing),
+        Err(none) => judge_no_tracing(findings, none),
+    });
     match &findings.walk {
-        Ok(summary) => {
-            for line in judge_walk(findings, summary) {
-                add(line.0, line.1, &line.2, line.3);
-            }
-        }
+        Ok(summary) => lines.extend(judge_walk(findings, summary)),
         // Nothing runs without the walker.
-        Err(error) => add("namespaces", Outcome::Failed, error, "mount /proc"),
+        Err(error) => lines.push(line("namespaces", Outcome::Failed, error, "mount /proc")),
     }
-
-    match &findings.strict {
-        None => {}
-        Some(Ok(())) => add("sandbox", Outcome::Ok, "strict: every measure is there", ""),
-        Some(Err(error)) => {
-            let remedy = "--sandbox auto runs with what there is";
-            add("sandbox", Outcome::Failed, error, remedy);
-        }
-    }
-
-    match &findings.database {
-        Ok(kind) => add("country database", Outcome::Ok, kind, ""),
-        Err(error) => add(
-            "country database",
-            Outcome::Failed,
-            error,
-            "check --geoip.database",
+    lines.extend(findings.strict.as_ref().map(|strict| match strict {
+        Ok(()) => line(
+            "sandbox",
+            Outcome::Ok,
+            "strict: every measure is in force",
+            "",
         ),
-    }
-
+        Err(error) => {
+            let remedy = "--sandbox auto runs with the measures that this kernel has";
+            line("sandbox", Outcome::Failed, error, remedy)
+        }
+    }));
+    lines.push(match &findings.database {
+        Ok(kind) => line("country database", Outcome::Ok, kind, ""),
+        Err(error) => {
+            let remedy = "check --geoip.database";
+            line("country database", Outcome::Failed, error, remedy)
+        }
+    });
     lines.extend(features::judge(findings));
     lines
 }
 
-fn judge_rung(rung: &Rung) -> (Outcome, String, &'static str) {
-    let reason = rung.reason.as_deref().unwrap_or_default();
-    let why = |text: &str| {
-        if reason.is_empty() {
-            text.to_owned()
-        } else {
-            format!("{text} ({reason})")
+/// What the kernel and its file systems offer.
+fn judge_host(facts: &HostFacts, traced: bool) -> Vec<Line> {
+    let mut lines = Vec::new();
+    let kernel = format!("Linux {}", facts.release);
+    // Some distributions took the ring buffer over to older kernels.
+    lines.push(if facts.version() < (5, 8) && !traced {
+        let cause = format!("{kernel}, older than 5.8");
+        let remedy = "run a newer kernel; until then /proc is polled";
+        line("kernel", Outcome::Degraded, cause, remedy)
+    } else {
+        line("kernel", Outcome::Ok, kernel, "")
+    });
+    if facts.is_wsl2() {
+        let cause = "WSL's sockets are seen, not Windows'";
+        lines.push(line("wsl2", Outcome::Info, cause, ""));
+    }
+    lines.push(if facts.btf {
+        line("btf", Outcome::Ok, "/sys/kernel/btf/vmlinux", "")
+    } else {
+        let cause =
+            "the kernel shows no BTF: events have no namespaces, cookies, errors and byte counts";
+        let remedy = "run a kernel with CONFIG_DEBUG_INFO_BTF";
+        line("btf", Outcome::Degraded, cause, remedy)
+    });
+    lines.push(match facts.lockdown.as_str() {
+        "" => line("lockdown", Outcome::Ok, "none", ""),
+        "confidentiality" => {
+            let remedy = "boot with lockdown=integrity or without";
+            line("lockdown", Outcome::Degraded, "confidentiality", remedy)
         }
+        mode => line("lockdown", Outcome::Ok, mode, ""),
+    });
+    // Needed by one rung only, whose own line counts.
+    let unused = |state| format!("{state}: the tracepoint rung cannot be used");
+    lines.push(match facts.tracefs {
+        Tracefs::Mounted => line("tracefs", Outcome::Ok, "mounted", ""),
+        Tracefs::Closed => {
+            let cause = unused("closed to this user");
+            line("tracefs", Outcome::Info, cause, OPEN_TRACEFS)
+        }
+        Tracefs::Absent => {
+            let cause = unused("not mounted");
+            line("tracefs", Outcome::Info, cause, MOUNT_TRACEFS)
+        }
+    });
+    lines
+}
+
+fn judge_tracing(findings: &Findings, tracing: &Tracing) -> Vec<Line> {
+    let ring = format!("{} bytes", tracing.ring_bytes);
+    let mut lines = vec![line("ring buffer", Outcome::Ok, ring, "")];
+    lines.extend((tracing.rungs.iter()).map(|rung| judge_rung(&findings.facts, rung)));
+    if !findings.asked.traffic {
+        let cause = "--traffic.interval is 0";
+        lines.push(line("traffic", Outcome::Info, cause, ""));
+    } else if !tracing.traffic {
+        let cause = "the tracepoint without BTF carries no bytes: those families are absent";
+        let remedy = "run a kernel with BTF";
+        lines.push(line("traffic", Outcome::Degraded, cause, remedy));
+    }
+    lines
+}
+
+fn judge_no_tracing(findings: &Findings, none: &NoTracing) -> Vec<Line> {
+    let ebpf_only = findings.asked.ebpf_only;
+    let result = if ebpf_only {
+        Outcome::Failed
+    } else {
+        Outcome::Degraded
     };
-    match (rung.probe, rung.method) {
-        (_, Method::None) => {
-            let lost = match rung.probe {
-                Probe::Accept => "none: no accept waits, no names of those who accept",
+    let remedy = &none.remedy;
+    let mut lines = vec![Line {
+        failures: none.failures.clone(),
+        ..line("tracing", result, &none.cause, remedy)
+    }];
+    let probes = Probe::ALL.map(|probe| format!("probe {}", probe.label()));
+    let cause = format!("none: {}", none.cause);
+    for check in ["ring buffer".to_owned()].into_iter().chain(probes) {
+        lines.push(line(check, result, &cause, remedy));
+    }
+    if !ebpf_only {
+        let cause = "polling: no bytes, retransmits, round-trip times, latencies, failures";
+        lines.push(line("traffic", Outcome::Degraded, cause, remedy));
+    }
+    lines
+}
+
+fn judge_rung(facts: &HostFacts, rung: &Rung) -> Line {
+    let why = |text: &str| match rung.reason() {
+        Some(reason) => format!("{text} ({reason})"),
+        None => text.to_owned(),
+    };
+    let (result, cause) = match (rung.probe, rung.method) {
+        (probe, Method::None) => {
+            let lost = match probe {
+                Probe::Accept => "none: no accept waits, no names of processes that accept",
                 Probe::Connect => {
                     "none: latency of deferred Fast Open connects counts from connect()"
                 }
                 Probe::SetState => "none",
             };
-            (Outcome::Degraded, why(lost), remedy_for(reason))
+            (Outcome::Degraded, why(lost))
         }
-        (Probe::SetState, Method::Tracepoint) => (
-            Outcome::Degraded,
-            why("tracepoint, slower than tp_btf"),
-            match remedy_for(reason) {
-                FUNCTION_PROBES => "please report this line with the kernel's release",
-                remedy => remedy,
-            },
-        ),
-        (_, method) => (Outcome::Ok, why(method.label()), ""),
+        (Probe::SetState, Method::Tracepoint) => {
+            (Outcome::Degraded, why("tracepoint, slower than tp_btf"))
+        }
+        (_, method) => (Outcome::Ok, why(method.label())),
+    };
+    let remedy = match result {
+        Outcome::Degraded => facts.remedy(rung),
+        _ => "",
+    };
+    Line {
+        failures: rung.failures.clone(),
+        ..line(
+            format!("probe {}", rung.probe.label()),
+            result,
+            cause,
+            remedy,
+        )
     }
 }
-
-/// What a kernel must have for the function probes, when no more is known.
-const FUNCTION_PROBES: &str = "run a kernel with CONFIG_KPROBES; counts do not depend on it";
-
-/// What helps a probe up its ladder.
-fn remedy_for(reason: &str) -> &'static str {
-    if reason.contains("--ebpf.attach is") {
-        "leave --ebpf.attach at auto"
-    } else if reason.contains("BTF") {
-        "run a kernel with CONFIG_DEBUG_INFO_BTF"
-    } else if reason.contains("os error 1)") && reason.contains("kprobe/type") {
-        "this kernel refuses trampolines and has no kprobes: run one with CONFIG_KPROBES; counts do not depend on it"
-    } else if reason.contains("os error 1)") {
-        "the kernel refuses trampolines and kprobes: see lockdown and capabilities; counts do not depend on it"
-    } else {
-        FUNCTION_PROBES
-    }
-}
-
-type Judged = (&'static str, Outcome, String, &'static str);
 
 fn namespaces(count: u32) -> String {
     let ending = if count == 1 { "" } else { "s" };
     format!("{count} namespace{ending}")
 }
 
-fn judge_walk(findings: &Findings, summary: &WalkSummary) -> Vec<Judged> {
+fn judge_walk(findings: &Findings, summary: &WalkSummary) -> Vec<Line> {
     let mut lines = Vec::new();
     let reason = summary.reason.as_deref().unwrap_or("not said");
     let watched = summary.diag + summary.proc;
     if findings.tracing.is_err() {
         let cause = "not asked: polling reads /proc/net/tcp".to_owned();
-        lines.push(("tcp_diag", Outcome::Info, cause, ""));
+        lines.push(line("tcp_diag", Outcome::Info, cause, ""));
     } else if summary.diag == 0 && summary.proc > 0 {
-        lines.push((
+        lines.push(line(
             "tcp_diag",
             Outcome::Degraded,
             format!("sock_diag cannot be used ({reason}); /proc/net/tcp is read, slower and without bytes"),
@@ -481,18 +456,18 @@ fn judge_walk(findings: &Findings, summary: &WalkSummary) -> Vec<Judged> {
         ));
     } else {
         let cause = format!("{} read by sock_diag", namespaces(summary.diag));
-        lines.push(("tcp_diag", Outcome::Ok, cause, ""));
+        lines.push(line("tcp_diag", Outcome::Ok, cause, ""));
     }
     let seen = format!("{} watched", namespaces(watched));
     if findings.asked.all_netns && !findings.facts.host_pids {
-        lines.push((
+        lines.push(line(
             "namespaces",
             Outcome::Degraded,
             format!("{seen}: this container has a pid namespace of its own"),
             "add --pid=host",
         ));
     } else if summary.unaudited > 0 || (summary.diag > 0 && summary.proc > 0) {
-        lines.push((
+        lines.push(line(
             "namespaces",
             Outcome::Degraded,
             format!(
@@ -502,7 +477,7 @@ fn judge_walk(findings: &Findings, summary: &WalkSummary) -> Vec<Judged> {
             "grant CAP_SYS_ADMIN and CAP_SYS_PTRACE",
         ));
     } else {
-        lines.push(("namespaces", Outcome::Ok, seen, ""));
+        lines.push(line("namespaces", Outcome::Ok, seen, ""));
     }
     lines
 }
@@ -538,14 +513,23 @@ fn table(out: &mut impl Write, lines: &[Line]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use connmon_core::probe::Stage;
+
     use super::*;
     use connmon_host::sandbox::{self, CapabilitySet};
 
-    fn rung(probe: Probe, method: Method, reason: Option<&str>) -> Rung {
+    fn rung(probe: Probe, method: Method, failures: &[AttachFailure]) -> Rung {
         Rung {
             probe,
             method,
-            reason: reason.map(str::to_owned),
+            failures: failures.to_vec(),
+        }
+    }
+
+    fn failure(method: Method, stage: Stage, errno: i32) -> AttachFailure {
+        AttachFailure {
+            errno: Some(errno),
+            ..AttachFailure::new(method, stage, format!("os error {errno}"))
         }
     }
 
@@ -565,9 +549,9 @@ mod tests {
             },
             tracing: Ok(Tracing {
                 rungs: vec![
-                    rung(Probe::SetState, Method::TpBtf, None),
-                    rung(Probe::Connect, Method::Fentry, None),
-                    rung(Probe::Accept, Method::Fexit, None),
+                    rung(Probe::SetState, Method::TpBtf, &[]),
+                    rung(Probe::Connect, Method::Fentry, &[]),
+                    rung(Probe::Accept, Method::Fexit, &[]),
                 ],
                 ring_bytes: 8 << 20,
                 traffic: true,
@@ -607,10 +591,10 @@ mod tests {
 
     #[test]
     fn a_state_program_that_does_not_load_is_no_matter_of_kprobes() {
-        let reason = "tp_btf: load: Invalid argument (os error 22) (bad access)";
+        let failures = [failure(Method::TpBtf, Stage::Load, 22)];
         let mut findings = good();
         findings.tracing.as_mut().ok().unwrap().rungs[0] =
-            rung(Probe::SetState, Method::Tracepoint, Some(reason));
+            rung(Probe::SetState, Method::Tracepoint, &failures);
         let lines = judge(&findings);
         let line = find(&lines, "probe inet_sock_set_state");
         assert_eq!(line.result, Outcome::Degraded);
@@ -619,10 +603,13 @@ mod tests {
 
     #[test]
     fn refused_trampolines_without_kprobes_are_degraded() {
-        let reason = "fexit: load: Operation not permitted (os error 1); kretprobe: `/sys/bus/event_source/devices/kprobe/type`: No such file or directory (os error 2)";
+        let failures = [
+            failure(Method::Fexit, Stage::Load, 1),
+            failure(Method::Kretprobe, Stage::Attach, 2),
+        ];
         let mut findings = good();
         findings.tracing.as_mut().ok().unwrap().rungs[2] =
-            rung(Probe::Accept, Method::None, Some(reason));
+            rung(Probe::Accept, Method::None, &failures);
         let lines = judge(&findings);
         let line = find(&lines, "probe inet_csk_accept");
         assert_eq!(line.result, Outcome::Degraded);
@@ -630,7 +617,7 @@ mod tests {
         assert_eq!(exit_code(&lines), ExitCode::from(DEGRADED));
         // A kprobe instead is no loss.
         findings.tracing.as_mut().ok().unwrap().rungs[2] =
-            rung(Probe::Accept, Method::Kretprobe, Some(reason));
+            rung(Probe::Accept, Method::Kretprobe, &failures);
         assert_eq!(exit_code(&judge(&findings)), ExitCode::SUCCESS);
     }
 
@@ -659,9 +646,9 @@ mod tests {
 
     #[test]
     fn no_tracing_polls_or_fails() {
-        let sentence = "missing capability CAP_BPF: run as root";
+        let cause = "missing capability CAP_BPF";
         let mut findings = good();
-        findings.tracing = Err(NoTracing::from_sentence(sentence, true));
+        findings.tracing = Err(NoTracing::new(cause, "run as root", true));
         let lines = judge(&findings);
         for check in TRACED {
             let line = find(&lines, check);
@@ -681,7 +668,7 @@ mod tests {
                 .starts_with("polling: no bytes")
         );
         assert_eq!(exit_code(&lines), ExitCode::from(DEGRADED));
-        findings.tracing = Err(NoTracing::from_sentence(sentence, false));
+        findings.tracing = Err(NoTracing::new(cause, "run as root", false));
         findings.asked.ebpf_only = true;
         let lines = judge(&findings);
         for check in TRACED {
@@ -767,7 +754,7 @@ mod tests {
         let lines = judge(&findings);
         assert_eq!(
             find(&lines, "wsl2").cause,
-            "sees WSL's sockets, not Windows'"
+            "WSL's sockets are seen, not Windows'"
         );
         for check in ["btf", "lockdown", "traffic", "tcp_diag"] {
             assert_eq!(find(&lines, check).result, Outcome::Degraded, "{check}");

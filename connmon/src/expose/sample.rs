@@ -6,7 +6,7 @@ use connmon_core::fold::{
     PortRow, Snapshot, Sum,
 };
 use connmon_core::geo::Country;
-use connmon_core::probe::{Method, Probe, Rung};
+use connmon_core::probe::{AttachFailure, Method, Probe, Rung, Stage};
 use connmon_core::report::{DatabaseInfo, Report, Source, Status};
 
 const BOUNDS_NS: &[u64] = &[1_000_000, 1_000_000_000];
@@ -172,17 +172,17 @@ fn status() -> Status {
             Rung {
                 probe: Probe::SetState,
                 method: Method::TpBtf,
-                reason: None,
+                failures: Vec::new(),
             },
             Rung {
                 probe: Probe::Connect,
                 method: Method::Kprobe,
-                reason: Some("fentry: the kernel refuses trampolines (EPERM)".to_owned()),
+                failures: refused(Method::Fentry),
             },
             Rung {
                 probe: Probe::Accept,
                 method: Method::Kretprobe,
-                reason: Some("fexit: the kernel refuses trampolines (EPERM)".to_owned()),
+                failures: refused(Method::Fexit),
             },
         ],
         up: true,
@@ -208,4 +208,13 @@ fn status() -> Status {
         },
         demo: false,
     }
+}
+
+/// What a kernel without trampolines answers.
+fn refused(method: Method) -> Vec<AttachFailure> {
+    let message = "load: Operation not permitted (os error 1)";
+    vec![AttachFailure {
+        errno: Some(1),
+        ..AttachFailure::new(method, Stage::Load, message)
+    }]
 }

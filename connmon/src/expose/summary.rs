@@ -26,6 +26,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use connmon_core::fold::{CountryRow, Direction, FailureReason, Flow, PortLabel, Snapshot, Sum};
+use connmon_core::probe::AttachFailure;
 use connmon_core::report::{DatabaseInfo, Report, Source, Status};
 use serde::Serialize;
 
@@ -270,8 +271,10 @@ struct Agent<'a> {
 struct ProbeState<'a> {
     probe: &'static str,
     method: &'static str,
-    /// Why it is not on a higher rung.
-    reason: Option<&'a str>,
+    /// Why it is not on a higher rung, in one line.
+    reason: Option<String>,
+    /// The same by method tried: stage, errno, message, verifier_log.
+    failures: &'a [AttachFailure],
 }
 
 #[derive(Serialize)]
@@ -387,7 +390,8 @@ impl<'a> Agent<'a> {
                 .map(|rung| ProbeState {
                     probe: rung.probe.label(),
                     method: rung.method.label(),
-                    reason: rung.reason.as_deref(),
+                    reason: rung.reason(),
+                    failures: &rung.failures,
                 })
                 .collect(),
             drift: snapshot.drift,

@@ -5,7 +5,7 @@
 mod fake;
 mod webdriver;
 // The report that the unit tests use.
-use connmon_core::probe::Method;
+use connmon_core::probe::{AttachFailure, Method, Stage};
 use connmon_core::{fold, geo, report};
 #[path = "../../src/expose/sample.rs"]
 mod sample;
@@ -707,7 +707,11 @@ fn it_says_in_words_how_the_agent_is() -> Result<()> {
     let mut report = sample::report();
     report.status.rungs[2].method = Method::None;
     report.snapshot.accept_known = false;
-    report.status.rungs[2].reason = Some("kretprobe: no such function".to_owned());
+    report.status.rungs[2].failures = vec![AttachFailure::new(
+        Method::Kretprobe,
+        Stage::Attach,
+        "no such function",
+    )];
     pill(
         &agent,
         report,

@@ -202,7 +202,7 @@ fn status() -> Status {
     let rung = |probe, method| Rung {
         probe,
         method,
-        reason: None,
+        failures: Vec::new(),
     };
     Status {
         source: Source::Ebpf,

@@ -1,60 +1,67 @@
-//! Why there is no tracing, in one sentence.
+//! Why there is no tracing.
 
+use std::error::Error;
 use std::fmt;
 
-use aya::EbpfError;
-use aya::maps::MapError;
+use connmon_core::probe::{AttachFailure, Method, Rung, Stage};
 
-use super::{HostFacts, Rung};
+use super::ladder::{chain, errno};
+use super::{Diagnosis, HostFacts};
 
-/// Tracing cannot start. Displays as one sentence with the remedy.
+/// Tracing cannot start. Displays as one sentence: cause and remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttachError {
-    sentence: String,
+    /// What failed, one for each method that was tried.
+    pub failures: Vec<AttachFailure>,
+    /// What it means on this host.
+    pub diagnosis: Diagnosis,
 }
 
 impl fmt::Display for AttachError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.sentence)
+        self.diagnosis.fmt(f)
     }
 }
 
-impl std::error::Error for AttachError {}
+impl Error for AttachError {}
 
 impl AttachError {
-    pub(super) fn other(sentence: String) -> Self {
-        Self { sentence }
+    /// `--netns host` on a kernel whose events carry no namespace.
+    pub(super) fn no_namespaces(reason: &str) -> Self {
+        Self {
+            failures: vec![failure(Stage::Btf, None, reason.to_owned())],
+            diagnosis: Diagnosis {
+                cause: format!(
+                    "--netns host: without the kernel's BTF, events carry no network namespace ({reason})"
+                ),
+                remedy: "run a kernel with CONFIG_DEBUG_INFO_BTF, or leave --netns at all".into(),
+            },
+        }
     }
 
-    /// Maps could not be made, or the object not be read.
-    pub(super) fn prepare(error: &EbpfError, ring_bytes: u32) -> Self {
-        Self::diagnosed(&chain(error), ring_bytes)
+    /// The object was not read, or a map of it not created or mapped.
+    pub(super) fn map(what: &str, error: &(dyn Error + 'static), ring_bytes: u32) -> Self {
+        let message = format!("{what}: {}", chain(error));
+        Self::diagnosed(vec![failure(Stage::Map, errno(error), message)], ring_bytes)
     }
 
-    pub(super) fn map(name: &str, error: &MapError, ring_bytes: u32) -> Self {
-        Self::diagnosed(&format!("map {name}: {}", chain(error)), ring_bytes)
+    /// The state program was attached by no method.
+    pub(super) fn state(rung: Rung, ring_bytes: u32) -> Self {
+        Self::diagnosed(rung.failures, ring_bytes)
     }
 
-    /// No rung of the state program holds.
-    pub(super) fn state(rung: &Rung, ring_bytes: u32) -> Self {
-        Self::diagnosed(rung.reason.as_deref().unwrap_or_default(), ring_bytes)
-    }
-
-    fn diagnosed(message: &str, ring_bytes: u32) -> Self {
-        let facts = HostFacts::read();
-        Self::other(facts.diagnose(message, ring_bytes).to_string())
+    fn diagnosed(failures: Vec<AttachFailure>, ring_bytes: u32) -> Self {
+        let diagnosis = HostFacts::read().diagnose(&failures, ring_bytes);
+        Self {
+            failures,
+            diagnosis,
+        }
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
+fn failure(stage: Stage, errno: Option<i32>, message: String) -> AttachFailure {
+    AttachFailure {
+        errno,
+        ..AttachFailure::new(Method::None, stage, message)
     }
-    text
 }

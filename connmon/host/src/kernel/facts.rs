@@ -3,18 +3,17 @@
 //! tested from recorded facts.
 
 use std::fs;
-use std::io::{self, Read as _};
+use std::io::Read as _;
 
+use connmon_core::probe::{AttachFailure, Probe, Rung, Stage};
+use libc::{EACCES, EINVAL, ENOENT, ENOMEM, ENOSYS, EPERM};
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::CapabilitySet;
 
-use super::ladder::{ABSENT_TRACEFS, TRACEFS, UNREADABLE_TRACEFS};
+use super::tracefs::{MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs};
 
-/// `EPERM`, `EACCES`, `ENOMEM`, `ENOSYS`.
-const EPERM: i32 = 1;
-const ENOMEM: i32 = 12;
-const EACCES: i32 = 13;
-const ENOSYS: i32 = 38;
+/// The kernel's own, which no libc knows (include/linux/errno.h).
+const ENOTSUPP: i32 = 524;
 
 /// A host, as far as tracing is concerned.
 #[derive(Clone, Debug)]
@@ -41,35 +40,6 @@ pub struct HostFacts {
     /// tracefs, where it belongs.
     pub tracefs: Tracefs,
 }
-
-/// What there is of tracefs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tracefs {
-    /// Its events are there.
-    Mounted,
-    /// This user may not look (it is of mode 0700 as a rule).
-    Closed,
-    /// It is not mounted.
-    Absent,
-}
-
-impl Tracefs {
-    fn read() -> Self {
-        let [own, debug] = TRACEFS.map(|root| fs::metadata(format!("{root}/events")));
-        match (own, debug) {
-            (Ok(_), _) | (_, Ok(_)) => Self::Mounted,
-            // A closed debugfs tells nothing, and need not be opened.
-            (Err(error), _) if error.kind() == io::ErrorKind::PermissionDenied => Self::Closed,
-            _ => Self::Absent,
-        }
-    }
-}
-
-/// What opens a closed tracefs.
-pub const OPEN_TRACEFS: &str =
-    "run as root, grant CAP_DAC_READ_SEARCH, or mount -o remount,mode=755 /sys/kernel/tracing";
-/// What brings an absent one.
-pub const MOUNT_TRACEFS: &str = "mount -t tracefs tracefs /sys/kernel/tracing";
 
 /// What to say of a failure: its cause and what helps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,26 +106,36 @@ impl HostFacts {
         (CapabilitySet::BPF | CapabilitySet::PERFMON) - self.capabilities
     }
 
-    /// Why tracing failed with this message; `errno` is taken from it.
+    /// What the failures of the state program, or of its maps, mean here.
     /// `ring_bytes` is the size of the ring that was asked for.
-    pub fn diagnose(&self, message: &str, ring_bytes: u32) -> Diagnosis {
+    pub fn diagnose(&self, failures: &[AttachFailure], ring_bytes: u32) -> Diagnosis {
         let say = |cause: String, remedy: &str| Diagnosis {
             cause,
             remedy: remedy.to_owned(),
         };
-        let errno = errno_in(message);
-        let refused = matches!(errno, Some(EPERM | EACCES));
+        let errnos = |wanted: &[i32]| {
+            let mut found = failures.iter().filter_map(|failure| failure.errno);
+            found.any(|errno| wanted.contains(&errno))
+        };
+        let at = |stage, wanted: &[i32]| {
+            failures.iter().any(|failure| {
+                let errno = failure.errno.unwrap_or_default();
+                failure.stage == stage && wanted.contains(&errno)
+            })
+        };
+        let refused = errnos(&[EPERM, EACCES]);
         let version = self.version();
-        if version != (0, 0) && version < (5, 8) {
+        // Some distributions took the ring buffer over to older kernels.
+        if at(Stage::Map, &[EINVAL]) && version < (5, 8) {
             return say(
                 format!(
-                    "kernel {} is older than 5.8, the first with the BPF ring buffer",
+                    "kernel {} has no BPF ring buffer, which came with 5.8",
                     self.release
                 ),
                 "run a newer kernel, or poll with --source proc",
             );
         }
-        if refused && self.lockdown == "confidentiality" {
+        if refused && self.is_confidential() {
             return say(
                 "kernel lockdown is in confidentiality mode, which keeps BPF from reading kernel memory".into(),
                 "boot with lockdown=integrity or without, or poll with --source proc",
@@ -165,15 +145,14 @@ impl HostFacts {
         if refused && !missing.is_empty() {
             return say(
                 format!("missing capability {}", capability_names(missing)),
-                "run as root, or grant it (systemd AmbientCapabilities=, docker --cap-add, setcap)",
+                GRANT,
             );
         }
-        // Of files, not of bpf().
-        if message.contains(UNREADABLE_TRACEFS) {
-            return say(format!("{message} by this user"), OPEN_TRACEFS);
+        if at(Stage::Tracefs, &[EPERM, EACCES]) {
+            return say("tracefs cannot be read by this user".into(), OPEN_TRACEFS);
         }
         let limit = self.memlock_bytes.unwrap_or(u64::MAX);
-        if matches!(errno, Some(EPERM | ENOMEM))
+        if errnos(&[EPERM, ENOMEM])
             && version < (5, 11)
             && limit < u64::from(ring_bytes) + (1 << 20)
             && !self.capabilities.contains(CapabilitySet::SYS_RESOURCE)
@@ -188,7 +167,7 @@ impl HostFacts {
                 "set LimitMEMLOCK=infinity or ulimit -l unlimited, grant CAP_SYS_RESOURCE, or lower --ebpf.ring-buffer-size",
             );
         }
-        if errno == Some(EACCES) && self.selinux {
+        if errnos(&[EACCES]) && self.selinux {
             return say(
                 "SELinux denies bpf() to this process".into(),
                 "allow its domain class bpf { map_create map_read map_write prog_load prog_run } (see ausearch -m avc)",
@@ -200,13 +179,13 @@ impl HostFacts {
                 "run it in the host's user namespace",
             );
         }
-        if self.seccomp && matches!(errno, Some(EPERM | ENOSYS)) {
+        if self.seccomp && errnos(&[EPERM, ENOSYS]) {
             return say(
                 "a seccomp filter denies bpf()".into(),
                 "allow bpf and perf_event_open (docker --security-opt seccomp=unconfined or a profile of your own)",
             );
         }
-        if errno == Some(ENOSYS) {
+        if errnos(&[ENOSYS]) {
             return say(
                 format!("kernel {} has no bpf()", self.release),
                 "run a kernel with CONFIG_BPF_SYSCALL, or poll with --source proc",
@@ -220,16 +199,59 @@ impl HostFacts {
                     &format!("{MOUNT_TRACEFS}, or run a kernel with BTF"),
                 );
             }
-            if message.contains(ABSENT_TRACEFS) {
+            if at(Stage::Tracefs, &[ENOENT]) {
                 return say("tracefs is not mounted".into(), MOUNT_TRACEFS);
             }
         }
+        let failures: Vec<_> = failures.iter().map(AttachFailure::to_string).collect();
         say(
-            format!("the kernel refused ({message})"),
+            format!("the kernel refused ({})", failures.join("; ")),
             "poll with --source proc, and report this with the output of `connmon check`",
         )
     }
+
+    /// What would attach a probe by a better method than it is.
+    pub fn remedy(&self, rung: &Rung) -> &'static str {
+        let has = |stage, errno: Option<i32>| {
+            let mut failures = rung.failures.iter();
+            failures.any(|failure| {
+                failure.stage == stage && (errno.is_none() || failure.errno == errno)
+            })
+        };
+        let failed_with = |wanted: i32| {
+            let mut failures = rung.failures.iter();
+            failures.any(|failure| failure.errno == Some(wanted))
+        };
+        let refused = failed_with(EPERM) || failed_with(EACCES);
+        if has(Stage::Configuration, None) {
+            "leave --ebpf.attach at auto"
+        } else if has(Stage::Btf, None) {
+            "run a kernel with CONFIG_DEBUG_INFO_BTF"
+        } else if refused && self.is_confidential() {
+            "boot with lockdown=integrity or without; counts do not depend on it"
+        } else if refused && !self.missing_capabilities().is_empty() {
+            GRANT
+        } else if rung.probe == Probe::SetState {
+            "please report this line with the kernel's release"
+        } else if refused && has(Stage::Attach, Some(ENOENT)) {
+            "this kernel refuses trampolines and has no kprobes: run one with CONFIG_KPROBES; counts do not depend on it"
+        } else if refused {
+            "the kernel refuses trampolines and kprobes; counts do not depend on it"
+        } else if failed_with(ENOTSUPP) {
+            "this architecture has trampolines from Linux 6.4 on: run a newer kernel, or one with CONFIG_KPROBES; counts do not depend on it"
+        } else {
+            "run a kernel with CONFIG_KPROBES; counts do not depend on it"
+        }
+    }
+
+    fn is_confidential(&self) -> bool {
+        self.lockdown == "confidentiality"
+    }
 }
+
+/// What gives the agent the capabilities it lacks.
+const GRANT: &str =
+    "run as root, or grant it (systemd AmbientCapabilities=, docker --cap-add, setcap)";
 
 /// Comma-separated names.
 fn capability_names(set: CapabilitySet) -> String {
@@ -252,12 +274,6 @@ fn is_namespace(kind: &str, inode: u64) -> bool {
     })
 }
 
-/// The last error number that a message of std's `io::Error` names.
-fn errno_in(message: &str) -> Option<i32> {
-    let (_, rest) = message.rsplit_once("(os error ")?;
-    rest.split_once(')')?.0.parse().ok()
-}
-
 /// Whether there is BTF, not only its file.
 fn shows_btf() -> bool {
     let mut magic = [0; 2];
@@ -268,6 +284,8 @@ fn shows_btf() -> bool {
 
 #[cfg(test)]
 mod tests {
+    use connmon_core::probe::Method;
+
     use super::*;
 
     const RING: u32 = 8 << 20;
@@ -287,15 +305,22 @@ mod tests {
         }
     }
 
-    fn cause(facts: &HostFacts, message: &str) -> String {
-        let diagnosis = facts.diagnose(message, RING);
+    fn failure(method: Method, stage: Stage, errno: i32) -> AttachFailure {
+        AttachFailure {
+            method,
+            stage,
+            errno: Some(errno),
+            message: format!("os error {errno}"),
+            verifier_log: String::new(),
+        }
+    }
+
+    fn cause(facts: &HostFacts, stage: Stage, errno: i32) -> String {
+        let diagnosis = facts.diagnose(&[failure(Method::TpBtf, stage, errno)], RING);
         assert!(!diagnosis.remedy.is_empty());
         assert!(!diagnosis.to_string().contains('\n'));
         diagnosis.cause
     }
-
-    const MAP_EPERM: &str =
-        "map error: failed to create map `EVENTS`: Operation not permitted (os error 1)";
 
     #[test]
     fn every_cause_has_its_sentence() {
@@ -304,40 +329,52 @@ mod tests {
             ..root()
         };
         assert!(
-            cause(&old, "Invalid argument (os error 22)")
-                .contains("5.4.0-150-generic is older than 5.8")
+            cause(&old, Stage::Map, EINVAL)
+                .contains("kernel 5.4.0-150-generic has no BPF ring buffer")
         );
+        // RHEL 8 has one.
+        let backported = HostFacts {
+            release: "4.18.0-553.el8".into(),
+            ..root()
+        };
+        assert!(cause(&backported, Stage::Load, EINVAL).starts_with("the kernel refused"));
 
         let locked = HostFacts {
             lockdown: "confidentiality".into(),
             ..root()
         };
-        assert!(cause(&locked, MAP_EPERM).contains("lockdown"));
+        assert!(cause(&locked, Stage::Map, EPERM).contains("lockdown"));
 
         let none = HostFacts {
             capabilities: CapabilitySet::empty(),
             ..root()
         };
         assert_eq!(
-            cause(&none, MAP_EPERM),
+            cause(&none, Stage::Map, EPERM),
             "missing capability CAP_PERFMON and CAP_BPF"
         );
         let half = HostFacts {
             capabilities: CapabilitySet::BPF,
             ..root()
         };
-        assert_eq!(cause(&half, MAP_EPERM), "missing capability CAP_PERFMON");
+        assert_eq!(
+            cause(&half, Stage::Map, EPERM),
+            "missing capability CAP_PERFMON"
+        );
 
         let filtered = HostFacts {
             seccomp: true,
             ..root()
         };
-        assert_eq!(cause(&filtered, MAP_EPERM), "a seccomp filter denies bpf()");
         assert_eq!(
-            cause(&filtered, "x (os error 38)"),
+            cause(&filtered, Stage::Map, EPERM),
             "a seccomp filter denies bpf()"
         );
-        assert!(cause(&root(), "x (os error 38)").contains("has no bpf()"));
+        assert_eq!(
+            cause(&filtered, Stage::Map, ENOSYS),
+            "a seccomp filter denies bpf()"
+        );
+        assert!(cause(&root(), Stage::Map, ENOSYS).contains("has no bpf()"));
 
         let small = HostFacts {
             release: "5.10.0-32-cloud-amd64".into(),
@@ -346,7 +383,7 @@ mod tests {
             ..root()
         };
         assert!(
-            cause(&small, MAP_EPERM).starts_with(
+            cause(&small, Stage::Map, EPERM).starts_with(
                 "the locked-memory limit of 64 KiB is too small for a ring of 8192 KiB"
             )
         );
@@ -354,29 +391,30 @@ mod tests {
             memlock_bytes: None,
             ..small
         };
-        assert!(cause(&enough, MAP_EPERM).starts_with("the kernel refused"));
+        assert!(cause(&enough, Stage::Map, EPERM).starts_with("the kernel refused"));
 
         let enforcing = HostFacts {
             selinux: true,
             ..root()
         };
-        assert!(cause(&enforcing, "Permission denied (os error 13)").contains("SELinux"));
+        assert!(cause(&enforcing, Stage::Load, EACCES).contains("SELinux"));
 
         let rootless = HostFacts {
             host_users: false,
             ..root()
         };
-        assert!(cause(&rootless, MAP_EPERM).contains("user namespace"));
+        assert!(cause(&rootless, Stage::Map, EPERM).contains("user namespace"));
 
         let bare = HostFacts {
             btf: false,
             tracefs: Tracefs::Absent,
             ..root()
         };
-        assert!(cause(&bare, "no kernel BTF; tracefs is not mounted").contains("no BTF"));
+        assert!(cause(&bare, Stage::Tracefs, ENOENT).contains("no BTF"));
         // Asked for, though there is BTF.
         let unmounted = HostFacts { btf: true, ..bare };
-        let diagnosis = unmounted.diagnose("tracepoint: tracefs is not mounted", RING);
+        let absent = failure(Method::Tracepoint, Stage::Tracefs, ENOENT);
+        let diagnosis = unmounted.diagnose(&[absent], RING);
         assert_eq!(diagnosis.cause, "tracefs is not mounted");
         assert_eq!(diagnosis.remedy, MOUNT_TRACEFS);
 
@@ -388,12 +426,52 @@ mod tests {
             capabilities: CapabilitySet::BPF | CapabilitySet::PERFMON,
             ..root()
         };
-        let message = "tracepoint: tracefs cannot be read (Permission denied (os error 13))";
-        let diagnosis = closed.diagnose(message, RING);
+        let unreadable = failure(Method::Tracepoint, Stage::Tracefs, EACCES);
+        let diagnosis = closed.diagnose(&[unreadable], RING);
         assert!(diagnosis.cause.contains("tracefs cannot be read"));
         assert_eq!(diagnosis.remedy, OPEN_TRACEFS);
 
-        assert!(cause(&root(), "something (os error 7)").contains("something (os error 7)"));
+        assert!(cause(&root(), Stage::Load, 7).contains("tp_btf: os error 7"));
+    }
+
+    #[test]
+    fn a_remedy_names_what_keeps_a_probe_from_its_best_method() {
+        let rung = |probe, failures: &[AttachFailure]| Rung {
+            probe,
+            method: Method::None,
+            failures: failures.to_vec(),
+        };
+        let trampoline = failure(Method::Fentry, Stage::Load, EPERM);
+        let kprobe = failure(Method::Kprobe, Stage::Attach, ENOENT);
+        let refused = rung(Probe::Connect, &[trampoline, kprobe]);
+        assert!(
+            root()
+                .remedy(&refused)
+                .contains("refuses trampolines and has no kprobes")
+        );
+        let locked = HostFacts {
+            lockdown: "confidentiality".into(),
+            ..root()
+        };
+        assert!(
+            locked
+                .remedy(&refused)
+                .starts_with("boot with lockdown=integrity")
+        );
+        let unprivileged = HostFacts {
+            capabilities: CapabilitySet::empty(),
+            ..root()
+        };
+        assert_eq!(unprivileged.remedy(&refused), GRANT);
+        let old_arm = failure(Method::Fexit, Stage::Attach, ENOTSUPP);
+        let old_arm = rung(Probe::Accept, &[old_arm]);
+        assert!(root().remedy(&old_arm).contains("newer kernel"));
+        let excluded = failure(Method::Fexit, Stage::Configuration, 0);
+        let excluded = rung(Probe::Accept, &[excluded]);
+        assert_eq!(root().remedy(&excluded), "leave --ebpf.attach at auto");
+        let rejected = failure(Method::TpBtf, Stage::Load, EINVAL);
+        let rejected = rung(Probe::SetState, &[rejected]);
+        assert!(root().remedy(&rejected).contains("report"));
     }
 
     #[test]
@@ -403,8 +481,6 @@ mod tests {
             "integrity"
         );
         assert_eq!(active_lockdown(""), "");
-        assert_eq!(errno_in("a (os error 1); b (os error 13) c"), Some(13));
-        assert_eq!(errno_in("no number"), None);
         let wsl = HostFacts {
             release: "5.15.167.4-microsoft-standard-WSL2".into(),
             ..root()

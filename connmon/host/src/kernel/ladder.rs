@@ -1,20 +1,19 @@
 //! Which program serves each probe. Every rung is tried for real; any error,
 //! whatever its errno, means the next one.
 
-use std::fmt::Write as _;
-use std::fs;
+use std::error::Error;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use aya::Ebpf;
 use aya::programs::links::FdLink;
 use aya::programs::{
     BtfTracePoint, FEntry, FExit, KProbe, Program, ProgramError, RawTracePoint, TracePoint,
 };
-use connmon_common::tuning::tracepoint::ASSERTED;
+use aya::{Btf, Ebpf};
+use connmon_core::probe::{AttachFailure, Method, Probe, Rung, Stage};
 
-use super::facts::MOUNT_TRACEFS;
 use super::load::KernelTypes;
-use super::{AttachChoice, Method, Probe, Rung, sys};
+use super::{AttachChoice, sys, tracefs};
 
 /// A program that was loaded and attached, and stays so while [`Ebpf`] lives.
 #[derive(Debug)]
@@ -42,12 +41,12 @@ pub struct KprobeLink {
 struct Climb<'a> {
     ebpf: &'a mut Ebpf,
     types: Result<&'a KernelTypes, &'a str>,
-    /// Why higher rungs failed.
-    reasons: Vec<String>,
+    /// Why better methods failed.
+    failures: Vec<AttachFailure>,
 }
 
-/// Attaches the state program. Without it there is no tracing; the reasons
-/// then stand in the rung.
+/// Attaches the state program. Without it there is no tracing; the rung then
+/// has a failure for each method.
 pub fn attach_state(
     ebpf: &mut Ebpf,
     types: Result<&KernelTypes, &str>,
@@ -56,7 +55,7 @@ pub fn attach_state(
     let mut climb = Climb::new(ebpf, types);
     let mut attached = None;
     if choice == AttachChoice::Tracepoint {
-        climb.reasons.push("--ebpf.attach is tracepoint".into());
+        climb.exclude(Method::TpBtf, choice);
     } else {
         attached = climb.try_rung(Probe::SetState, Method::TpBtf, "state_tp_btf");
     }
@@ -68,17 +67,18 @@ pub fn attach_state(
 
 /// Attaches the second of the state program, which must be attached already:
 /// the kernel runs the programs of a tracepoint in the order in which they
-/// came. The reason in words when that fails.
+/// came.
 pub fn attach_second(
     ebpf: &mut Ebpf,
     types: Result<&KernelTypes, &str>,
     method: Method,
-) -> Result<Attached, String> {
+) -> Result<Attached, AttachFailure> {
     if method == Method::TpBtf {
         let mut climb = Climb::new(ebpf, types);
         let attached = climb.try_rung(Probe::SetState, method, "state_nested");
-        let (_, attached) = attached.ok_or_else(|| climb.reasons.join("; "))?;
-        return Ok(attached);
+        return attached
+            .map(|(_, attached)| attached)
+            .ok_or_else(|| climb.failures.remove(0));
     }
     let name = "state_lost";
     let attach = |program: &mut Program| {
@@ -88,7 +88,7 @@ pub fn attach_second(
         Ok(program.fd()?.as_fd().try_clone_to_owned()?)
     };
     let program = program(ebpf, name)?;
-    let attached = attach(program).map_err(|error: ProgramError| brief(&error));
+    let attached = attach(program).map_err(|error| failure(method, &error));
     if attached.is_err()
         && let Program::RawTracePoint(program) = program
     {
@@ -103,9 +103,8 @@ pub fn attach_second(
     })
 }
 
-/// Loads the walk over the table of sockets. The reason in words when that
-/// fails.
-pub fn socket_walk(ebpf: &mut Ebpf) -> Result<OwnedFd, String> {
+/// Loads the walk over the table of sockets.
+pub fn socket_walk(ebpf: &mut Ebpf) -> Result<OwnedFd, AttachFailure> {
     let program = program(ebpf, "sockets")?;
     let mut load = || {
         let program: &mut RawTracePoint = program.try_into()?;
@@ -115,7 +114,7 @@ pub fn socket_walk(ebpf: &mut Ebpf) -> Result<OwnedFd, String> {
         program.unload()?;
         Ok(fd)
     };
-    load().map_err(|error: ProgramError| brief(&error))
+    load().map_err(|error| failure(Method::None, &error))
 }
 
 /// Attaches a function probe. Counts do not depend on it.
@@ -151,8 +150,7 @@ pub fn attach_function(
         AttachChoice::Auto | AttachChoice::Fentry => {
             attached = climb.try_rung(probe, method, trampoline);
         }
-        AttachChoice::Kprobe => climb.reasons.push("--ebpf.attach is kprobe".into()),
-        AttachChoice::Tracepoint => climb.reasons.push("--ebpf.attach is tracepoint".into()),
+        AttachChoice::Kprobe | AttachChoice::Tracepoint => climb.exclude(method, choice),
     }
     match choice {
         AttachChoice::Auto | AttachChoice::Kprobe if attached.is_none() => {
@@ -168,8 +166,15 @@ impl<'a> Climb<'a> {
         Self {
             ebpf,
             types,
-            reasons: Vec::new(),
+            failures: Vec::new(),
         }
+    }
+
+    /// A method that the configuration excludes.
+    fn exclude(&mut self, method: Method, choice: AttachChoice) {
+        let message = format!("--ebpf.attach is {}", choice.label());
+        self.failures
+            .push(AttachFailure::new(method, Stage::Configuration, message));
     }
 
     fn try_rung(
@@ -179,25 +184,10 @@ impl<'a> Climb<'a> {
         name: &'static str,
     ) -> Option<(Method, Attached)> {
         match self.attach(probe, method, name) {
-            Ok(link) => match self.ebpf.program(name).map(|program| program.fd()) {
-                Some(Ok(fd)) => match fd.as_fd().try_clone_to_owned() {
-                    Ok(program) => Some((
-                        method,
-                        Attached {
-                            probe,
-                            name,
-                            program,
-                            link,
-                        },
-                    )),
-                    Err(error) => self.refuse(method, error.to_string()),
-                },
-                _ => self.refuse(method, "program vanished".into()),
-            },
-            Err(reason) => {
+            Ok(attached) => Some((method, attached)),
+            Err(failure) => {
                 // A program that is loaded and not attached does no harm, but
-                // it would stand in bpftool's list.
-                // Fails when it was not even loaded.
+                // bpftool would list it. Fails when it was not even loaded.
                 let _ = match self.ebpf.program_mut(name) {
                     Some(Program::BtfTracePoint(program)) => program.unload(),
                     Some(Program::TracePoint(program)) => program.unload(),
@@ -206,14 +196,10 @@ impl<'a> Climb<'a> {
                     Some(Program::KProbe(program)) => program.unload(),
                     _ => Ok(()),
                 };
-                self.refuse(method, reason)
+                self.failures.push(failure);
+                None
             }
         }
-    }
-
-    fn refuse<T>(&mut self, method: Method, reason: String) -> Option<T> {
-        self.reasons.push(format!("{}: {reason}", method.label()));
-        None
     }
 
     fn attach(
@@ -221,50 +207,28 @@ impl<'a> Climb<'a> {
         probe: Probe,
         method: Method,
         name: &'static str,
-    ) -> Result<Option<KprobeLink>, String> {
-        let function = probe.label();
-        if matches!(method, Method::TpBtf | Method::Fentry | Method::Fexit) {
-            let types = self.types.map_err(str::to_owned)?;
-            let btf = &types.attach;
-            let program = program(self.ebpf, name)?;
-            let result = match method {
-                Method::TpBtf => (|| {
-                    let program: &mut BtfTracePoint = program.try_into()?;
-                    program.load(function, btf)?;
-                    program.attach().map(|_| ())
-                })(),
-                Method::Fentry => (|| {
-                    let program: &mut FEntry = program.try_into()?;
-                    program.load(function, btf)?;
-                    program.attach().map(|_| ())
-                })(),
-                _ => (|| {
-                    let program: &mut FExit = program.try_into()?;
-                    program.load(function, btf)?;
-                    program.attach().map(|_| ())
-                })(),
-            };
-            return result.map(|()| None).map_err(|error| brief(&error));
-        }
+    ) -> Result<Attached, AttachFailure> {
+        let types = match (method, self.types) {
+            (Method::TpBtf | Method::Fentry | Method::Fexit, Err(reason)) => {
+                return Err(AttachFailure::new(method, Stage::Btf, reason));
+            }
+            (_, types) => types.ok().map(|types| &types.attach),
+        };
         if method == Method::Tracepoint {
-            check_format(&read_format()?)?;
+            tracefs::check_tracepoint()?;
         }
         let program = program(self.ebpf, name)?;
-        let result: Result<Option<KprobeLink>, ProgramError> = match method {
-            Method::Tracepoint => (|| {
-                let program: &mut TracePoint = program.try_into()?;
-                program.load()?;
-                program.attach("sock", function)?;
-                Ok(None)
-            })(),
-            _ => (|| {
-                let program: &mut KProbe = program.try_into()?;
-                program.load()?;
-                let id = program.attach(function, 0)?;
-                Ok(kprobe_link(program, id))
-            })(),
-        };
-        result.map_err(|error| brief(&error))
+        let attached = attach_by(program, method, probe.label(), types).and_then(|link| {
+            let program = program.fd()?.as_fd().try_clone_to_owned()?;
+            Ok((program, link))
+        });
+        let (program, link) = attached.map_err(|error| failure(method, &error))?;
+        Ok(Attached {
+            probe,
+            name,
+            program,
+            link,
+        })
     }
 
     fn finish(
@@ -276,21 +240,60 @@ impl<'a> Climb<'a> {
             Some((method, attached)) => (method, Some(attached)),
             None => (Method::None, None),
         };
-        let reason = (!self.reasons.is_empty()).then(|| self.reasons.join("; "));
+        let failures = self.failures;
         (
             Rung {
                 probe,
                 method,
-                reason,
+                failures,
             },
             attached,
         )
     }
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Program, String> {
+/// Loads and attaches a program, by a kprobe unless `method` is another.
+fn attach_by(
+    program: &mut Program,
+    method: Method,
+    function: &str,
+    types: Option<&Btf>,
+) -> Result<Option<KprobeLink>, ProgramError> {
+    match (method, types) {
+        (Method::TpBtf, Some(types)) => {
+            let program: &mut BtfTracePoint = program.try_into()?;
+            program.load(function, types)?;
+            program.attach()?;
+        }
+        (Method::Fentry, Some(types)) => {
+            let program: &mut FEntry = program.try_into()?;
+            program.load(function, types)?;
+            program.attach()?;
+        }
+        (Method::Fexit, Some(types)) => {
+            let program: &mut FExit = program.try_into()?;
+            program.load(function, types)?;
+            program.attach()?;
+        }
+        (Method::Tracepoint, _) => {
+            let program: &mut TracePoint = program.try_into()?;
+            program.load()?;
+            program.attach("sock", function)?;
+        }
+        _ => {
+            let program: &mut KProbe = program.try_into()?;
+            program.load()?;
+            let id = program.attach(function, 0)?;
+            return Ok(kprobe_link(program, id));
+        }
+    }
+    Ok(None)
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Program, AttachFailure> {
+    let message = || format!("the object has no program {name}");
     ebpf.program_mut(name)
-        .ok_or_else(|| format!("the object has no program {name}"))
+        .ok_or_else(|| AttachFailure::new(Method::None, Stage::Load, message()))
 }
 
 /// The link of a kprobe as a descriptor that can be asked for missed runs;
@@ -316,43 +319,82 @@ fn kernel_has_func_ret() -> bool {
     super::kernel_version() >= (5, 17)
 }
 
-/// An error in one line: the verifier's log stands for itself by its last
-/// telling line.
-pub fn brief(error: &ProgramError) -> String {
-    let mut text = match error {
+/// What kept a program from being loaded and attached by `method`.
+pub fn failure(method: Method, error: &ProgramError) -> AttachFailure {
+    let (stage, message, verifier_log) = match error {
         ProgramError::LoadError {
             io_error,
             verifier_log,
         } => {
-            let mut text = format!("load: {io_error}");
-            let log = verifier_log.to_string();
-            let telling = log
-                .lines()
-                .map(str::trim)
-                .rfind(|line| !line.is_empty() && !is_statistics(line));
-            if let Some(line) = telling {
-                let _ = write!(text, " ({line})");
-            }
-            text
+            let log = telling_lines(&verifier_log.to_string());
+            (Stage::Load, format!("load: {io_error}"), log)
         }
-        ProgramError::SyscallError(error) => format!("{}: {}", error.call, error.io_error),
-        error => {
-            let mut text = error.to_string();
-            let mut source = std::error::Error::source(error);
-            while let Some(cause) = source {
-                let _ = write!(text, ": {cause}");
-                source = cause.source();
-            }
-            text
+        ProgramError::SyscallError(error) => {
+            let message = format!("{}: {}", error.call, error.io_error);
+            (Stage::Attach, message, String::new())
         }
+        ProgramError::Btf(_) => (Stage::Btf, chain(error), String::new()),
+        error => (Stage::Attach, chain(error), String::new()),
     };
-    const LONGEST: usize = 300;
-    if text.len() > LONGEST {
-        let cut = (0..=LONGEST).rev().find(|at| text.is_char_boundary(*at));
-        text.truncate(cut.unwrap_or(0));
-        text.push('…');
+    AttachFailure {
+        method,
+        stage,
+        errno: errno(error),
+        message: cut(&message, LONGEST_MESSAGE),
+        verifier_log,
     }
-    text.replace('\n', " ")
+}
+
+/// Most bytes of an error's message.
+const LONGEST_MESSAGE: usize = 300;
+/// Most bytes of a verifier log that are kept.
+const LONGEST_LOG: usize = 2048;
+
+/// An error and its causes in one line.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// The error number at the end of an error's causes.
+pub fn errno(error: &(dyn Error + 'static)) -> Option<i32> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return io.raw_os_error();
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// The end of a verifier log, without its statistics.
+fn telling_lines(log: &str) -> String {
+    let lines = log.lines().map(str::trim);
+    let lines: Vec<_> = lines
+        .filter(|line| !line.is_empty() && !is_statistics(line))
+        .collect();
+    let mut from = lines.len();
+    let mut bytes = 0;
+    while from > 0 && bytes + lines[from - 1].len() < LONGEST_LOG {
+        from -= 1;
+        bytes += lines[from].len() + 1;
+    }
+    lines[from..].join("\n")
+}
+
+fn cut(text: &str, most: usize) -> String {
+    let end = text.floor_char_boundary(most);
+    let more = if end < text.len() { "…" } else { "" };
+    format!("{}{more}", text[..end].replace('\n', " "))
 }
 
 fn is_statistics(line: &str) -> bool {
@@ -365,114 +407,4 @@ fn is_statistics(line: &str) -> bool {
     ]
     .iter()
     .any(|start| line.starts_with(start))
-}
-
-/// Where tracefs shows events.
-pub const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
-
-/// How a missing tracefs is told; the diagnosis goes by it.
-pub const ABSENT_TRACEFS: &str = "tracefs is not mounted";
-/// The same of one that keeps its files to itself.
-pub const UNREADABLE_TRACEFS: &str = "tracefs cannot be read";
-
-fn read_format() -> Result<String, String> {
-    let mut last = None;
-    for root in TRACEFS {
-        match fs::read_to_string(format!("{root}/events/sock/inet_sock_set_state/format")) {
-            Ok(format) => return Ok(format),
-            Err(error) => last = last.or(Some(error)),
-        }
-    }
-    Err(match last {
-        Some(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            format!("{ABSENT_TRACEFS} ({MOUNT_TRACEFS})")
-        }
-        Some(error) => format!("{UNREADABLE_TRACEFS} ({error})"),
-        None => UNREADABLE_TRACEFS.into(),
-    })
-}
-
-/// Compares a tracepoint's `format` file with the layout that the program
-/// was built for.
-pub fn check_format(format: &str) -> Result<(), String> {
-    for (name, offset, size) in ASSERTED {
-        let found = format.lines().find_map(|line| {
-            // "\tfield:__u8 saddr_v6[16];\toffset:40;\tsize:16;\tsigned:0;"
-            let mut parts = line.trim().strip_prefix("field:")?.split(';');
-            let declaration = parts.next()?;
-            let declared = declaration.rsplit([' ', '*']).next()?;
-            if declared.split('[').next()? != *name {
-                return None;
-            }
-            let mut number = |prefix: &str| -> Option<usize> {
-                parts.next()?.trim().strip_prefix(prefix)?.parse().ok()
-            };
-            Some((number("offset:")?, number("size:")?))
-        });
-        match found {
-            Some(found) if found == (*offset, *size) => {}
-            Some((at, of)) => {
-                return Err(format!(
-                    "the tracepoint has {name} at offset {at} with {of} bytes, not at {offset} with {size}"
-                ));
-            }
-            None => return Err(format!("the tracepoint has no field {name}")),
-        }
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// As Linux 5.10 to 7.2 show it.
-    const FORMAT: &str = "\
-name: inet_sock_set_state
-ID: 1480
-format:
-\tfield:unsigned short common_type;\toffset:0;\tsize:2;\tsigned:0;
-\tfield:unsigned char common_flags;\toffset:2;\tsize:1;\tsigned:0;
-\tfield:unsigned char common_preempt_count;\toffset:3;\tsize:1;\tsigned:0;
-\tfield:int common_pid;\toffset:4;\tsize:4;\tsigned:1;
-
-\tfield:const void * skaddr;\toffset:8;\tsize:8;\tsigned:0;
-\tfield:int oldstate;\toffset:16;\tsize:4;\tsigned:1;
-\tfield:int newstate;\toffset:20;\tsize:4;\tsigned:1;
-\tfield:__u16 sport;\toffset:24;\tsize:2;\tsigned:0;
-\tfield:__u16 dport;\toffset:26;\tsize:2;\tsigned:0;
-\tfield:__u16 family;\toffset:28;\tsize:2;\tsigned:0;
-\tfield:__u16 protocol;\toffset:30;\tsize:2;\tsigned:0;
-\tfield:__u8 saddr[4];\toffset:32;\tsize:4;\tsigned:0;
-\tfield:__u8 daddr[4];\toffset:36;\tsize:4;\tsigned:0;
-\tfield:__u8 saddr_v6[16];\toffset:40;\tsize:16;\tsigned:0;
-\tfield:__u8 daddr_v6[16];\toffset:56;\tsize:16;\tsigned:0;
-";
-
-    #[test]
-    fn the_known_format_passes_and_every_other_is_refused() {
-        assert_eq!(check_format(FORMAT), Ok(()));
-        // Before 5.6: one byte of protocol, addresses one byte earlier.
-        let old = FORMAT.replace(
-            "__u16 protocol;\toffset:30;\tsize:2",
-            "__u8 protocol;\toffset:30;\tsize:1",
-        );
-        assert_eq!(
-            check_format(&old).unwrap_err(),
-            "the tracepoint has protocol at offset 30 with 1 bytes, not at 30 with 2"
-        );
-        // PREEMPT_RT of old: a longer common header.
-        let shifted = FORMAT.replace("skaddr;\toffset:8", "skaddr;\toffset:16");
-        assert!(
-            check_format(&shifted)
-                .unwrap_err()
-                .contains("skaddr at offset 16")
-        );
-        let without = FORMAT.replace("newstate", "state");
-        assert_eq!(
-            check_format(&without).unwrap_err(),
-            "the tracepoint has no field newstate"
-        );
-        assert!(check_format("").is_err());
-    }
 }

@@ -10,25 +10,28 @@ mod logs;
 mod ring;
 mod sockets;
 mod sys;
+mod tracefs;
 mod watch;
 
 pub use error::AttachError;
-pub use facts::{Diagnosis, HostFacts, MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs};
+pub use facts::{Diagnosis, HostFacts};
 pub use ring::{Counters, Drained};
 pub use sockets::SocketWalk;
 pub use sys::{return_memory_at_once, trim_memory};
+pub use tracefs::{MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs};
 pub use watch::watch;
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::sync::OnceLock;
 
-use aya::maps::Map;
+use aya::maps::{Map, MapError};
 use connmon_common::tuning::{COUNTERS_MAP, EVENTS_MAP, STRETCH_MAP};
 
 use connmon_core::event::Event;
-use connmon_core::probe::{Method, Probe, Rung};
+use connmon_core::probe::{AttachFailure, Method, Probe, Rung};
 use connmon_core::report::ProgramStats;
 use ring::{CounterReader, ProgramMeter, Ring};
 use sys::Shared;
@@ -44,6 +47,18 @@ pub enum AttachChoice {
     Kprobe,
     /// No function probes; the classic tracepoint for state changes.
     Tracepoint,
+}
+
+impl AttachChoice {
+    /// As it is written.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Fentry => "fentry",
+            Self::Kprobe => "kprobe",
+            Self::Tracepoint => "tracepoint",
+        }
+    }
 }
 
 /// What a [`Tracer`] is asked to do.
@@ -106,14 +121,15 @@ impl Tracer {
     pub fn attach(options: &TracerOptions) -> Result<Self, AttachError> {
         let types = load::KernelTypes::read();
         if let (Err(reason), Some(_)) = (&types, options.only_netns) {
-            return Err(AttachError::other(format!(
-                "--netns host: events tell no namespace without the kernel's BTF ({reason}): run a \
-                 kernel with CONFIG_DEBUG_INFO_BTF, or leave --netns at all"
-            )));
+            return Err(AttachError::no_namespaces(reason));
         }
-        let mut ebpf = load::prepare(options, types.as_ref().ok())
-            .map_err(|error| AttachError::prepare(&error, options.ring_buffer_bytes))?;
-        let no_map = |name: &str| AttachError::other(format!("the object has no map {name}"));
+        let mut ebpf = load::prepare(options, types.as_ref().ok()).map_err(|error| {
+            AttachError::map("the BPF object", &error, options.ring_buffer_bytes)
+        })?;
+        let map_error = |name: &str, error: &(dyn std::error::Error + 'static)| {
+            AttachError::map(&format!("map {name}"), error, options.ring_buffer_bytes)
+        };
+        let no_map = |name: &str| map_error(name, &MapError::InvalidName { name: name.into() });
 
         // The logger must exist before a program that writes to its map.
         let logger = load::logs(options)
@@ -122,18 +138,16 @@ impl Tracer {
         let map = ebpf
             .take_map(EVENTS_MAP)
             .ok_or_else(|| no_map(EVENTS_MAP))?;
-        let ring = Ring::new(map)
-            .map_err(|error| AttachError::map(EVENTS_MAP, &error, options.ring_buffer_bytes))?;
+        let ring = Ring::new(map).map_err(|error| map_error(EVENTS_MAP, &error))?;
         let map = ebpf
             .take_map(COUNTERS_MAP)
             .ok_or_else(|| no_map(COUNTERS_MAP))?;
-        let counters = CounterReader::new(map)
-            .map_err(|error| AttachError::other(format!("map {COUNTERS_MAP}: {error}")))?;
+        let counters = CounterReader::new(map).map_err(|error| map_error(COUNTERS_MAP, &error))?;
 
         let known = types.as_ref().map_err(String::as_str);
         let (rung, attached) = ladder::attach_state(&mut ebpf, known, options.attach);
         let Some(attached) = attached else {
-            return Err(AttachError::state(&rung, options.ring_buffer_bytes));
+            return Err(AttachError::state(rung, options.ring_buffer_bytes));
         };
         let mut meters = vec![ProgramMeter::new(attached, &rung)];
         let mut lost_told = false;
@@ -255,7 +269,8 @@ impl Tracer {
         let Some(Map::Array(map)) = map else {
             return Err(format!("the object has no map {STRETCH_MAP}"));
         };
-        let program = ladder::socket_walk(&mut self.programs)?;
+        let program =
+            ladder::socket_walk(&mut self.programs).map_err(|failure| failure.to_string())?;
         let stretch =
             Shared::map(map.fd().as_fd()).map_err(|error| format!("map {STRETCH_MAP}: {error}"))?;
         SocketWalk::new(program, stretch)
@@ -282,13 +297,9 @@ impl Tracer {
     /// # Errors
     ///
     /// The system call's.
-    pub fn enable_stats(&mut self) -> Result<(), AttachError> {
+    pub fn enable_stats(&mut self) -> io::Result<()> {
         if self.stats.is_none() {
-            self.stats = Some(sys::enable_stats().map_err(|error| {
-                AttachError::other(format!(
-                    "the kernel does not time the programs ({error}): --ebpf.stats needs CAP_SYS_ADMIN, or set kernel.bpf_stats_enabled=1"
-                ))
-            })?);
+            self.stats = Some(sys::enable_stats()?);
         }
         Ok(())
     }
@@ -318,14 +329,14 @@ pub fn monotonic_ns() -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
-/// The rungs when nothing is attached.
-pub fn no_rungs(reason: Option<&str>) -> Vec<Rung> {
+/// The rungs when nothing is attached, because of `failures`.
+pub fn no_rungs(failures: &[AttachFailure]) -> Vec<Rung> {
     Probe::ALL
         .into_iter()
         .map(|probe| Rung {
             probe,
             method: Method::None,
-            reason: Some(reason.unwrap_or("--source proc").to_owned()),
+            failures: failures.to_vec(),
         })
         .collect()
 }

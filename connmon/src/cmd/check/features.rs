@@ -3,7 +3,7 @@
 use connmon_host::sandbox::{self, Feature, FeatureKind};
 use rustix::thread::CapabilitySet;
 
-use super::{Findings, Line, Outcome};
+use super::{Findings, Line, Outcome, line};
 
 /// First Linux that charges a ring to the memory cgroup instead of the limit
 /// of locked memory.
@@ -28,12 +28,9 @@ pub(super) fn judge(findings: &Findings) -> Vec<Line> {
         held => names(held),
     };
     let worst = features.iter().map(|line| line.result).max();
-    let mut lines = vec![Line {
-        check: "capabilities".into(),
-        result: worst.map_or(Outcome::Ok, |worst| worst.max(Outcome::Ok)),
-        cause: format!("{held} held"),
-        remedy: grant(missing),
-    }];
+    let result = worst.map_or(Outcome::Ok, |worst| worst.max(Outcome::Ok));
+    let cause = format!("{held} held");
+    let mut lines = vec![line("capabilities", result, cause, grant(missing))];
     lines.append(&mut features);
     lines
 }
@@ -64,12 +61,7 @@ fn judge_feature(findings: &Findings, feature: &Feature) -> Line {
         let cause = format!("{} not held; without: {}", names(missing), feature.without);
         (result, cause, grant(missing))
     };
-    Line {
-        check: format!("feature: {}", feature.name),
-        result,
-        cause,
-        remedy,
-    }
+    line(format!("feature: {}", feature.name), result, cause, remedy)
 }
 
 /// Why the agent would do without, as it is configured, on this host.
@@ -164,7 +156,7 @@ mod tests {
         findings.facts.capabilities = CapabilitySet::empty();
         findings.facts.release = "5.10.0-32-cloud-amd64".into();
         assert_eq!(results(&findings)[5], Outcome::Info);
-        findings.tracing = Err(super::super::NoTracing::from_sentence("no: x", true));
+        findings.tracing = Err(super::super::NoTracing::new("no", "x", true));
         assert_eq!(results(&findings)[5], Outcome::Degraded);
     }
 }
