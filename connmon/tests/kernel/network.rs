@@ -19,6 +19,11 @@ pub const ROUTER: &str = "10.77.0.2";
 /// Behind the router, which knows no way.
 pub const BEYOND: &str = "10.99.0.1";
 
+/// Addresses of both ends: each knows the other without asking, so that a
+/// link that loses everything loses no ARP.
+const OUR_MAC: &str = "02:00:0a:4d:00:01";
+const ROUTER_MAC: &str = "02:00:0a:4d:00:02";
+
 /// Both namespaces; deleted when dropped.
 pub struct Network {
     own: String,
@@ -68,12 +73,21 @@ impl Network {
 }
 
 fn route(own: &str, router: &str) -> Result<(), String> {
-    let link = ["link", "add", "k0", "type", "veth", "peer", "name", "r0"];
-    ip(&[&["-n", own][..], &link, &["netns", router]].concat())?;
+    let link = ["link", "add", "k0", "address", OUR_MAC, "type", "veth"];
+    let peer = ["peer", "name", "r0", "address", ROUTER_MAC, "netns", router];
+    ip(&[&["-n", own][..], &link, &peer].concat())?;
     ip(&["-n", own, "address", "add", "10.77.0.1/24", "dev", "k0"])?;
     ip(&["-n", router, "address", "add", "10.77.0.2/24", "dev", "r0"])?;
     ip(&["-n", own, "link", "set", "k0", "up"])?;
     ip(&["-n", router, "link", "set", "r0", "up"])?;
+    for (namespace, device, address, mac) in [
+        (own, "k0", ROUTER, ROUTER_MAC),
+        (router, "r0", OURS, OUR_MAC),
+    ] {
+        let neighbour = ["neighbour", "replace", address, "lladdr", mac];
+        let known = ["nud", "permanent", "dev", device];
+        ip(&[&["-n", namespace][..], &neighbour, &known].concat())?;
+    }
     ip(&["-n", own, "route", "add", "default", "via", "10.77.0.2"])?;
     let forward = "echo 1 > /proc/sys/net/ipv4/ip_forward";
     ip(&["netns", "exec", router, "sh", "-c", forward])

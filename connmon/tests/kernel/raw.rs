@@ -37,6 +37,8 @@ pub fn set_tcp(socket: &impl AsRawFd, option: i32, value: i32) -> io::Result<()>
 
 /// What is used of `struct tcp_info`.
 pub struct TcpInfo {
+    /// State of the socket.
+    pub state: u8,
     /// Smoothed round-trip time.
     pub rtt_us: u32,
     /// Segments sent again, all in all.
@@ -66,6 +68,7 @@ pub fn tcp_info(socket: &impl AsRawFd) -> io::Result<TcpInfo> {
     }
     assert_eq!(length as usize, size_of_val(&info));
     Ok(TcpInfo {
+        state: info[0].to_ne_bytes()[0],
         rtt_us: info[RTT],
         total_retrans: info[TOTAL_RETRANS],
     })

@@ -11,6 +11,7 @@ use connmon_common::state::ESTABLISHED;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rustix::thread::UnshareFlags;
 
+use crate::harness::PATIENCE;
 use crate::network::{Sysctl, ip};
 use crate::scenarios::listen;
 use crate::traffic::{Family, Server};
@@ -38,7 +39,7 @@ pub fn walk(world: &mut World<'_>) -> Outcome {
     assert_eq!(found.len(), 2);
     pair.close();
     let mut closed = Vec::new();
-    let until = Instant::now() + Duration::from_secs(5);
+    let until = Instant::now() + PATIENCE;
     while closed.len() < 2 && Instant::now() < until {
         tracer.drain(usize::MAX, |event| {
             if let Event::Close { tuple, .. } = event
