@@ -66,7 +66,7 @@ fn mount_tracefs() -> bool {
 
 /// Collects events until `done`, or fails after a while.
 fn collect(tracer: &mut Tracer, events: &mut Vec<Event>, done: impl Fn(&[Event]) -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         while !tracer.drain(1000, |event| events.push(event)).empty {}
         if done(events) {
