@@ -274,8 +274,11 @@ pub fn cross_families(text: &str) -> Result<CrossFamilies, String> {
 /// Paths the server keeps for itself.
 const RESERVED_PATHS: [&str; 3] = ["/-/healthy", "/-/ready", "/api/v1/summary"];
 
+/// What the paths of the page's files start with.
+const RESERVED_PREFIX: &str = "/assets/";
+
 /// `--web.telemetry-path`: `/` and URL path characters, none of the server's
-/// own paths.
+/// own paths. `/` itself is allowed: the metrics then take the page's place.
 pub fn telemetry_path(text: &str) -> Result<String, String> {
     let bad = |why: &str| format!("bad path {text:?}: {why}");
     if !text.starts_with('/') {
@@ -286,7 +289,8 @@ pub fn telemetry_path(text: &str) -> Result<String, String> {
     if !text.bytes().all(allowed) {
         return Err(bad("must be made of URL path characters, without ? # %"));
     }
-    if RESERVED_PATHS.contains(&text) || text.starts_with("//") {
+    if RESERVED_PATHS.contains(&text) || text.starts_with(RESERVED_PREFIX) || text.starts_with("//")
+    {
         return Err(bad("the server uses that path itself; choose another"));
     }
     Ok(text.to_owned())
@@ -481,6 +485,8 @@ mod tests {
             "/é",
             "/a%20",
             "/api/v1/summary",
+            "/assets/app.js",
+            "/assets/",
         ] {
             assert!(telemetry_path(text).is_err(), "{text}");
         }
