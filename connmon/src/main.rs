@@ -59,8 +59,13 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Check(args)) => cmd::check::run(&config, args.output),
         Some(Command::Trace(args)) => cmd::trace::run(config, args).map(done),
         Some(Command::List(args)) => cmd::list::run(config, args).map(done),
-        Some(Command::Top(args)) => cmd::top::run(config, args).map(done),
+        Some(Command::Top(args)) => cmd::top::run(config, args, is_dumb()).map(done),
     }
+}
+
+/// Whether the terminal knows no escape sequences.
+fn is_dumb() -> bool {
+    std::env::var_os("TERM").is_some_and(|term| term == "dumb" || term == "unknown")
 }
 
 /// Whoever read our output has enough of it.
