@@ -90,6 +90,17 @@ impl Limiter {
     }
 }
 
+/// Writes the last line of a process that failed: one for people, or a log
+/// line where the format is JSON. No level hides it.
+pub fn last_line(format: LogFormat, message: &str) {
+    let line = match format {
+        LogFormat::Logfmt => format!("connmon: {message}\n"),
+        LogFormat::Json => line(format, SystemTime::now(), Level::Error, "connmon", message),
+    };
+    // Nobody is left to tell when stderr is gone.
+    let _ = std::io::stderr().lock().write_all(line.as_bytes());
+}
+
 #[derive(Debug)]
 struct Logger(LogFormat);
 

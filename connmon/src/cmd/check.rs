@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::cli::Output;
-use crate::config::{Config, SandboxChoice, SourceChoice};
+use crate::config::{Config, SandboxChoice, SourceChoice, check_serving};
 use crate::geo::Database;
 use crate::kernel::{
     HostFacts, MOUNT_TRACEFS, Method, OPEN_TRACEFS, Probe, Rung, Tracefs, Tracer, TracerOptions,
@@ -67,6 +67,8 @@ struct Findings {
     strict: Option<Result<(), String>>,
     /// Type of the country database, or what is wrong with it.
     database: Result<String, String>,
+    /// Why the web configuration or an address to listen on cannot be used.
+    serving: Result<(), String>,
 }
 
 /// What the configuration asks of the host.
@@ -92,7 +94,7 @@ impl Asked {
             .ok()
             .and_then(|text| text.trim().parse().ok())
             .unwrap_or(1024);
-        let mut ports = config.listen.iter().map(|listen| listen.address.port());
+        let mut ports = config.listen.iter().map(|listen| listen.port);
         Self {
             polling: config.source == SourceChoice::Proc,
             ebpf_only: config.source == SourceChoice::Ebpf,
@@ -188,6 +190,7 @@ fn find(config: &Config) -> Findings {
         database: database
             .map(|database| database.database_type().to_owned())
             .map_err(|error| error.to_string()),
+        serving: check_serving(config).map_err(|error| error.to_string()),
     }
 }
 
@@ -400,6 +403,11 @@ fn judge(findings: &Findings) -> Vec<Line> {
         ),
     }
 
+    if let Err(error) = &findings.serving {
+        let remedy = "correct the value, or provide what it names";
+        add("serving", Outcome::Failed, error, remedy);
+    }
+
     lines.extend(features::judge(findings));
     lines
 }
@@ -574,6 +582,7 @@ mod tests {
             }),
             strict: None,
             database: Ok("DBIP-Country-Lite".into()),
+            serving: Ok(()),
             asked: Asked {
                 polling: false,
                 ebpf_only: false,

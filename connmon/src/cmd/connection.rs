@@ -10,6 +10,8 @@ use crate::event::Tuple;
 use crate::fold::Direction;
 use crate::logging;
 
+use super::columns::{self, Column, left};
+
 /// One connection event, or one connection of a snapshot. Fields that do not
 /// apply are absent from the JSON and `-` in the table.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -58,33 +60,32 @@ pub struct ConnectionRecord {
     pub reason: Option<&'static str>,
 }
 
-/// Table columns: heading and width; the last one is not padded.
-const COLUMNS: [(&str, usize); 13] = [
-    ("TIME", 12),
-    ("EVENT", 5),
-    ("DIRECTION", 9),
-    ("PROCESS", 15),
-    ("PID", 7),
-    ("CONTAINER", 12),
-    ("LOCAL", 21),
-    ("REMOTE", 21),
-    ("COUNTRY", 8),
-    ("DURATION", 9),
-    ("RECEIVED", 9),
-    ("SENT", 9),
-    ("REASON", 0),
+const COLUMNS: [Column; 13] = [
+    left("TIME", 12),
+    left("EVENT", 5),
+    left("DIRECTION", 9),
+    left("PROCESS", 15),
+    left("PID", 7),
+    left("CONTAINER", 12),
+    left("LOCAL", 21),
+    left("REMOTE", 21),
+    left("COUNTRY", 8),
+    left("DURATION", 9),
+    left("RECEIVED", 9),
+    left("SENT", 9),
+    left("REASON", 0),
 ];
 
 /// The heading of the table.
 pub fn heading() -> String {
-    row(COLUMNS.map(|(heading, _)| heading.to_owned()))
+    columns::heading(&COLUMNS)
 }
 
 impl ConnectionRecord {
     /// One aligned line, no line feed. `clock` is the local time of day.
     pub fn line(&self, clock: &str) -> String {
         let last = self.reason.or(self.state).map(str::to_owned);
-        row([
+        let cells: [String; COLUMNS.len()] = [
             clock.to_owned(),
             self.event.to_owned(),
             self.direction.to_owned(),
@@ -98,7 +99,8 @@ impl ConnectionRecord {
             or_dash(self.received_bytes.map(bytes)),
             or_dash(self.sent_bytes.map(bytes)),
             or_dash(last),
-        ])
+        ];
+        columns::row(&COLUMNS, cells)
     }
 }
 
@@ -210,22 +212,10 @@ fn or_dash(value: Option<String>) -> String {
     value.unwrap_or_else(|| "-".to_owned())
 }
 
-fn row(cells: [String; COLUMNS.len()]) -> String {
-    let mut line = String::with_capacity(160);
-    for (index, (cell, (_, width))) in cells.iter().zip(COLUMNS).enumerate() {
-        if index > 0 {
-            line.push(' ');
-        }
-        line.push_str(cell);
-        for _ in cell.chars().count()..width {
-            line.push(' ');
-        }
-    }
-    line
-}
-
 #[cfg(test)]
 mod tests {
+    use unicode_width::UnicodeWidthStr as _;
+
     use super::*;
 
     /// What the kernel keeps of a name.
@@ -306,6 +296,15 @@ mod tests {
         let line = record.line("00:00:00.000");
         assert_eq!(heading.find("REMOTE"), line.find("10.0.0.2:80"));
         assert_eq!(heading.find("REASON"), line.find("refused"));
+        for name in ["curl", "日本語", "e\u{301}"] {
+            let named = ConnectionRecord {
+                process: Some(name.into()),
+                ..record.clone()
+            };
+            let named = named.line("00:00:00.000");
+            let before = named.split("10.0.0.2:80").next().unwrap();
+            assert_eq!(Some(before.width()), heading.find("REMOTE"), "{named}");
+        }
         let json = serde_json::to_value(&record).unwrap();
         assert_eq!(json["reason"], "refused");
         assert!(json.get("process").is_none());

@@ -9,6 +9,7 @@ use crate::cli::{By, ListArgs, Output};
 use crate::config::Config;
 use crate::fold::{Direction, PortLabel};
 
+use super::columns::{self, Column, left, right};
 use super::connection::{ConnectionRecord, bytes, heading, process_name, service_port, state_name};
 use super::containers::Containers;
 use super::snapshot::{Live, Reader, Tables};
@@ -24,25 +25,43 @@ pub fn run(config: Config, args: ListArgs) -> anyhow::Result<()> {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     match args.by {
         By::Connection => connections(&mut out, &tables, args.output)?,
-        By::Country => groups(&mut out, args.output, "country", &tables, |live| Key {
-            country: Some(live.country.code()),
-            ..Key::default()
-        })?,
-        By::Port => groups(&mut out, args.output, "port", &tables, |live| Key {
-            port: Some(
-                service_port(live.direction, &live.row.tuple)
-                    .map_or(PortLabel::Other, PortLabel::Port)
-                    .to_string(),
-            ),
-            direction: Some(live.direction.label()),
-            ..Key::default()
-        })?,
-        By::Process => groups(&mut out, args.output, "process", &tables, |live| Key {
-            process: Some(
-                process_name(&live.row.owner.comm).unwrap_or_else(|| "unknown".to_owned()),
-            ),
-            ..Key::default()
-        })?,
+        By::Country => groups(
+            &mut out,
+            args.output,
+            &[left("COUNTRY", 8)],
+            &tables,
+            |live| Key {
+                country: Some(live.country.code()),
+                ..Key::default()
+            },
+        )?,
+        By::Port => groups(
+            &mut out,
+            args.output,
+            &[left("PORT", 7), left("DIRECTION", 9)],
+            &tables,
+            |live| Key {
+                port: Some(
+                    service_port(live.direction, &live.row.tuple)
+                        .map_or(PortLabel::Other, PortLabel::Port)
+                        .to_string(),
+                ),
+                direction: Some(live.direction.label()),
+                ..Key::default()
+            },
+        )?,
+        By::Process => groups(
+            &mut out,
+            args.output,
+            &[left("PROCESS", 16)],
+            &tables,
+            |live| Key {
+                process: Some(
+                    process_name(&live.row.owner.comm).unwrap_or_else(|| "unknown".to_owned()),
+                ),
+                ..Key::default()
+            },
+        )?,
     }
     out.flush()?;
     if args.output == Output::Table {
@@ -176,10 +195,21 @@ impl Group {
     }
 }
 
+/// What follows the key in a table of groups.
+const COUNTS: [Column; 7] = [
+    right("CONNECTIONS", 11),
+    right("INBOUND", 8),
+    right("OUTBOUND", 8),
+    right("UNKNOWN", 8),
+    right("CLOSING", 8),
+    right("RECEIVED", 9),
+    right("SENT", 9),
+];
+
 fn groups(
     out: &mut impl Write,
     output: Output,
-    by: &str,
+    by: &[Column],
     tables: &Tables,
     key: impl Fn(&Live) -> Key,
 ) -> anyhow::Result<()> {
@@ -202,35 +232,21 @@ fn groups(
         }
         return Ok(());
     }
-    let first = match by {
-        "port" => format!("{:<7} {:<9}", "PORT", "DIRECTION"),
-        "country" => format!("{:<8}", "COUNTRY"),
-        _ => format!("{:<16}", "PROCESS"),
-    };
-    writeln!(
-        out,
-        "{first} {:>11} {:>8} {:>8} {:>8} {:>8} {:>9} {:>9}",
-        "CONNECTIONS", "INBOUND", "OUTBOUND", "UNKNOWN", "CLOSING", "RECEIVED", "SENT"
-    )?;
+    let table = [by, &COUNTS].concat();
+    writeln!(out, "{}", columns::heading(&table))?;
     for group in &groups {
-        let cells = group.key.cells();
-        let first = match by {
-            "port" => format!("{:<7} {:<9}", cells[0], cells[1]),
-            "country" => format!("{:<8}", cells[0]),
-            _ => format!("{:<16}", cells[0]),
-        };
         let amount = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), bytes);
-        writeln!(
-            out,
-            "{first} {:>11} {:>8} {:>8} {:>8} {:>8} {:>9} {:>9}",
-            group.connections,
-            group.inbound,
-            group.outbound,
-            group.unknown,
-            group.closing,
+        let mut cells = group.key.cells();
+        cells.extend([
+            group.connections.to_string(),
+            group.inbound.to_string(),
+            group.outbound.to_string(),
+            group.unknown.to_string(),
+            group.closing.to_string(),
             amount(group.received_bytes),
             amount(group.sent_bytes),
-        )?;
+        ]);
+        writeln!(out, "{}", columns::row(&table, cells))?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
-//! `--config.check`: what only shows when files are opened.
+//! `--config.check`: what only shows when files are opened and names are
+//! looked up.
 
-use super::{Config, ConfigError, Loaded};
+use super::{Config, ConfigError, Loaded, resolve_all};
 use crate::geo::Database;
 
 /// Opens everything the configuration points at, and throws it away again.
@@ -8,19 +9,42 @@ use crate::geo::Database;
 /// day that source is gone.
 ///
 /// # Errors
-/// The first file that cannot be used, by name and by where that stands.
+/// The first value that is wrong, else the first that is not there yet, by
+/// name and by where it stands.
 pub fn check(loaded: &Loaded) -> Result<(), ConfigError> {
-    let mut configs = std::iter::once(&loaded.config).chain(&loaded.alone);
-    configs.try_for_each(files)
+    let configs = std::iter::once(&loaded.config).chain(&loaded.alone);
+    let errors: Vec<ConfigError> = configs
+        .flat_map(|config| [database(config), web_config(config), listen(config)])
+        .filter_map(Result::err)
+        .collect();
+    let wrong = errors.iter().find(|error| !error.is_not_yet());
+    wrong.or(errors.first()).cloned().map_or(Ok(()), Err)
 }
 
-fn files(config: &Config) -> Result<(), ConfigError> {
-    if let Some(path) = &config.geoip_database {
-        Database::open(path).map_err(|error| config.refused("geoip.database", error))?;
-    }
-    if let Some(path) = &config.web_config_file {
-        crate::expose::webconfig::check(path)
-            .map_err(|error| config.refused("web.config.file", error))?;
-    }
-    Ok(())
+fn database(config: &Config) -> Result<(), ConfigError> {
+    let Some(path) = &config.geoip_database else {
+        return Ok(());
+    };
+    let opened = Database::open(path).map(drop);
+    opened.map_err(|error| config.refused("geoip.database", error))
+}
+
+/// What serving needs: the web configuration with the files that it names,
+/// and the addresses to listen on.
+///
+/// # Errors
+/// The first that is wrong or not there yet.
+pub fn check_serving(config: &Config) -> Result<(), ConfigError> {
+    web_config(config).and_then(|()| listen(config))
+}
+
+fn web_config(config: &Config) -> Result<(), ConfigError> {
+    let Some(path) = &config.web_config_file else {
+        return Ok(());
+    };
+    crate::expose::webconfig::check(path).map_err(|error| config.refused("web.config.file", error))
+}
+
+fn listen(config: &Config) -> Result<(), ConfigError> {
+    resolve_all(&config.listen).map(drop)
 }

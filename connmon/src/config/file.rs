@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use saphyr_parser::{Event, Parser, ScalarStyle};
 
-use super::error::{ConfigError, Origin};
+use super::error::{ConfigError, Origin, is_state_of_host};
 use super::settings::{Kind, Setting};
 
 /// Largest configuration file read, bytes; anything larger is a mistake.
@@ -26,22 +26,46 @@ pub struct Entry {
 
 /// Reads and parses the file.
 pub fn read(path: &Path) -> Result<Vec<Entry>, ConfigError> {
+    let text = read_text(path)?;
+    parse(path, &text)
+}
+
+/// Reads the file.
+pub fn read_text(path: &Path) -> Result<String, ConfigError> {
     let refuse = |error: &dyn std::fmt::Display| {
         ConfigError::new(format!("{}: cannot read: {error}", path.display()))
     };
     let mut bytes = Vec::new();
     std::fs::File::open(path)
         .and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes))
-        .map_err(|error| refuse(&error))?;
+        .map_err(|error| refuse(&error).not_yet_if(is_state_of_host(error.raw_os_error())))?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(refuse(&format_args!("larger than {MAX_BYTES} bytes")));
     }
-    let text = String::from_utf8(bytes).map_err(|error| {
+    String::from_utf8(bytes).map_err(|error| {
         let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
         ConfigError::new(format!("{}:{line}: not valid UTF-8", path.display()))
-    })?;
-    parse(path, &text)
+    })
+}
+
+/// `log.format` of a file that may be refused as a whole.
+pub fn log_format(path: &Path) -> Option<String> {
+    let text = read_text(path).ok()?;
+    match parse(path, &text) {
+        Ok(entries) => {
+            let entry = entries
+                .into_iter()
+                .find(|entry| entry.key == "log.format")?;
+            entry.values.into_iter().next().map(|(text, _)| text)
+        }
+        Err(_) => text.lines().find_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            let bare = |text: &str| text.trim().trim_matches(['"', '\'']).to_owned();
+            let value = value.split(" #").next().unwrap_or(value);
+            (bare(key) == "log.format").then(|| bare(value))
+        }),
+    }
 }
 
 /// Parses the text of the file.

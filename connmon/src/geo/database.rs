@@ -74,6 +74,7 @@ impl Database {
         let refuse = |problem: &dyn fmt::Display| DatabaseError::new(path.display(), problem);
         let bytes = read(path).map_err(|error| DatabaseError {
             shortage: is_shortage(&error),
+            os_error: error.raw_os_error(),
             ..refuse(&error)
         })?;
         if bytes.is_empty() {
@@ -233,6 +234,7 @@ impl Record<'_> {
 pub struct DatabaseError {
     text: String,
     shortage: bool,
+    os_error: Option<i32>,
 }
 
 impl DatabaseError {
@@ -240,7 +242,14 @@ impl DatabaseError {
         Self {
             text: format!("country database {which}: {problem}"),
             shortage: false,
+            os_error: None,
         }
+    }
+
+    /// The error number with which the kernel refused to open or read the
+    /// file; `None` when it was read.
+    pub fn os_error(&self) -> Option<i32> {
+        self.os_error
     }
 
     /// Whether descriptors or memory were short, which says nothing about the

@@ -404,7 +404,7 @@ fn a_taken_port_and_a_bad_database_are_one_clear_line() {
     assert_eq!(said.lines().count(), 1, "{said}");
 
     let (code, said) = refusal(&["--geoip.database", "/no/such.mmdb"]);
-    assert_eq!(code, Some(2), "{said}");
+    assert_eq!(code, Some(1), "{said}");
     assert!(
         said.contains("--geoip.database") && said.contains("/no/such.mmdb"),
         "{said}"

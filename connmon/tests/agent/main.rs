@@ -21,6 +21,7 @@ mod stand_ins;
 mod storm;
 #[path = "../support/mod.rs"]
 mod support;
+mod terminal;
 mod tools;
 mod traffic;
 #[expect(dead_code, reason = "the page's own tests use more of it")]

@@ -34,7 +34,7 @@ use self::rate::Bucket;
 pub use self::settings::Settings;
 use self::users::{Doorkeeper, Verdict};
 use self::yaml::Problem;
-use crate::config::ConfigError;
+use crate::config::{ConfigError, is_state_of_host};
 
 /// Judges the text of a web configuration at `path`, whose directory
 /// relative paths start from; no file is opened. Total: any text gives
@@ -55,11 +55,16 @@ pub fn check(path: &Path) -> Result<(), ConfigError> {
 }
 
 fn at(path: &Path, problem: &Problem) -> ConfigError {
-    let Problem { line, text } = problem;
-    match line {
+    let Problem {
+        line,
+        text,
+        not_yet,
+    } = problem;
+    let error = match line {
         0 => ConfigError::new(format!("{}: {text}", path.display())),
         line => ConfigError::new(format!("{}:{line}: {text}", path.display())),
-    }
+    };
+    error.not_yet_if(*not_yet)
 }
 
 /// What is in force.
@@ -74,8 +79,10 @@ pub(super) struct Active {
 /// noticed next time.
 fn load(path: &Path, prints: &mut Vec<Print>) -> Result<Active, ConfigError> {
     prints.push(Print::of(path));
-    let bytes = tls::read_bounded(path)
-        .map_err(|error| ConfigError::new(format!("{}: cannot read: {error}", path.display())))?;
+    let bytes = tls::read_bounded(path).map_err(|error| {
+        ConfigError::new(format!("{}: cannot read: {error}", path.display()))
+            .not_yet_if(is_state_of_host(error.raw_os_error()))
+    })?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
@@ -179,7 +186,7 @@ impl Gate {
         for remark in &active.remarks {
             log::warn!("{}: {remark}", path.display());
         }
-        let doorkeeper = Doorkeeper::new().map_err(ConfigError::new)?;
+        let doorkeeper = Doorkeeper::new().map_err(|error| ConfigError::new(error).not_yet())?;
         Ok(Self {
             path: path.to_owned(),
             state: Mutex::new(State {

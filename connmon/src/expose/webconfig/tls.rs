@@ -15,6 +15,7 @@ use super::clients::ClientPolicy;
 use super::p521::SECP521R1;
 use super::settings::{ClientAuth, Source, TlsSettings, Version};
 use super::yaml::Problem;
+use crate::config::is_state_of_host;
 
 /// Largest certificate or key file, bytes.
 const MAX_PEM_BYTES: u64 = 1 << 20;
@@ -218,8 +219,9 @@ impl Source {
     fn read(&self, key: &str) -> Result<Vec<u8>, Problem> {
         match self {
             Self::Text(text) => Ok(text.value.clone().into_bytes()),
-            Self::File(path) => read_bounded(&path.value).map_err(|error| {
-                Problem::new(
+            Self::File(path) => read_bounded(&path.value).map_err(|error| Problem {
+                not_yet: is_state_of_host(error.raw_os_error()),
+                ..Problem::new(
                     path.line,
                     format_args!(
                         "tls_server_config.{key}: failed to read {}: {error}",

@@ -19,6 +19,8 @@ const MAX_NODES: usize = 20_000;
 pub(super) struct Problem {
     pub(super) line: usize,
     pub(super) text: String,
+    /// The file may be right: another that it names cannot be read yet.
+    pub(super) not_yet: bool,
 }
 
 impl Problem {
@@ -26,6 +28,7 @@ impl Problem {
         Self {
             line,
             text: text.to_string(),
+            not_yet: false,
         }
     }
 }
