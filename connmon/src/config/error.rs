@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::text::printable;
+
 /// Where a value was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -35,19 +37,20 @@ impl fmt::Display for Origin {
     }
 }
 
-/// A refused configuration. Ends the process with exit code 2.
+/// A refused configuration. Ends the process with exit code 2. Keys, values
+/// and paths in it are printable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError(String);
 
 impl ConfigError {
     /// An error that already says where.
-    pub fn new(message: impl Into<String>) -> Self {
-        Self(message.into())
+    pub fn new(message: impl fmt::Display) -> Self {
+        Self(printable(message))
     }
 
     /// A bad value at `origin`.
     pub fn at(origin: &Origin, problem: impl fmt::Display) -> Self {
-        Self(format!("{origin}: {problem}"))
+        Self::new(format_args!("{origin}: {problem}"))
     }
 }
 

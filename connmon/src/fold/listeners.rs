@@ -14,6 +14,7 @@ use std::net::IpAddr;
 use super::snapshot::ListenerRow;
 use crate::event::{NetnsId, Owner};
 use crate::reconcile::Row;
+use crate::text::process_name;
 
 /// (namespace, address, port)
 type Group = (NetnsId, IpAddr, u16);
@@ -317,7 +318,7 @@ impl Listeners {
                 host: netns == self.host,
                 address: address.to_string(),
                 port,
-                process: process_text(&state.now.comm),
+                process: process_name(&state.now.comm).unwrap_or_else(|| "unknown".to_owned()),
                 pid: state.now.pid,
                 sockets: state.now.count,
                 queue_length: state.now.queue_length,
@@ -325,25 +326,6 @@ impl Listeners {
             })
             .collect()
     }
-}
-
-/// A `comm` as a label value: any process can set any bytes there, so invalid
-/// UTF-8 and control characters are replaced.
-fn process_text(comm: &[u8; 16]) -> String {
-    let end = comm.iter().position(|&byte| byte == 0).unwrap_or(16);
-    if end == 0 {
-        return "unknown".to_owned();
-    }
-    String::from_utf8_lossy(&comm[..end])
-        .chars()
-        .map(|c| {
-            if c.is_control() {
-                char::REPLACEMENT_CHARACTER
-            } else {
-                c
-            }
-        })
-        .collect()
 }
 
 #[cfg(test)]
@@ -598,14 +580,5 @@ mod tests {
         assert_eq!(listeners.overflow, u64::from(count) + 10);
         walk(&mut listeners, 2, &[]);
         assert!(listeners.unplaced.is_empty(), "their namespace is gone");
-    }
-
-    #[test]
-    fn process_names_are_made_harmless() {
-        assert_eq!(
-            process_text(&owner(1, b"a\nb\x1b\xff").comm),
-            "a\u{fffd}b\u{fffd}\u{fffd}"
-        );
-        assert_eq!(process_text(&[b'x'; 16]), "x".repeat(16));
     }
 }
