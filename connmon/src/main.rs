@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use connmon::cli::{self, Cli, Command};
 use connmon::config::{self, ConfigError, Loaded};
-use connmon::{agent, cmd, logging, version};
+use connmon::{agent, cmd, logging, text, version};
 
 /// Wrong usage or bad configuration; clap uses the same.
 const USAGE: u8 = 2;
@@ -24,7 +24,9 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "connmon: {error:#}");
+            for line in format!("connmon: {error:#}").lines() {
+                let _ = writeln!(std::io::stderr(), "{}", text::printable(line));
+            }
             match error.downcast_ref::<ConfigError>() {
                 Some(_) => ExitCode::from(USAGE),
                 None => ExitCode::FAILURE,
@@ -40,7 +42,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     }
     let loaded = config::load(&cli.typed(), std::env::vars_os())?;
     if loaded.check_only {
-        config::check(&loaded)?;
+        for remark in config::check(&loaded)? {
+            let _ = writeln!(std::io::stderr(), "connmon: {}", text::printable(remark));
+        }
         std::io::stdout().write_all(b"configuration is good\n")?;
         return Ok(ExitCode::SUCCESS);
     }

@@ -9,18 +9,25 @@ use crate::geo::Database;
 ///
 /// # Errors
 /// The first file that cannot be used, by name and by where that stands.
-pub fn check(loaded: &Loaded) -> Result<(), ConfigError> {
-    let mut configs = std::iter::once(&loaded.config).chain(&loaded.alone);
-    configs.try_for_each(files)
+///
+/// Returns what is accepted and should be changed.
+pub fn check(loaded: &Loaded) -> Result<Vec<String>, ConfigError> {
+    let configs = std::iter::once(&loaded.config).chain(&loaded.alone);
+    let mut remarks = Vec::new();
+    for config in configs {
+        remarks.extend(files(config)?);
+    }
+    remarks.dedup();
+    Ok(remarks)
 }
 
-fn files(config: &Config) -> Result<(), ConfigError> {
+fn files(config: &Config) -> Result<Vec<String>, ConfigError> {
     if let Some(path) = &config.geoip_database {
         Database::open(path).map_err(|error| config.refused("geoip.database", error))?;
     }
-    if let Some(path) = &config.web_config_file {
-        crate::expose::webconfig::check(path)
-            .map_err(|error| config.refused("web.config.file", error))?;
+    match &config.web_config_file {
+        Some(path) => crate::expose::webconfig::check(path)
+            .map_err(|error| config.refused("web.config.file", error)),
+        None => Ok(Vec::new()),
     }
-    Ok(())
 }

@@ -9,6 +9,7 @@ mod file;
 mod load;
 pub mod parse;
 pub mod settings;
+pub(crate) mod yaml;
 
 pub use check::check;
 pub use error::{ConfigError, Origin};
