@@ -581,4 +581,22 @@ mod tests {
         walk(&mut listeners, 2, &[]);
         assert!(listeners.unplaced.is_empty(), "their namespace is gone");
     }
+
+    #[test]
+    fn process_names_in_the_inventory_are_printable() {
+        let mut listeners = Listeners::new(true, 10, 1);
+        let names = ["a\n\u{1b}", "b\u{202e}c", "d\u{200b}\u{ad}e", ""];
+        for (name, port) in names.iter().zip(1..) {
+            listeners.listen(1, ANY, port, &owner(7, name.as_bytes()));
+        }
+        let rows = listeners.snapshot();
+        let shown: Vec<&str> = rows.iter().map(|row| row.process.as_str()).collect();
+        let expected = [
+            "a\u{fffd}\u{fffd}",
+            "b\u{fffd}c",
+            "d\u{fffd}\u{fffd}e",
+            "unknown",
+        ];
+        assert_eq!(shown, expected);
+    }
 }
