@@ -22,4 +22,5 @@ pub mod reconcile;
 pub mod report;
 pub mod sandbox;
 mod shortage;
+pub mod text;
 pub mod version;

@@ -1,7 +1,7 @@
 //! Log lines on stderr, logfmt or JSON, behind the `log` facade.
 //!
-//! One line is one `write`; a line can never forge another, since control
-//! characters are escaped. Use [`limited!`](crate::limited) for messages
+//! One line is one `write`; a line can never forge another, since
+//! unprintable characters are escaped. Use [`limited!`](crate::limited) for messages
 //! that traffic can cause.
 
 use std::collections::HashMap;
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::config::LogFormat;
+use crate::text::{is_unprintable, printable};
 
 /// Starts logging. Later calls change nothing.
 pub fn init(level: LevelFilter, format: LogFormat) {
@@ -94,7 +95,10 @@ impl Limiter {
 /// line where the format is JSON. No level hides it.
 pub fn last_line(format: LogFormat, message: &str) {
     let line = match format {
-        LogFormat::Logfmt => format!("connmon: {message}\n"),
+        LogFormat::Logfmt => {
+            let lines = message.lines().map(|line| format!("{}\n", printable(line)));
+            format!("connmon: {}", lines.collect::<String>())
+        }
         LogFormat::Json => line(format, SystemTime::now(), Level::Error, "connmon", message),
     };
     // Nobody is left to tell when stderr is gone.
@@ -166,7 +170,7 @@ fn is_bare(byte: u8) -> bool {
 }
 
 /// A JSON string, which is also what logfmt readers take between quotes.
-/// Escaped beyond JSON's needs: everything that [`is_control`] names.
+/// Escaped beyond JSON's needs: everything that [`is_unprintable`] names.
 fn quote(line: &mut String, text: &str) {
     line.push('"');
     for c in text.chars() {
@@ -176,23 +180,13 @@ fn quote(line: &mut String, text: &str) {
             '\n' => line.push_str("\\n"),
             '\r' => line.push_str("\\r"),
             '\t' => line.push_str("\\t"),
-            c if is_control(c) => {
+            c if is_unprintable(c) => {
                 let _ = write!(line, "\\u{:04x}", u32::from(c));
             }
             c => line.push(c),
         }
     }
     line.push('"');
-}
-
-/// Control characters, line separators and the marks that turn the direction
-/// of text.
-pub fn is_control(character: char) -> bool {
-    character.is_control()
-        || matches!(
-            character,
-            '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
-        )
 }
 
 #[cfg(test)]

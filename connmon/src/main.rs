@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use connmon::cli::{self, Cli, Command};
 use connmon::config::{self, ConfigError, Loaded, LogFormat};
-use connmon::{agent, cmd, logging, version};
+use connmon::{agent, cmd, logging, text, version};
 
 /// Wrong usage or bad configuration; clap uses the same.
 const USAGE: u8 = 2;
@@ -68,7 +68,9 @@ fn print_version() -> anyhow::Result<ExitCode> {
 
 fn run(cli: Cli, loaded: Loaded, is_dumb: bool) -> anyhow::Result<ExitCode> {
     if loaded.check_only {
-        config::check(&loaded)?;
+        for remark in config::check(&loaded)? {
+            let _ = writeln!(std::io::stderr(), "connmon: {}", text::printable(remark));
+        }
         std::io::stdout().write_all(b"configuration is good\n")?;
         return Ok(ExitCode::SUCCESS);
     }

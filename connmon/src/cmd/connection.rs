@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::event::Tuple;
 use crate::fold::Direction;
-use crate::logging;
+use crate::text::{comm_bytes, process_name};
 
 use super::columns::{self, Column, left};
 
@@ -130,26 +130,10 @@ pub fn state_name(number: u8) -> &'static str {
     }
 }
 
-/// A process name from the kernel's `comm`: invalid UTF-8 replaced, control
-/// characters made harmless for a terminal; `None` when empty.
-pub fn process_name(comm: &[u8; 16]) -> Option<String> {
-    let text: String = String::from_utf8_lossy(name_bytes(comm))
-        .chars()
-        .map(|character| {
-            if is_control(character) {
-                char::REPLACEMENT_CHARACTER
-            } else {
-                character
-            }
-        })
-        .collect();
-    (!text.is_empty()).then_some(text)
-}
-
 /// Whether a process is the one asked for: by its name, which the kernel has
 /// cut at 15 bytes, or by what is printed for it.
 pub fn is_named(comm: &[u8; 16], asked: &str) -> bool {
-    let name = name_bytes(comm);
+    let name = comm_bytes(comm);
     // As bytes: the kernel cuts through characters too.
     let kept = &asked.as_bytes()[..asked.len().min(NAME_BYTES)];
     !name.is_empty() && (name == kept || process_name(comm).as_deref() == Some(asked))
@@ -157,24 +141,6 @@ pub fn is_named(comm: &[u8; 16], asked: &str) -> bool {
 
 /// Bytes of a name that the kernel keeps: `TASK_COMM_LEN` without the NUL.
 const NAME_BYTES: usize = 15;
-
-fn name_bytes(comm: &[u8; 16]) -> &[u8] {
-    let end = comm
-        .iter()
-        .position(|&byte| byte == 0)
-        .unwrap_or(comm.len());
-    &comm[..end]
-}
-
-/// What the log escapes, and beyond it the marks that are not seen at all: in
-/// a column nothing tells that they are there.
-fn is_control(character: char) -> bool {
-    logging::is_control(character)
-        || matches!(
-            character,
-            '\u{61c}' | '\u{200b}'..='\u{200d}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
-        )
-}
 
 /// Seconds with the unit that keeps three digits.
 pub fn seconds(value: f64) -> String {
@@ -225,22 +191,6 @@ mod tests {
             *kept = byte;
         }
         comm
-    }
-
-    #[test]
-    fn hostile_names_are_harmless() {
-        let mut bytes = [0; 16];
-        bytes[..5].copy_from_slice(b"\xff\n\"\x1b[");
-        assert_eq!(process_name(&bytes).unwrap(), "\u{fffd}\u{fffd}\"\u{fffd}[");
-        assert_eq!(process_name(&[0; 16]), None);
-        assert_eq!(
-            process_name(&comm("a\u{202e}b\u{2066}\u{200f}")).unwrap(),
-            "a\u{fffd}b\u{fffd}\u{fffd}"
-        );
-        assert_eq!(
-            process_name(&comm("\u{feff}é\u{61c}")).unwrap(),
-            "\u{fffd}é\u{fffd}"
-        );
     }
 
     #[test]

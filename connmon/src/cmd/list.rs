@@ -8,9 +8,10 @@ use serde::Serialize;
 use crate::cli::{By, ListArgs, Output};
 use crate::config::Config;
 use crate::fold::{Direction, PortLabel};
+use crate::text::process_name;
 
 use super::columns::{self, Column, left, right};
-use super::connection::{ConnectionRecord, bytes, heading, process_name, service_port, state_name};
+use super::connection::{ConnectionRecord, bytes, heading, service_port, state_name};
 use super::containers::Containers;
 use super::snapshot::{Live, Reader, Tables};
 use super::time::Clock;

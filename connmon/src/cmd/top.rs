@@ -12,9 +12,10 @@ use crate::config::{Config, SourceChoice};
 use crate::fold::{Direction, Filter, PortLabel, country_of};
 use crate::geo::Locator;
 use crate::kernel::{Tracer, monotonic_ns};
+use crate::text::process_name;
 
 use super::columns::{self, Column, left, right};
-use super::connection::{bytes, process_name, service_port};
+use super::connection::{bytes, service_port};
 use super::follow::{Follower, Happening, Occurrence};
 use super::samples::Samples;
 use super::snapshot::{Live, Reader, Tables};

@@ -13,8 +13,9 @@ use crate::kernel::{Method, Tracer, monotonic_ns};
 
 use crate::fold::country_of;
 use crate::geo::Country;
+use crate::text::process_name;
 
-use super::connection::{ConnectionRecord, heading, is_named, process_name, service_port};
+use super::connection::{ConnectionRecord, heading, is_named, service_port};
 use super::containers::Containers;
 use super::follow::{Follower, Happening, Occurrence};
 use super::snapshot::Reader;

@@ -11,14 +11,30 @@ use crate::geo::Database;
 /// # Errors
 /// The first value that is wrong, else the first that is not there yet, by
 /// name and by where it stands.
-pub fn check(loaded: &Loaded) -> Result<(), ConfigError> {
-    let configs = std::iter::once(&loaded.config).chain(&loaded.alone);
-    let errors: Vec<ConfigError> = configs
-        .flat_map(|config| [database(config), web_config(config), listen(config)])
-        .filter_map(Result::err)
-        .collect();
+///
+/// Returns what is accepted and should be changed.
+pub fn check(loaded: &Loaded) -> Result<Vec<String>, ConfigError> {
+    let mut remarks = Vec::new();
+    let mut errors = Vec::new();
+    for config in std::iter::once(&loaded.config).chain(&loaded.alone) {
+        match web_config(config) {
+            Ok(more) => remarks.extend(more),
+            Err(error) => errors.push(error),
+        }
+        errors.extend(
+            [database(config), listen(config)]
+                .into_iter()
+                .filter_map(Result::err),
+        );
+    }
     let wrong = errors.iter().find(|error| !error.is_not_yet());
-    wrong.or(errors.first()).cloned().map_or(Ok(()), Err)
+    match wrong.or(errors.first()) {
+        Some(error) => Err(error.clone()),
+        None => {
+            remarks.dedup();
+            Ok(remarks)
+        }
+    }
 }
 
 fn database(config: &Config) -> Result<(), ConfigError> {
@@ -35,12 +51,13 @@ fn database(config: &Config) -> Result<(), ConfigError> {
 /// # Errors
 /// The first that is wrong or not there yet.
 pub fn check_serving(config: &Config) -> Result<(), ConfigError> {
-    web_config(config).and_then(|()| listen(config))
+    web_config(config)?;
+    listen(config)
 }
 
-fn web_config(config: &Config) -> Result<(), ConfigError> {
+fn web_config(config: &Config) -> Result<Vec<String>, ConfigError> {
     let Some(path) = &config.web_config_file else {
-        return Ok(());
+        return Ok(Vec::new());
     };
     crate::expose::webconfig::check(path).map_err(|error| config.refused("web.config.file", error))
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::geo::DatabaseError;
+use crate::text::printable;
 
 /// Where a value was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +40,7 @@ impl fmt::Display for Origin {
 
 /// A refused configuration. Ends the process with exit code 2 where the text
 /// is wrong, with 1 where the text may be right later ([`Self::not_yet`]).
+/// Keys, values and paths in it are printable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
     message: String,
@@ -47,16 +49,16 @@ pub struct ConfigError {
 
 impl ConfigError {
     /// An error that already names the place.
-    pub fn new(message: impl Into<String>) -> Self {
+    pub fn new(message: impl fmt::Display) -> Self {
         Self {
-            message: message.into(),
+            message: printable(message),
             not_yet: false,
         }
     }
 
     /// A bad value at `origin`.
     pub fn at(origin: &Origin, problem: impl fmt::Display) -> Self {
-        Self::new(format!("{origin}: {problem}"))
+        Self::new(format_args!("{origin}: {problem}"))
     }
 
     /// The same error with `origin` before it.

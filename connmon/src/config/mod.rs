@@ -10,6 +10,7 @@ mod listen;
 mod load;
 pub mod parse;
 pub mod settings;
+pub(crate) mod yaml;
 
 pub use check::{check, check_serving};
 pub use error::{ConfigError, Origin, is_state_of_host};

@@ -14,6 +14,7 @@ use std::net::IpAddr;
 use super::snapshot::ListenerRow;
 use crate::event::{NetnsId, Owner};
 use crate::reconcile::Row;
+use crate::text::process_name;
 
 /// (namespace, address, port)
 type Group = (NetnsId, IpAddr, u16);
@@ -317,7 +318,7 @@ impl Listeners {
                 host: netns == self.host,
                 address: address.to_string(),
                 port,
-                process: process_text(&state.now.comm),
+                process: process_name(&state.now.comm).unwrap_or_else(|| "unknown".to_owned()),
                 pid: state.now.pid,
                 sockets: state.now.count,
                 queue_length: state.now.queue_length,
@@ -325,25 +326,6 @@ impl Listeners {
             })
             .collect()
     }
-}
-
-/// A `comm` as a label value: any process can set any bytes there, so invalid
-/// UTF-8 and control characters are replaced.
-fn process_text(comm: &[u8; 16]) -> String {
-    let end = comm.iter().position(|&byte| byte == 0).unwrap_or(16);
-    if end == 0 {
-        return "unknown".to_owned();
-    }
-    String::from_utf8_lossy(&comm[..end])
-        .chars()
-        .map(|c| {
-            if c.is_control() {
-                char::REPLACEMENT_CHARACTER
-            } else {
-                c
-            }
-        })
-        .collect()
 }
 
 #[cfg(test)]
@@ -601,11 +583,20 @@ mod tests {
     }
 
     #[test]
-    fn process_names_are_made_harmless() {
-        assert_eq!(
-            process_text(&owner(1, b"a\nb\x1b\xff").comm),
-            "a\u{fffd}b\u{fffd}\u{fffd}"
-        );
-        assert_eq!(process_text(&[b'x'; 16]), "x".repeat(16));
+    fn process_names_in_the_inventory_are_printable() {
+        let mut listeners = Listeners::new(true, 10, 1);
+        let names = ["a\n\u{1b}", "b\u{202e}c", "d\u{200b}\u{ad}e", ""];
+        for (name, port) in names.iter().zip(1..) {
+            listeners.listen(1, ANY, port, &owner(7, name.as_bytes()));
+        }
+        let rows = listeners.snapshot();
+        let shown: Vec<&str> = rows.iter().map(|row| row.process.as_str()).collect();
+        let expected = [
+            "a\u{fffd}\u{fffd}",
+            "b\u{fffd}c",
+            "d\u{fffd}\u{fffd}e",
+            "unknown",
+        ];
+        assert_eq!(shown, expected);
     }
 }

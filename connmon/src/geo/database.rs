@@ -13,6 +13,7 @@ use maxminddb::{LookupResult, PathElement, Reader, WithinOptions};
 use super::Country;
 use crate::report::DatabaseInfo;
 use crate::shortage::is_shortage;
+use crate::text::printable;
 
 /// DB-IP Lite country, CC BY 4.0; see `data/NOTICE`.
 static EMBEDDED: &[u8] = include_bytes!("../../data/dbip-country-lite.mmdb");
@@ -106,7 +107,9 @@ impl Database {
     }
 
     fn new(reader: Reader<Cow<'static, [u8]>>, source: DatabaseSource) -> Self {
-        let database_type = printable(&reader.metadata().database_type);
+        let database_type = &reader.metadata().database_type;
+        let start: String = database_type.chars().take(MAX_TYPE_CHARS).collect();
+        let database_type = printable(start);
         Self {
             reader,
             source,
@@ -289,15 +292,4 @@ fn read(path: &Path) -> std::io::Result<Vec<u8>> {
 
 fn text(error: impl fmt::Display) -> String {
     error.to_string()
-}
-
-fn printable(text: &str) -> String {
-    let replace = |c: char| {
-        if c.is_control() {
-            char::REPLACEMENT_CHARACTER
-        } else {
-            c
-        }
-    };
-    text.chars().take(MAX_TYPE_CHARS).map(replace).collect()
 }

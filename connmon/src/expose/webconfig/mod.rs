@@ -7,21 +7,16 @@
 //! connection or request and keeps the last good settings when the new ones
 //! are bad.
 //!
-//! Where this differs from the toolkit, because rustls does: TLS 1.0 and 1.1
-//! are never spoken, CBC and RSA key exchange suites are accepted by name but
-//! left out, and a file that leaves no version or suite at all is refused.
-//! A file broken while running does not take the server down, and TLS cannot
-//! be switched on or off without a restart (there, neither).
+//! docs/web.md lists where this differs from the toolkit.
 
 mod clients;
-mod p521;
 mod rate;
 mod settings;
 mod tls;
 mod users;
-mod yaml;
 
 use std::fmt;
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -33,7 +28,7 @@ use rustls::ServerConfig;
 use self::rate::Bucket;
 pub use self::settings::Settings;
 use self::users::{Doorkeeper, Verdict};
-use self::yaml::Problem;
+use crate::config::yaml::{self, Problem};
 use crate::config::{ConfigError, is_state_of_host};
 
 /// Judges the text of a web configuration at `path`, whose directory
@@ -41,30 +36,22 @@ use crate::config::{ConfigError, is_state_of_host};
 /// settings or an error that names the line.
 pub fn parse(text: &str, path: &Path) -> Result<Settings, ConfigError> {
     let directory = path.parent().unwrap_or(Path::new(""));
-    let settings = Settings::parse(text, directory).map_err(|problem| at(path, &problem))?;
-    if let Some(tls) = &settings.tls {
-        tls.choose().map_err(|problem| at(path, &problem))?;
-    }
-    Ok(settings)
+    let judge = || {
+        let settings = Settings::parse(text, directory)?;
+        if let Some(tls) = &settings.tls {
+            tls.choose()?;
+        }
+        Ok(settings)
+    };
+    judge().map_err(|problem: Problem| problem.of(path))
 }
 
 /// Judges a web configuration with all the files it names, and throws it
-/// away again.
-pub fn check(path: &Path) -> Result<(), ConfigError> {
-    load(path, &mut Vec::new()).map(drop)
-}
-
-fn at(path: &Path, problem: &Problem) -> ConfigError {
-    let Problem {
-        line,
-        text,
-        not_yet,
-    } = problem;
-    let error = match line {
-        0 => ConfigError::new(format!("{}: {text}", path.display())),
-        line => ConfigError::new(format!("{}:{line}: {text}", path.display())),
-    };
-    error.not_yet_if(*not_yet)
+/// away again. What is accepted and should be changed is returned.
+pub fn check(path: &Path) -> Result<Vec<String>, ConfigError> {
+    let active = load(path, &mut Vec::new())?;
+    let remark = |remark| format!("{}: {remark}", path.display());
+    Ok(active.remarks.into_iter().map(remark).collect())
 }
 
 /// What is in force.
@@ -80,23 +67,21 @@ pub(super) struct Active {
 fn load(path: &Path, prints: &mut Vec<Print>) -> Result<Active, ConfigError> {
     prints.push(Print::of(path));
     let bytes = tls::read_bounded(path).map_err(|error| {
-        ConfigError::new(format!("{}: cannot read: {error}", path.display()))
+        ConfigError::new(format_args!("{}: cannot read: {error}", path.display()))
             .not_yet_if(is_state_of_host(error.raw_os_error()))
     })?;
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
-        at(path, &Problem::new(line, "not valid UTF-8"))
-    })?;
+    let text = yaml::utf8(bytes).map_err(|problem| problem.of(path))?;
     let settings = parse(&text, path)?;
-    let (tls, remarks) = match &settings.tls {
-        None => (None, Vec::new()),
+    let mut remarks = settings.remarks.clone();
+    let tls = match &settings.tls {
+        None => None,
         Some(tls) => {
             prints.extend(tls.files().map(Print::of));
-            let (config, remarks) = tls
+            let (config, more) = tls
                 .load(settings.http2)
-                .map_err(|problem| at(path, &problem))?;
-            (Some(config), remarks)
+                .map_err(|problem| problem.of(path))?;
+            remarks.extend(more);
+            Some(config)
         }
     };
     Ok(Active {
@@ -151,7 +136,7 @@ pub(super) enum Entry {
     TooMany,
     /// 401: no credentials, or wrong ones.
     Unauthorized,
-    /// 503: too many credentials wait to be checked.
+    /// 503: too many credentials of this address wait to be checked.
     Busy,
 }
 
@@ -240,13 +225,13 @@ impl Gate {
             if active.settings.is_blank && !state.active.settings.is_blank {
                 // Emptied to be written anew, or for want of space: nobody's
                 // wish to open the door. `{}` is.
-                return Err(ConfigError::new(format!(
+                return Err(ConfigError::new(format_args!(
                     "{}: the file is empty; write {{}} for no settings",
                     self.path.display()
                 )));
             }
             if active.tls.is_some() != state.active.tls.is_some() {
-                return Err(ConfigError::new(format!(
+                return Err(ConfigError::new(format_args!(
                     "{}: TLS cannot be switched on or off while running; restart connmon",
                     self.path.display()
                 )));
@@ -281,8 +266,8 @@ impl Gate {
         state.prints = prints;
     }
 
-    /// Whether a request with these headers is let in.
-    pub(super) async fn ask(&self, headers: &HeaderMap) -> Entry {
+    /// Whether a request with these headers from this address is let in.
+    pub(super) async fn ask(&self, headers: &HeaderMap, client: IpAddr) -> Entry {
         let active = self.current();
         if let Some(bucket) = &mut self.state().bucket
             && !bucket.allow(Instant::now())
@@ -292,7 +277,8 @@ impl Gate {
         if active.settings.users.is_empty() {
             return Entry::Open;
         }
-        match self.doorkeeper.check(headers, &active.settings.users).await {
+        let users = &active.settings.users;
+        match self.doorkeeper.check(headers, users, client).await {
             Verdict::Allowed => Entry::Open,
             Verdict::Refused => Entry::Unauthorized,
             Verdict::Busy => Entry::Busy,
