@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use connmon::config::AttachChoice;
-use connmon::event::Traffic;
+use connmon::event::{SYN_BYTES, Traffic};
 use connmon::kernel::{SocketWalk, Tracer, TracerOptions, kernel_version};
 use connmon::reconcile::{
     Access, Row, Trigger, Walk, WalkMessage, WalkMessages, WalkSummary, Walker, WalkerOptions,
@@ -219,6 +219,11 @@ fn figures(part: &Part) -> Moved {
             srtt_us,
         }) = row.traffic
         {
+            // The kernel counts the SYN of whoever connected.
+            let listens = part.rows.iter().any(|other| {
+                other.state == 10 && other.tuple.local_port == row.tuple.local_port
+            });
+            let sent_bytes = sent_bytes - if listens { 0 } else { SYN_BYTES };
             let figures = (sent_bytes as usize, received_bytes as usize);
             found.insert((row.tuple.local_port, row.tuple.remote_port), figures);
             // A starved machine sends a few again.

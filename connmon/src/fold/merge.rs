@@ -369,8 +369,8 @@ impl Fold {
         let undecided = entry.flags.has(Flags::UNDECIDED);
         // What this walk took in waits already.
         if undecided
-            && progress.seeding
-            && entry.flags.has(Flags::BY_EVENT)
+            && progress.audits()
+            && (entry.epoch != epoch || entry.flags.has(Flags::BY_EVENT))
             && progress.undecided.len() < UNDECIDED_MAX
         {
             progress.undecided.push(slot);

@@ -119,6 +119,7 @@ pub fn matrix(args: &Args) -> Result<Tally> {
         "ip",
         "ss",
         "tc",
+        "nft",
         "strip",
     ] {
         if !exec::has(tool) {
