@@ -177,7 +177,7 @@ fn sent_once<T>(world: &mut World<'_>, dropping: impl Fn(u16) -> Result<T, Strin
     // That of the world samples every 15 s: mostly of the closes alone.
     assert_eq!(sent(&scrape), TOTAL);
     assert_eq!(scrape.port(RECEIVED, port, "inbound"), TOTAL);
-    world.lives(port, 2 * CONNECTIONS);
+    world.lives(port, CONNECTIONS);
     Outcome::Held
 }
 

@@ -133,7 +133,7 @@ impl PacketFilter {
     pub fn add(port: u16, one_in: u32) -> Result<Self, String> {
         let rules = format!(
             "table ip kernel_test {{ chain out {{ type filter hook output priority 0; \
-             tcp dport {port} numgen random mod {one_in} == 0 drop; }} }}"
+             tcp dport {port} numgen random mod {one_in} == 0 drop; }}; }}"
         );
         run("nft", &[&rules]).map(|()| Self(()))
     }
