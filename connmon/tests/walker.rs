@@ -21,9 +21,7 @@ use connmon::reconcile::{
     Access, Row, Trigger, Walk, WalkMessage, WalkMessages, WalkSummary, Walker, WalkerOptions,
 };
 use namespaces::{Namespace, ip, may_run, wait_until};
-use rustix::thread::{
-    CapabilitySet, CapabilitySets, UnshareFlags, capabilities, set_capabilities,
-};
+use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags, capabilities, set_capabilities};
 
 const AUDIT: Walk = Walk {
     trigger: Trigger::Interval,
@@ -223,9 +221,10 @@ fn figures(part: &Part) -> Moved {
         }) = row.traffic
         {
             // The kernel counts the SYN of whoever connected.
-            let listens = part.rows.iter().any(|other| {
-                other.state == 10 && other.tuple.local_port == row.tuple.local_port
-            });
+            let listens = part
+                .rows
+                .iter()
+                .any(|other| other.state == 10 && other.tuple.local_port == row.tuple.local_port);
             let sent_bytes = sent_bytes - if listens { 0 } else { SYN_BYTES };
             let figures = (sent_bytes as usize, received_bytes as usize);
             found.insert((row.tuple.local_port, row.tuple.remote_port), figures);

@@ -168,12 +168,7 @@ impl Roots {
     ///
     /// # Errors
     /// Without a readable `/proc`.
-    pub fn find(
-        &self,
-        home: &File,
-        threads: &mut ThreadSearch,
-        search: bool,
-    ) -> io::Result<Found> {
+    pub fn find(&self, home: &File, threads: &mut ThreadSearch, search: bool) -> io::Result<Found> {
         let mut finder = Finder::default();
         finder.note(self.own()?, false, Handle::Own);
         let mut unreadable = Vec::new();

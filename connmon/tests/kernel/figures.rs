@@ -94,10 +94,7 @@ pub fn retransmits(world: &mut World<'_>) -> Outcome {
 /// transmitted.
 pub fn queue_drops(world: &mut World<'_>) -> Outcome {
     sent_once(world, |_| {
-        Qdisc::of(
-            "tbf",
-            &["rate", "20mbit", "burst", "10kb", "limit", "20kb"],
-        )
+        Qdisc::of("tbf", &["rate", "20mbit", "burst", "10kb", "limit", "20kb"])
     })
 }
 
@@ -139,7 +136,11 @@ fn sent_once<T>(world: &mut World<'_>, dropping: impl Fn(u16) -> Result<T, Strin
         let readers: Vec<_> = servers
             .iter()
             .map(|server| {
-                scope.spawn(move || (&*server).read_exact(&mut vec![0; PAYLOAD]).map(|()| PAYLOAD))
+                scope.spawn(move || {
+                    (&*server)
+                        .read_exact(&mut vec![0; PAYLOAD])
+                        .map(|()| PAYLOAD)
+                })
             })
             .collect();
         let mut last = 0.0;

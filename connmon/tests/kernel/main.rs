@@ -93,9 +93,8 @@ fn run(mut world: World<'_>, filter: Option<&str>) -> (u64, u64) {
     let (mut passed, mut failed) = (0, 0);
     let release = release();
     let rung = world.rung.name();
-    let is_asked = |name: &str| {
-        filter.is_none_or(|filter| filter.split(',').any(|part| name.contains(part)))
-    };
+    let is_asked =
+        |name: &str| filter.is_none_or(|filter| filter.split(',').any(|part| name.contains(part)));
     for &(name, on, scenario) in scenarios::ALL {
         if !on.includes(world.rung) || !is_asked(name) {
             continue;

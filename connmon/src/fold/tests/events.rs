@@ -559,5 +559,9 @@ fn a_restored_connection_is_a_seed_whose_direction_an_audit_finds() {
     assert_eq!((snapshot.tracked, snapshot.established), (0, 0));
     assert_eq!(opened(&bench), [0; 3]);
     let durations = snapshot.duration.iter().flat_map(|one| &one.counts);
-    assert_eq!(durations.sum::<u64>(), 0, "nobody knows since when it was open");
+    assert_eq!(
+        durations.sum::<u64>(),
+        0,
+        "nobody knows since when it was open"
+    );
 }
