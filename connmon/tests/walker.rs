@@ -4,12 +4,12 @@
 mod namespaces;
 
 use std::collections::BTreeMap;
-use std::io::{self, BufRead as _, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -269,56 +269,6 @@ fn a_namespace_of_a_later_thread_is_read() {
     }
     drop(end);
     thread.join().unwrap();
-}
-
-#[test]
-fn a_process_whose_first_thread_ended_owns_its_listener() {
-    if !may_run("a process whose first thread ended owns its listener") {
-        return;
-    }
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "leaderless_child", "--ignored"])
-        .args(["--nocapture", "--test-threads=1"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
-    let port: u16 = said
-        .find_map(|line| line.unwrap().strip_prefix("listens ")?.parse().ok())
-        .unwrap();
-    let shown = format!("/proc/{}/fd", child.id());
-    wait_until(|| std::fs::read_dir(&shown).is_ok_and(|shown| shown.count() == 0));
-    let seen = Handle::new(false, true).walk(AUDIT);
-    let own = std::fs::metadata("/proc/self/ns/net").unwrap().ino();
-    let rows = &seen.only(own.try_into().unwrap()).rows;
-    let listens = rows
-        .iter()
-        .find(|row| row.state == 10 && row.tuple.local_port == port);
-    let owner = listens.unwrap().owner;
-    let name = std::fs::read(format!("/proc/{}/comm", child.id())).unwrap();
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert_eq!(owner.pid, child.id());
-    assert!(name.starts_with(owner.comm.split(|&byte| byte == 0).next().unwrap()));
-}
-
-/// Run by the test above: listens on one thread and ends the first.
-#[test]
-#[ignore = "run by another test, as a process of its own"]
-fn leaderless_child() {
-    std::thread::spawn(|| {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        println!("\nlistens {}", listener.local_addr().unwrap().port());
-        std::thread::sleep(Duration::from_secs(60));
-        std::process::exit(1);
-    });
-    let is_first = rustix::thread::gettid() == rustix::process::getpid();
-    assert!(is_first, "one test thread is the first thread");
-    #[expect(unsafe_code, reason = "the only way to end this thread alone")]
-    // SAFETY: nothing of this thread's is used any more; the process goes on.
-    unsafe {
-        libc::syscall(libc::SYS_exit, 0);
-    }
 }
 
 #[test]

@@ -44,6 +44,9 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(host::WITHOUT_FIRST_THREAD) {
+        host::without_first_thread();
+    }
     let args = parse();
     if !rustix::process::geteuid().is_root() {
         support::skipped("state scenarios", "need root");

@@ -52,6 +52,7 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("socket-walk", On::Kernel, sockets::walk),
     ("socket-walk-churn", On::Kernel, sockets::churn),
     ("sandbox", On::Kernel, host::sandbox),
+    ("first-thread-ended", On::Kernel, host::first_thread_ended),
     ("blocked-accepts", On::Every, accepts::blocked_accepts),
     ("many-accepts", On::Every, accepts::many_accepts),
     ("io-uring", On::Every, accepts::io_uring),
