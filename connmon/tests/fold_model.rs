@@ -12,7 +12,7 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::net::IpAddr;
 
-use connmon::event::{Event, Owner, Socket, Traffic, Tuple};
+use connmon::event::{Event, Owner, SYN_BYTES, Socket, Traffic, Tuple};
 use connmon::fold::{CrossFamilies, Direction, Flow, Fold, FoldConfig, RemoteFilter, Snapshot};
 use connmon::geo::{Country, Locate};
 use connmon::reconcile::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
@@ -73,7 +73,11 @@ impl Sock {
     fn traffic(&self) -> Traffic {
         Traffic {
             received_bytes: self.bytes.0,
-            sent_bytes: self.bytes.1,
+            sent_bytes: self.bytes.1
+                + match self.direction {
+                    Direction::Outbound => SYN_BYTES,
+                    _ => 0,
+                },
             retransmitted_segments: 0,
             srtt_us: 100,
         }
@@ -761,6 +765,7 @@ fn id(event: &Event) -> u64 {
     match *event {
         Event::Connect { socket, .. }
         | Event::Open { socket, .. }
+        | Event::Restore { socket, .. }
         | Event::Change { socket, .. }
         | Event::Close { socket, .. }
         | Event::Listen { socket, .. }
@@ -1050,7 +1055,8 @@ impl Chaos {
                 old: 2 + how % 2,
                 new: [ESTABLISHED, ESTABLISHED, FIN_WAIT1, CLOSE_WAIT][usize::from(how / 4) % 4],
             },
-            96..=111 => Event::Change {
+            96..=99 => Event::Restore { socket, tuple },
+            100..=111 => Event::Change {
                 socket,
                 tuple,
                 old: state(how),

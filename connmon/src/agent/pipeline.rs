@@ -378,7 +378,7 @@ impl Pipeline {
         if more {
             return;
         }
-        let (Some(summary), Some(walk)) = (self.settling.take(), self.walk.take()) else {
+        let (Some(mut summary), Some(walk)) = (self.settling.take(), self.walk.take()) else {
             return;
         };
         debug!(
@@ -386,6 +386,13 @@ impl Pipeline {
             self.walk_cpu.as_micros(),
             self.walk_step.as_micros()
         );
+        let unlisted = self.fold.unlisted_namespaces();
+        if unlisted > 0 {
+            summary.unaudited += unlisted;
+            summary.reason.get_or_insert_with(|| {
+                format!("{unlisted} with connections are of no process and no mount")
+            });
+        }
         let now_ns = monotonic_ns();
         let folding_ns = u64::try_from(self.walk_cpu.as_nanos()).unwrap_or(u64::MAX);
         let cpu_ns = summary.cpu_ns.saturating_add(folding_ns);

@@ -192,6 +192,10 @@ impl Follower {
                 old,
                 ..
             } => Some(self.open(socket, at_ns, tuple, old)),
+            Event::Restore { socket, tuple } => {
+                self.restore(socket, tuple);
+                None
+            }
             Event::Close {
                 socket,
                 at_ns,
@@ -223,6 +227,32 @@ impl Follower {
             }
             Event::Change { .. } | Event::Unlisten { .. } => None,
         }
+    }
+
+    /// A connection that was opened elsewhere: as one from before, inbound if
+    /// its port is known to listen.
+    fn restore(&mut self, socket: Socket, tuple: Tuple) {
+        let pending = self.by_id.get(&socket.id).copied();
+        let listens = self
+            .listeners
+            .contains_key(&(socket.netns, tuple.local_port));
+        self.insert(
+            socket.id,
+            Followed {
+                cookie: socket.cookie,
+                netns: socket.netns,
+                tuple,
+                direction: match listens {
+                    true => Direction::Inbound,
+                    false => Direction::Unknown,
+                },
+                owner: pending
+                    .filter(|entry| !entry.open && entry.is_of(&socket, &tuple))
+                    .map_or_else(Owner::default, |entry| entry.owner),
+                since_ns: None,
+                open: true,
+            },
+        );
     }
 
     /// Forgets the connection that reached CLOSE; what was known of it. Under

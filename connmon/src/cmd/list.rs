@@ -127,7 +127,9 @@ fn record(live: &Live, time: &str, containers: &mut Containers) -> ConnectionRec
         state: Some(state_name(row.state)),
         duration_seconds: None,
         received_bytes: row.traffic.map(|traffic| traffic.received_bytes),
-        sent_bytes: row.traffic.map(|traffic| traffic.sent_bytes),
+        sent_bytes: row
+            .traffic
+            .map(|traffic| traffic.sent_payload(*direction == Direction::Outbound)),
         reason: None,
     }
 }
@@ -191,7 +193,8 @@ impl Group {
         }
         if let Some(traffic) = live.row.traffic {
             *self.received_bytes.get_or_insert(0) += traffic.received_bytes;
-            *self.sent_bytes.get_or_insert(0) += traffic.sent_bytes;
+            *self.sent_bytes.get_or_insert(0) +=
+                traffic.sent_payload(live.direction == Direction::Outbound);
         }
     }
 }

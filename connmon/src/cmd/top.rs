@@ -314,7 +314,10 @@ impl Top {
                     .map(|age| occurrence.at_ns.saturating_sub(age));
                 self.samples.close(
                     occurrence.cookie,
-                    (traffic.received_bytes, traffic.sent_bytes),
+                    (
+                        traffic.received_bytes,
+                        traffic.sent_payload(occurrence.direction == Direction::Outbound),
+                    ),
                     opened.is_some_and(|opened| opened >= last.at_ns),
                 )
             }
@@ -359,7 +362,8 @@ impl Top {
             &live.row.owner.comm,
         );
         let traffic = live.row.traffic.unwrap_or_default();
-        let total = (traffic.received_bytes, traffic.sent_bytes);
+        let active = live.direction == Direction::Outbound;
+        let total = (traffic.received_bytes, traffic.sent_payload(active));
         let (received, sent) = self.samples.row(live.row.cookie, total);
         let established = live.row.state == connmon_common::state::ESTABLISHED;
         shown.add(&keys, |tally| {

@@ -11,7 +11,7 @@ use crate::cli::{EventKind, Output, TraceArgs};
 use crate::config::{Config, SourceChoice};
 use crate::kernel::{Method, Tracer, monotonic_ns};
 
-use crate::fold::country_of;
+use crate::fold::{Direction, country_of};
 use crate::geo::Country;
 use crate::text::process_name;
 
@@ -187,7 +187,9 @@ impl<W: Write> Printer<'_, W> {
             state: None,
             duration_seconds: occurrence.duration_ns.map(|ns| ns as f64 / 1e9),
             received_bytes: occurrence.traffic.map(|traffic| traffic.received_bytes),
-            sent_bytes: occurrence.traffic.map(|traffic| traffic.sent_bytes),
+            sent_bytes: occurrence
+                .traffic
+                .map(|traffic| traffic.sent_payload(occurrence.direction == Direction::Outbound)),
             reason,
         }
     }

@@ -7,7 +7,7 @@ use super::key::Key;
 use super::ledger::{Ledger, Place};
 use super::snapshot::Direction;
 use super::table::{Flags, Slot};
-use crate::event::{Event, Socket, SocketId, Traffic, Tuple};
+use crate::event::{Event, SYN_BYTES, Socket, SocketId, Traffic, Tuple};
 use crate::geo::{Country, Locate};
 
 /// Whether a socket in this state has completed its handshake.
@@ -42,6 +42,7 @@ impl Fold {
                 old,
                 new,
             } => self.open(now_ns, socket, at_ns, tuple, old, new, geo),
+            Event::Restore { socket, ref tuple } => self.restore(now_ns, socket, tuple, geo),
             Event::Change {
                 socket,
                 ref tuple,
@@ -177,6 +178,9 @@ impl Fold {
         self.table.bind_key(slot, key);
         let entry = self.table.entry_mut(slot);
         entry.flags.set(Flags::OPENED | Flags::BASELINE);
+        if direction == Direction::Outbound {
+            entry.advance_sent(SYN_BYTES);
+        }
         if early {
             entry.flags.set(Flags::ACCEPTED);
         }
@@ -280,12 +284,7 @@ impl Fold {
                 .ledger
                 .place(now_ns, country, direction, tuple.remote_port),
             _ if self.started => self.ledger.place(now_ns, country, direction, 0),
-            _ => {
-                let entry = self.table.entry_mut(slot);
-                entry.flags.set(Flags::UNDECIDED);
-                entry.set_ports(tuple);
-                Ledger::unsettled_place(country)
-            }
+            _ => self.undecided_place(slot, tuple, country),
         };
         if self.started {
             self.corrections.added += 1;
@@ -294,6 +293,38 @@ impl Fold {
         }
         self.settle_in(now_ns, slot, place, state);
         self.learn(slot, &socket);
+    }
+
+    /// A connection that was opened elsewhere goes on here. It is taken in as a
+    /// seed, and the next audit finds its direction.
+    fn restore(&mut self, now_ns: u64, socket: Socket, tuple: &Tuple, geo: &mut impl Locate) {
+        if let Some(slot) = self.table.find_id(socket.id) {
+            self.supersede(now_ns, slot, now_ns);
+        }
+        if self.filter.hides(tuple).is_some() {
+            return;
+        }
+        let Some(slot) = self.table.allocate() else {
+            self.untracked += 1;
+            return;
+        };
+        let key = self.table.hasher().key(tuple, socket.netns);
+        self.table.bind_id(slot, socket.id);
+        self.table.bind_key(slot, key);
+        let place = self.undecided_place(slot, tuple, country_of(tuple, geo));
+        // Its counters begin here.
+        self.table.entry_mut(slot).flags.set(Flags::BASELINE);
+        self.corrections.seeded += 1;
+        self.settle_in(now_ns, slot, place, ESTABLISHED);
+        self.learn(slot, &socket);
+    }
+
+    /// The place of an entry whose direction only a walk can tell.
+    fn undecided_place(&mut self, slot: Slot, tuple: &Tuple, country: Country) -> Place {
+        let entry = self.table.entry_mut(slot);
+        entry.flags.set(Flags::UNDECIDED);
+        entry.set_ports(tuple);
+        Ledger::unsettled_place(country)
     }
 
     /// A socket reached CLOSE; true if that is a failed active open.

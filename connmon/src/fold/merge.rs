@@ -12,7 +12,7 @@
 //! namespace, outbound if not and the port is ephemeral, else unknown. A row
 //! that comes before its namespace's LISTEN rows waits for them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use connmon_common::state::{
     CLOSE, CLOSE_WAIT, ESTABLISHED, LISTEN, NEW_SYN_RECV, SYN_SENT, TIME_WAIT,
@@ -94,6 +94,9 @@ pub(super) struct Progress {
     untracked_before: u64,
     /// Entries absent for the first time.
     suspects: u64,
+    /// Namespaces of entries that stay although the walk did not name theirs;
+    /// at most [`NAMESPACES_MAX`].
+    unlisted: HashSet<NetnsId>,
     /// Next slot of the scan for absent entries, once the rows are in.
     scan: Option<Slot>,
     /// Every namespace was read to its end.
@@ -124,6 +127,7 @@ impl Progress {
             evict,
             drift: 0,
             suspects: 0,
+            unlisted: HashSet::new(),
             states: [0; AUDITED_STATES.len()],
             hidden_loopback: 0,
             hidden_excluded: 0,
@@ -369,8 +373,8 @@ impl Fold {
         let undecided = entry.flags.has(Flags::UNDECIDED);
         // What this walk took in waits already.
         if undecided
-            && progress.seeding
-            && entry.flags.has(Flags::BY_EVENT)
+            && progress.audits()
+            && (entry.epoch != epoch || entry.flags.has(Flags::BY_EVENT))
             && progress.undecided.len() < UNDECIDED_MAX
         {
             progress.undecided.push(slot);
@@ -592,6 +596,7 @@ impl Fold {
         if progress.walk.audit {
             self.drift = Some(progress.drift);
             self.suspects = progress.suspects + self.tombstones.forgotten();
+            self.unlisted_namespaces = progress.unlisted.len() as u32;
         }
         false
     }
@@ -612,7 +617,9 @@ impl Fold {
         }
         // No later epoch may take an old stamp for its own.
         entry.epoch = 0;
-        let gone = match progress.coverage(entry.key().netns) {
+        let netns = entry.key().netns;
+        let coverage = progress.coverage(netns);
+        let gone = match coverage {
             Coverage::Complete if polling || entry.flags.has(Flags::MISSED) => true,
             Coverage::Complete => {
                 entry.flags.set(Flags::MISSED);
@@ -625,6 +632,10 @@ impl Fold {
             Coverage::Unlisted => (progress.evict || polling) && progress.listed,
         };
         if !gone {
+            let is_unlisted = coverage == Coverage::Unlisted && progress.listed && netns != 0;
+            if is_unlisted && progress.unlisted.len() < NAMESPACES_MAX {
+                progress.unlisted.insert(netns);
+            }
             return;
         }
         if polling {

@@ -135,6 +135,7 @@ pub struct Fold {
     corrections: Corrections,
     drift: Option<u64>,
     suspects: u64,
+    unlisted_namespaces: u32,
     audited_states: [u64; AUDITED_STATES.len()],
     hidden_loopback: u64,
     hidden_excluded: u64,
@@ -165,6 +166,7 @@ impl Fold {
             drift: None,
             audited_states: [0; AUDITED_STATES.len()],
             suspects: 0,
+            unlisted_namespaces: 0,
             hidden_loopback: 0,
             hidden_excluded: 0,
             config,
@@ -209,6 +211,12 @@ impl Fold {
     /// of room: with any, another audit is due soon.
     pub fn suspects(&self) -> u64 {
         self.suspects
+    }
+
+    /// Network namespaces that hold connections by what events told, and that
+    /// the last audit could not find: nothing leads there but the sockets.
+    pub fn unlisted_namespaces(&self) -> u32 {
+        self.unlisted_namespaces
     }
 
     /// Active opens that were not kept while they were pending, for want of

@@ -17,7 +17,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc;
 
 use super::diag::{self, DumpBuffer, Dumped, Family, States};
-use super::netns::{self, Found, Handle, Namespace, Roots};
+use super::netns::{self, Found, Handle, Namespace, Roots, ThreadSearch};
 use super::owners::OwnerCache;
 use super::procfs;
 use super::{Access, Row, SocketSource, Trigger, Walk, WalkMessage, WalkSummary};
@@ -216,6 +216,7 @@ struct Session {
     /// The only one to be read, if not all are. Found before the thread gives
     /// up what that takes.
     host: Option<Namespace>,
+    threads: ThreadSearch,
     home: File,
     begun: sync::Receiver<()>,
     /// The walk under way is the first.
@@ -281,6 +282,7 @@ impl Session {
             options,
             own,
             host,
+            threads: ThreadSearch::default(),
             home,
             begun,
             startup: false,
@@ -297,7 +299,7 @@ impl Session {
         self.outbox.begin_walk(walk, self.options.listeners);
         self.outbox.send(WalkMessage::Begin(walk))?;
         self.begun.recv().map_err(|_| Closed)?;
-        match self.find() {
+        match self.find(walk.audit) {
             Ok(found) => self.namespaces(walk, &found)?,
             Err(error) => {
                 self.summary.unlisted = true;
@@ -318,9 +320,9 @@ impl Session {
         self.outbox.send(WalkMessage::End(summary))
     }
 
-    fn find(&self) -> io::Result<Found> {
+    fn find(&mut self, search: bool) -> io::Result<Found> {
         match &self.host {
-            None => self.options.roots.find(&self.home),
+            None => (self.options.roots).find(&self.home, &mut self.threads, search),
             Some(host) => Ok(Found {
                 namespaces: vec![host.clone()],
                 ..Found::default()
@@ -376,7 +378,7 @@ impl Session {
     /// Every process that led into these namespaces has ended, but others may
     /// have begun since: looks for ways in once more.
     fn look_again(&mut self, walk: Walk, gone: &[&Namespace]) -> Result<(), Closed> {
-        let found = match self.find() {
+        let found = match self.find(false) {
             Ok(found) => found,
             Err(error) => {
                 for namespace in gone {
@@ -1223,7 +1225,7 @@ mod tests {
             traffic: false,
             audit: true,
         };
-        let found = session.find().unwrap();
+        let found = session.find(true).unwrap();
         assert!(session.namespaces(walk, &found).is_ok());
         assert_eq!(ends(&mut messages), [(9, true)]);
     }

@@ -6,11 +6,11 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::harness::{Agent, PATIENCE, Scrape};
-use crate::network::{Qdisc, ROUTER};
+use crate::network::{PacketFilter, Qdisc, ROUTER};
 use crate::raw;
 use crate::scenarios::listen;
 use crate::traffic::{Family, Pair};
-use crate::world::{Counts, Outcome, World, in_guest};
+use crate::world::{CLOSED, Counts, Outcome, World, in_guest};
 
 const SENT: &str = "connmon_port_sent_bytes_total";
 const RECEIVED: &str = "connmon_port_received_bytes_total";
@@ -87,6 +87,98 @@ pub fn retransmits(world: &mut World<'_>) -> Outcome {
         assert_eq!(moved(RECEIVED, "inbound"), PAYLOAD as f64);
         assert_eq!(moved(AGAIN, "outbound"), again);
     }
+    Outcome::Held
+}
+
+/// What our own queueing discipline drops is sent once, however often it is
+/// transmitted.
+pub fn queue_drops(world: &mut World<'_>) -> Outcome {
+    sent_once(world, |_| {
+        Qdisc::of("tbf", &["rate", "20mbit", "burst", "10kb", "limit", "20kb"])
+    })
+}
+
+/// The same of what a filter of ours drops.
+pub fn filter_drops(world: &mut World<'_>) -> Outcome {
+    sent_once(world, |port| PacketFilter::add(port, 10))
+}
+
+/// Sent bytes never fall, never exceed what was written, and come to exactly
+/// that, for live connections and at the close, while what we send is dropped
+/// on this host.
+fn sent_once<T>(world: &mut World<'_>, dropping: impl Fn(u16) -> Result<T, String>) -> Outcome {
+    const CONNECTIONS: usize = 4;
+    const PAYLOAD: usize = 1_000_000;
+    const TOTAL: f64 = (CONNECTIONS * PAYLOAD) as f64;
+    if let Err(why) = &world.network.routed {
+        return Outcome::NotApplicable(why.clone());
+    }
+    let listener = world.network.listen_at_router();
+    let port = listener.local_addr().unwrap().port();
+    let dropping = match dropping(port) {
+        Ok(dropping) => dropping,
+        Err(why) => return Outcome::NotApplicable(why),
+    };
+    let mut args = world.rung.args();
+    args.extend(["--traffic.interval", "100ms", "--listeners", "off"]);
+    let agent = Agent::start(&args);
+    let (clients, servers): (Vec<_>, Vec<_>) = (0..CONNECTIONS)
+        .map(|_| {
+            let client = TcpStream::connect((ROUTER, port)).unwrap();
+            (client, listener.accept().unwrap().0)
+        })
+        .unzip();
+    let sent = |scrape: &Scrape| scrape.port(SENT, port, "outbound");
+    let received = std::thread::scope(|scope| {
+        for client in &clients {
+            scope.spawn(move || (&*client).write_all(&[1; PAYLOAD]).unwrap());
+        }
+        let readers: Vec<_> = servers
+            .iter()
+            .map(|server| {
+                scope.spawn(move || {
+                    (&*server)
+                        .read_exact(&mut vec![0; PAYLOAD])
+                        .map(|()| PAYLOAD)
+                })
+            })
+            .collect();
+        let mut last = 0.0;
+        while !readers.iter().all(|reader| reader.is_finished()) {
+            let now = sent(&agent.scrape());
+            assert!(now >= last && now <= TOTAL, "{now} after {last}");
+            last = now;
+            sleep(Duration::from_millis(20));
+        }
+        let read = readers.into_iter().map(|reader| reader.join().unwrap());
+        read.map(|read| read.unwrap()).sum::<usize>()
+    });
+    assert_eq!(received as f64, TOTAL);
+    let transmitted: u64 = clients
+        .iter()
+        .map(|client| raw::tcp_info(client).unwrap().first_sent_bytes)
+        .sum();
+    assert!(transmitted as f64 > TOTAL, "nothing was dropped");
+    agent.until("a sample of all that was sent", |scrape| {
+        let now = sent(scrape);
+        assert!(now <= TOTAL, "{now}");
+        now == TOTAL
+    });
+    for (client, mut server) in clients.into_iter().zip(servers) {
+        drop(client);
+        assert_eq!(server.read(&mut [0; 1]).unwrap(), 0);
+    }
+    drop(dropping);
+    agent.until("the closes", |scrape| {
+        scrape.port(CLOSED, port, "outbound") == CONNECTIONS as f64
+    });
+    assert_eq!(sent(&agent.scrape()), TOTAL);
+    agent.stop();
+    let scrape = world.settled(port, Counts::both(CONNECTIONS as u32), &[]);
+    // That of the world samples every 15 s: mostly of the closes alone.
+    assert_eq!(sent(&scrape), TOTAL);
+    assert_eq!(scrape.port(RECEIVED, port, "inbound"), TOTAL);
+    world.lives(port, CONNECTIONS);
     Outcome::Held
 }
 

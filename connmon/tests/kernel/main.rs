@@ -46,6 +46,9 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(host::WITHOUT_FIRST_THREAD) {
+        host::without_first_thread();
+    }
     let args = parse();
     if !rustix::process::geteuid().is_root() {
         support::skipped("state scenarios", "need root");
@@ -97,8 +100,10 @@ fn run(mut world: World<'_>, filter: Option<&str>) -> (u64, u64) {
     let (mut passed, mut failed) = (0, 0);
     let release = release();
     let rung = world.rung.name();
+    let is_asked =
+        |name: &str| filter.is_none_or(|filter| filter.split(',').any(|part| name.contains(part)));
     for &(name, on, scenario) in scenarios::ALL {
-        if !on.includes(world.rung) || filter.is_some_and(|filter| !name.contains(filter)) {
+        if !on.includes(world.rung) || !is_asked(name) {
             continue;
         }
         let started = Instant::now();

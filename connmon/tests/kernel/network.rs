@@ -121,14 +121,41 @@ fn run(program: &str, args: &[&str]) -> Result<(), String> {
     ))
 }
 
-/// What netem does to all that we send over our link, until dropped.
+/// What a queueing discipline does to all that we send over our link, until
+/// dropped.
 pub struct Qdisc(());
 
 impl Qdisc {
-    /// `Err` where this kernel lacks it.
+    /// netem; `Err` where this kernel lacks it.
     pub fn add(netem: &[&str]) -> Result<Self, String> {
-        let add = ["qdisc", "add", "dev", "k0", "root", "netem"];
-        run("tc", &[&add[..], netem].concat()).map(|()| Self(()))
+        Self::of("netem", netem)
+    }
+
+    /// `Err` where this kernel lacks it.
+    pub fn of(kind: &str, args: &[&str]) -> Result<Self, String> {
+        let add = ["qdisc", "add", "dev", "k0", "root", kind];
+        run("tc", &[&add[..], args].concat()).map(|()| Self(()))
+    }
+}
+
+/// A filter of our namespace that drops one in so many packets to a port as
+/// they leave, until dropped.
+pub struct PacketFilter(());
+
+impl PacketFilter {
+    /// `Err` where nft or the kernel's part of it is missing.
+    pub fn add(port: u16, one_in: u32) -> Result<Self, String> {
+        let rules = format!(
+            "table ip kernel_test {{ chain out {{ type filter hook output priority 0; \
+             tcp dport {port} numgen random mod {one_in} == 0 drop; }}; }}"
+        );
+        run("nft", &[&rules]).map(|()| Self(()))
+    }
+}
+
+impl Drop for PacketFilter {
+    fn drop(&mut self) {
+        let _ = run("nft", &["delete table ip kernel_test"]);
     }
 }
 

@@ -30,8 +30,8 @@ pub fn walk(world: &mut World<'_>) -> Outcome {
         if ports.contains(&server.port()) {
             assert_eq!(socket.state, ESTABLISHED);
             let traffic = socket.traffic.unwrap();
-            let moved = (traffic.sent_bytes, traffic.received_bytes);
             let is_server = ports[0] == server.port();
+            let moved = (traffic.sent_payload(!is_server), traffic.received_bytes);
             assert_eq!(moved, if is_server { (500, 1000) } else { (1000, 500) });
             found.push(format!("{:?}", socket.tuple));
         }

@@ -54,7 +54,7 @@ pub struct Args {
     /// Rungs to force: fentry, kprobe, tracepoint, proc; all without this
     #[arg(long, value_delimiter = ',', num_args = 1..)]
     rung: Vec<String>,
-    /// Only scenarios whose name contains this
+    /// Only scenarios whose name contains this, or one of these between commas
     #[arg(long)]
     scenario: Option<String>,
     /// On all kernels but the oldest, the highest rung only
@@ -119,6 +119,7 @@ pub fn matrix(args: &Args) -> Result<Tally> {
         "ip",
         "ss",
         "tc",
+        "nft",
         "strip",
     ] {
         if !exec::has(tool) {

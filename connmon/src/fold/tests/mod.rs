@@ -6,7 +6,7 @@ mod traffic;
 mod walks;
 
 use super::*;
-use crate::event::{Cookie, Socket, SocketId, Traffic, Tuple};
+use crate::event::{Cookie, SYN_BYTES, Socket, SocketId, Traffic, Tuple};
 use crate::geo::Country;
 use crate::reconcile::{Access, Row, Trigger, Walk, WalkSummary};
 use connmon_common::state::*;

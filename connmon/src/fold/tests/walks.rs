@@ -648,3 +648,40 @@ fn a_failed_listing_together_with_a_loss_evicts_nothing_yet() {
     bench.end();
     assert_eq!(bench.fold.snapshot().established, 0);
 }
+
+#[test]
+fn a_namespace_that_only_events_tell_of_is_counted_while_it_has_connections() {
+    let mut bench = Bench::new(config());
+    bench.startup(vec![]);
+    let elsewhere = |id| Socket {
+        netns: 3,
+        ..socket(id, 0)
+    };
+    for id in 1..=2 {
+        let event = Event::Open {
+            socket: elsewhere(id),
+            at_ns: bench.now,
+            tuple: tuple(40000 + id as u16, DE),
+            old: SYN_RECV,
+            new: ESTABLISHED,
+        };
+        bench.apply(event);
+    }
+    bench.audit(vec![]);
+    assert_eq!(bench.fold.unlisted_namespaces(), 1);
+    assert_eq!(bench.fold.snapshot().established, 2);
+    for id in 1..=2 {
+        let event = Event::Close {
+            socket: elsewhere(id),
+            at_ns: bench.now,
+            tuple: tuple(40000 + id as u16, DE),
+            old: ESTABLISHED,
+            error: 0,
+            segments_out: None,
+            traffic: None,
+        };
+        bench.apply(event);
+    }
+    bench.audit(vec![]);
+    assert_eq!(bench.fold.unlisted_namespaces(), 0);
+}
