@@ -1,7 +1,6 @@
 //! The YAML of `--config.file`: one flat mapping of dotted keys to scalars
 //! or lists of scalars, read with line numbers.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,6 +8,7 @@ use saphyr_parser::{Event, Parser, ScalarStyle};
 
 use super::error::{ConfigError, Origin};
 use super::settings::{Kind, Setting};
+use crate::read_file::read_file;
 
 /// Largest configuration file read, bytes; anything larger is a mistake.
 const MAX_BYTES: u64 = 1 << 20;
@@ -26,16 +26,8 @@ pub struct Entry {
 
 /// Reads and parses the file.
 pub fn read(path: &Path) -> Result<Vec<Entry>, ConfigError> {
-    let refuse = |error: &dyn std::fmt::Display| {
-        ConfigError::new(format!("{}: cannot read: {error}", path.display()))
-    };
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)
-        .and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes))
-        .map_err(|error| refuse(&error))?;
-    if bytes.len() as u64 > MAX_BYTES {
-        return Err(refuse(&format_args!("larger than {MAX_BYTES} bytes")));
-    }
+    let bytes = read_file(path, MAX_BYTES)
+        .map_err(|error| ConfigError::new(format!("{}: cannot read: {error}", path.display())))?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();

@@ -35,6 +35,7 @@ pub use self::settings::Settings;
 use self::users::{Doorkeeper, Verdict};
 use self::yaml::Problem;
 use crate::config::ConfigError;
+use crate::read_file::read_file;
 
 /// Judges the text of a web configuration at `path`, whose directory
 /// relative paths start from; no file is opened. Total: any text gives
@@ -74,7 +75,7 @@ pub(super) struct Active {
 /// noticed next time.
 fn load(path: &Path, prints: &mut Vec<Print>) -> Result<Active, ConfigError> {
     prints.push(Print::of(path));
-    let bytes = tls::read_bounded(path)
+    let bytes = read_file(path, tls::MAX_PEM_BYTES)
         .map_err(|error| ConfigError::new(format!("{}: cannot read: {error}", path.display())))?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];

@@ -1,6 +1,5 @@
 //! `tls_server_config` → a rustls configuration (ring provider).
 
-use std::path::Path;
 use std::sync::Arc;
 
 use rustls::crypto::ring::{self, cipher_suite as suite, kx_group};
@@ -15,9 +14,10 @@ use super::clients::ClientPolicy;
 use super::p521::SECP521R1;
 use super::settings::{ClientAuth, Source, TlsSettings, Version};
 use super::yaml::Problem;
+use crate::read_file::read_file;
 
 /// Largest certificate or key file, bytes.
-const MAX_PEM_BYTES: u64 = 1 << 20;
+pub(super) const MAX_PEM_BYTES: u64 = 1 << 20;
 
 /// What a TLS configuration comes down to, with what is to be said about it.
 pub(super) struct Chosen {
@@ -218,7 +218,7 @@ impl Source {
     fn read(&self, key: &str) -> Result<Vec<u8>, Problem> {
         match self {
             Self::Text(text) => Ok(text.value.clone().into_bytes()),
-            Self::File(path) => read_bounded(&path.value).map_err(|error| {
+            Self::File(path) => read_file(&path.value, MAX_PEM_BYTES).map_err(|error| {
                 Problem::new(
                     path.line,
                     format_args!(
@@ -237,19 +237,6 @@ impl Source {
             Self::File(path) => (format!("{key}_file"), format!("{}: ", path.value.display())),
         }
     }
-}
-
-pub(super) fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
-    use std::io::Read as _;
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path)?;
-    file.take(MAX_PEM_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_PEM_BYTES {
-        return Err(std::io::Error::other(format!(
-            "larger than {MAX_PEM_BYTES} bytes"
-        )));
-    }
-    Ok(bytes)
 }
 
 /// Whether the key is that of a certificate which webpki does not read and
