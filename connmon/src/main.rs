@@ -21,10 +21,13 @@ fn main() -> ExitCode {
         }
     };
     match run(cli) {
-        Ok(code) => code,
+        Ok(code) => {
+            log::logger().flush();
+            code
+        }
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "connmon: {error:#}");
+            logging::last_line(format!("connmon: {error:#}\n"));
             match error.downcast_ref::<ConfigError>() {
                 Some(_) => ExitCode::from(USAGE),
                 None => ExitCode::FAILURE,
