@@ -188,7 +188,7 @@ impl Server {
                     connections.cut_overdue();
                     if let Some(gate) = &app.gate {
                         // So that a broken file is complained about at once.
-                        gate.current();
+                        gate.look();
                     }
                 }
                 Some((stream, peer)) = newcomers.recv() => {
@@ -308,7 +308,11 @@ async fn serve_client(
     let _ = stream.set_nodelay(true);
     let watch = slot.watch.clone();
     let serve = async {
-        match app.gate.as_ref().and_then(Gate::tls) {
+        let tls = match &app.gate {
+            Some(gate) => gate.tls().await,
+            None => None,
+        };
+        match tls {
             None => {
                 watch.handshaken(false);
                 serve_requests(stream, false, &watch, app, limits, stopping).await;
