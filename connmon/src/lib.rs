@@ -18,6 +18,7 @@ pub mod geo;
 pub mod kernel;
 pub mod logging;
 pub mod notify;
+pub mod read_file;
 pub mod reconcile;
 pub mod report;
 pub mod sandbox;

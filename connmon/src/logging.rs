@@ -3,11 +3,17 @@
 //! One line is one `write`; a line can never forge another, since
 //! unprintable characters are escaped. Use [`limited!`](crate::limited) for messages
 //! that traffic can cause.
+//!
+//! The agent writes them in a thread of its own ([`write_in_background`]):
+//! whoever reads stderr may stop reading, and nothing else waits for that.
+
+mod background;
+
+pub use background::{close_in, write_in_background};
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
@@ -17,13 +23,17 @@ use crate::text::{is_unprintable, printable};
 
 /// Starts logging. Later calls change nothing.
 pub fn init(level: LevelFilter, format: LogFormat) {
-    let logger: &'static Logger = match format {
-        LogFormat::Logfmt => &Logger(LogFormat::Logfmt),
-        LogFormat::Json => &Logger(LogFormat::Json),
-    };
-    if log::set_logger(logger).is_ok() {
+    if FORMAT.set(format).is_ok() && log::set_logger(&Logger).is_ok() {
         log::set_max_level(level);
     }
+}
+
+static FORMAT: OnceLock<LogFormat> = OnceLock::new();
+
+/// Logs an error that ends the process, behind all other lines. It gives up
+/// after a second when nobody reads stderr.
+pub fn last_error(target: &str, message: &str) {
+    background::last_line(line_now(Level::Error, target, message));
 }
 
 /// Logs at most one line per key in ten seconds and says how many it left
@@ -101,12 +111,11 @@ pub fn last_line(format: LogFormat, message: &str) {
         }
         LogFormat::Json => line(format, SystemTime::now(), Level::Error, "connmon", message),
     };
-    // Nobody is left to tell when stderr is gone.
-    let _ = std::io::stderr().lock().write_all(line.as_bytes());
+    background::last_line(line);
 }
 
 #[derive(Debug)]
-struct Logger(LogFormat);
+struct Logger;
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
@@ -117,18 +126,21 @@ impl Log for Logger {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let line = line(
-            self.0,
-            SystemTime::now(),
+        background::write(line_now(
             record.level(),
             record.target(),
             &record.args().to_string(),
-        );
-        // Nobody is left to tell when stderr is gone.
-        let _ = std::io::stderr().lock().write_all(line.as_bytes());
+        ));
     }
 
-    fn flush(&self) {}
+    fn flush(&self) {
+        background::flush();
+    }
+}
+
+fn line_now(level: Level, target: &str, message: &str) -> String {
+    let format = *FORMAT.get().unwrap_or(&LogFormat::Logfmt);
+    line(format, SystemTime::now(), level, target, message)
 }
 
 fn line(format: LogFormat, now: SystemTime, level: Level, target: &str, message: &str) -> String {

@@ -49,7 +49,10 @@ fn main() -> ExitCode {
 /// Result → last line and exit code.
 fn finish(format: LogFormat, result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
-        Ok(code) => code,
+        Ok(code) => {
+            log::logger().flush();
+            code
+        }
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             logging::last_line(format, &format!("{error:#}"));

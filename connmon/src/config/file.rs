@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,6 +11,7 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Vis
 use super::error::{ConfigError, Origin, is_state_of_host};
 use super::settings::{Kind, Setting};
 use super::yaml::{self, Booleans, Located, Problem};
+use crate::read_file::read_file;
 
 /// Largest configuration file read, bytes; anything larger is a mistake.
 const MAX_BYTES: u64 = 1 << 20;
@@ -35,16 +35,10 @@ pub fn read(path: &Path) -> Result<Vec<Entry>, ConfigError> {
 
 /// Reads the file.
 pub fn read_text(path: &Path) -> Result<String, ConfigError> {
-    let refuse = |error: &dyn std::fmt::Display| {
-        ConfigError::new(format!("{}: cannot read: {error}", path.display()))
-    };
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)
-        .and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes))
-        .map_err(|error| refuse(&error).not_yet_if(is_state_of_host(error.raw_os_error())))?;
-    if bytes.len() as u64 > MAX_BYTES {
-        return Err(refuse(&format_args!("larger than {MAX_BYTES} bytes")));
-    }
+    let bytes = read_file(path, MAX_BYTES).map_err(|error| {
+        ConfigError::new(format_args!("{}: cannot read: {error}", path.display()))
+            .not_yet_if(is_state_of_host(error.raw_os_error()))
+    })?;
     yaml::utf8(bytes).map_err(|problem| problem.of(path))
 }
 
@@ -311,7 +305,7 @@ mod tests {
             read(Path::new("/dev/zero"))
                 .unwrap_err()
                 .to_string()
-                .contains("larger than")
+                .contains("/dev/zero: cannot read: is a character device")
         );
     }
 }

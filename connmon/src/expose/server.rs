@@ -199,7 +199,7 @@ impl Server {
                     connections.cut_overdue();
                     if let Some(gate) = &app.gate {
                         // So that a broken file is complained about at once.
-                        gate.current();
+                        gate.look();
                     }
                 }
                 Some((stream, peer)) = newcomers.recv() => {
@@ -317,7 +317,11 @@ async fn serve_client(
     let client = client.ip();
     let watch = slot.watch.clone();
     let serve = async {
-        match app.gate.as_ref().and_then(Gate::tls) {
+        let tls = match &app.gate {
+            Some(gate) => gate.tls().await,
+            None => None,
+        };
+        match tls {
             None => {
                 watch.handshaken(false);
                 serve_requests(stream, client, false, &watch, app, limits, stopping).await;

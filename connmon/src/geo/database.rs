@@ -1,9 +1,7 @@
 //! One country database: opened, checked, then only read.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
 use std::fmt;
-use std::io::Read;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -11,6 +9,7 @@ use std::time::{Duration, Instant};
 use maxminddb::{LookupResult, PathElement, Reader, WithinOptions};
 
 use super::Country;
+use crate::read_file::read_file;
 use crate::report::DatabaseInfo;
 use crate::shortage::is_shortage;
 use crate::text::printable;
@@ -18,8 +17,11 @@ use crate::text::printable;
 /// DB-IP Lite country, CC BY 4.0; see `data/NOTICE`.
 static EMBEDDED: &[u8] = include_bytes!("../../data/dbip-country-lite.mmdb");
 
-/// Largest file that is read, bytes. City databases are about a tenth.
-const MAX_BYTES: u64 = 1 << 30;
+/// Largest file that is read, bytes: several times the country and ASN
+/// databases that there are. While one is reloaded two are in memory, and the
+/// container limit that is shipped has to hold them
+/// (`tests/geo.rs two_largest_databases_fit_the_shipped_limit`).
+pub const MAX_DATABASE_BYTES: u64 = 64 << 20;
 
 /// Longest time the check of one file may take. The bundled database takes
 /// some tens of milliseconds; each single step is bounded by the crate.
@@ -53,6 +55,8 @@ pub struct Database {
     reader: Reader<Cow<'static, [u8]>>,
     source: DatabaseSource,
     database_type: String,
+    /// Size of the file.
+    bytes: usize,
 }
 
 impl Database {
@@ -64,7 +68,7 @@ impl Database {
     pub fn embedded() -> Result<Self, DatabaseError> {
         let reader = Reader::from_source(Cow::Borrowed(EMBEDDED))
             .map_err(|error| DatabaseError::new("embedded country database", error))?;
-        Ok(Self::new(reader, DatabaseSource::Embedded))
+        Ok(Self::new(reader, DatabaseSource::Embedded, EMBEDDED.len()))
     }
 
     /// Reads, checks and opens a file.
@@ -73,10 +77,15 @@ impl Database {
     /// When it cannot be read, is damaged, or names no countries.
     pub fn open(path: &Path) -> Result<Self, DatabaseError> {
         let refuse = |problem: &dyn fmt::Display| DatabaseError::new(path.display(), problem);
-        let bytes = read(path).map_err(|error| DatabaseError {
-            shortage: is_shortage(&error),
-            os_error: error.raw_os_error(),
-            ..refuse(&error)
+        let bytes = read_file(path, MAX_DATABASE_BYTES).map_err(|error| match error.kind() {
+            std::io::ErrorKind::FileTooLarge => refuse(&format_args!(
+                "{error}; use one without cities, country databases are smaller"
+            )),
+            _ => DatabaseError {
+                shortage: is_shortage(&error),
+                os_error: error.raw_os_error(),
+                ..refuse(&error)
+            },
         })?;
         if bytes.is_empty() {
             return Err(refuse(&"the file is empty"));
@@ -90,9 +99,10 @@ impl Database {
     /// # Errors
     /// What is wrong with the bytes.
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, String> {
+        let length = bytes.len();
         let reader = Reader::from_source(Cow::Owned(bytes))
             .map_err(|error| format!("no valid MMDB file: {error}"))?;
-        let database = Self::new(reader, DatabaseSource::File);
+        let database = Self::new(reader, DatabaseSource::File, length);
         let deadline = Instant::now() + MAX_CHECK;
         if !database
             .check(deadline)
@@ -106,7 +116,7 @@ impl Database {
         Ok(database)
     }
 
-    fn new(reader: Reader<Cow<'static, [u8]>>, source: DatabaseSource) -> Self {
+    fn new(reader: Reader<Cow<'static, [u8]>>, source: DatabaseSource, bytes: usize) -> Self {
         let database_type = &reader.metadata().database_type;
         let start: String = database_type.chars().take(MAX_TYPE_CHARS).collect();
         let database_type = printable(start);
@@ -114,6 +124,7 @@ impl Database {
             reader,
             source,
             database_type,
+            bytes,
         }
     }
 
@@ -176,7 +187,7 @@ impl Database {
         // A tree of n nodes has n + 1 leaves, a few times that with aliases
         // of its IPv4 part; a cycle yields more, or ends in an error itself.
         let most = self.reader.metadata().node_count as usize * 3 + 3;
-        let mut seen = HashSet::new();
+        let mut checked = Offsets::below(self.bytes);
         let mut names_country = false;
         for (index, network) in networks.enumerate() {
             let network = network.map_err(text)?;
@@ -186,7 +197,10 @@ impl Database {
             if index % 1_024 == 0 && Instant::now() > deadline {
                 return Err(format!("the check takes longer than {MAX_CHECK:?}"));
             }
-            if network.offset().is_some_and(|offset| seen.insert(offset)) {
+            if network
+                .offset()
+                .is_some_and(|offset| checked.insert(offset))
+            {
                 network.decode::<serde::de::IgnoredAny>().map_err(text)?;
                 names_country = names_country || Record(network).names_country();
             }
@@ -201,6 +215,24 @@ impl fmt::Debug for Database {
             .field("source", &self.source)
             .field("database_type", &self.database_type)
             .finish_non_exhaustive()
+    }
+}
+
+/// A set of offsets, one bit for each: a file can name as many records as it
+/// has bytes, and a hash set of them all would be many times its size.
+struct Offsets(Vec<u64>);
+
+impl Offsets {
+    fn below(end: usize) -> Self {
+        Self(vec![0; end.div_ceil(64)])
+    }
+
+    /// Whether it was not among them yet.
+    fn insert(&mut self, offset: usize) -> bool {
+        let (word, bit) = (offset / 64, 1 << (offset % 64));
+        let new = self.0[word] & bit == 0;
+        self.0[word] |= bit;
+        new
     }
 }
 
@@ -269,26 +301,6 @@ impl fmt::Display for DatabaseError {
 }
 
 impl std::error::Error for DatabaseError {}
-
-/// The whole of a regular file. A FIFO or device would block or never end.
-fn read(path: &Path) -> std::io::Result<Vec<u8>> {
-    let problem = |text: String| std::io::Error::other(text);
-    let metadata = std::fs::metadata(path)?;
-    if !metadata.is_file() {
-        return Err(problem("not a regular file".to_owned()));
-    }
-    if metadata.len() > MAX_BYTES {
-        return Err(problem(format!(
-            "{} bytes are more than the {MAX_BYTES} allowed",
-            metadata.len()
-        )));
-    }
-    let mut bytes = Vec::with_capacity(metadata.len() as usize + 1);
-    std::fs::File::open(path)?
-        .take(MAX_BYTES)
-        .read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
 
 fn text(error: impl fmt::Display) -> String {
     error.to_string()

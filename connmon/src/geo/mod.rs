@@ -10,7 +10,7 @@ mod locator;
 mod reload;
 
 pub use country::Country;
-pub use database::{Database, DatabaseError, DatabaseSource};
+pub use database::{Database, DatabaseError, DatabaseSource, MAX_DATABASE_BYTES};
 pub use locator::Locator;
 pub use reload::{Outcome, Reloader};
 

@@ -6,6 +6,7 @@ mod bytes;
 mod crowds;
 mod dashboards;
 mod e2e;
+mod files;
 mod floods;
 mod harness;
 mod held;
@@ -18,6 +19,7 @@ mod namespaces;
 mod page;
 mod privileges;
 mod stand_ins;
+mod stderr;
 mod storm;
 #[path = "../support/mod.rs"]
 mod support;

@@ -12,7 +12,8 @@ use serde_json::Value;
 
 use crate::harness::Agent;
 use crate::namespaces;
-use crate::privileges::threads;
+use crate::privileges::{not_open, threads};
+use crate::support;
 use crate::traffic::{Family, Pair, Server};
 use crate::world::World;
 
@@ -297,6 +298,7 @@ fn the_tools_give_up_what_they_do_not_need() {
             assert!(!kept.contains(CapabilitySet::SYS_ADMIN), "{name}: {kept:?}");
         }
     }
+    not_open(trace.child.id(), 0);
     trace.signal("-INT");
     trace.end();
     let trace = Trace::start(&["--duration", "60", "--sandbox", "off"]);

@@ -1,7 +1,6 @@
 //! `tls_server_config` → a rustls configuration (ring provider).
 
 use std::fmt::Display;
-use std::path::Path;
 use std::sync::Arc;
 
 use rustls::crypto::ring::{self, kx_group};
@@ -16,9 +15,10 @@ use super::clients::ClientPolicy;
 use super::settings::{ClientAuth, Pem, Source, TlsSettings, Version};
 use crate::config::is_state_of_host;
 use crate::config::yaml::Problem;
+use crate::read_file::read_file;
 
 /// Largest certificate or key file, bytes.
-const MAX_PEM_BYTES: u64 = 1 << 20;
+pub(super) const MAX_PEM_BYTES: u64 = 1 << 20;
 
 /// The private keys that ring and rustls take.
 const KEYS: &str = "connmon takes RSA keys of 2048 to 8192 bits, ECDSA keys of the curves P-256 and \
@@ -217,7 +217,7 @@ impl Pem {
     fn read(&self) -> Result<Vec<u8>, Problem> {
         match &self.source {
             Source::Text(text) => Ok(text.clone().into_bytes()),
-            Source::File(path) => read_bounded(path).map_err(|error| Problem {
+            Source::File(path) => read_file(path, MAX_PEM_BYTES).map_err(|error| Problem {
                 not_yet: is_state_of_host(error.raw_os_error()),
                 ..self.refuse(format_args!("cannot read: {error}"))
             }),
@@ -241,19 +241,6 @@ impl Pem {
             error => self.refuse(format_args!("bad PEM: {error:?}")),
         }
     }
-}
-
-pub(super) fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
-    use std::io::Read as _;
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path)?;
-    file.take(MAX_PEM_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_PEM_BYTES {
-        return Err(std::io::Error::other(format!(
-            "larger than {MAX_PEM_BYTES} bytes"
-        )));
-    }
-    Ok(bytes)
 }
 
 /// The suite that Go calls so; rustls marks those of TLS 1.3.
