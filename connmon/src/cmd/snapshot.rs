@@ -3,13 +3,14 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 
 use crate::config::Config;
 use crate::event::{NetnsId, Owner};
-use crate::fold::{Direction, Filter, seed_direction};
+use crate::fold::{self, Direction, Filter};
 use crate::geo::{Country, Database, Locator};
 use crate::reconcile::netns::Roots;
 use crate::reconcile::{Row, Trigger, Walk, WalkMessage, Walker, WalkerOptions, owners};
@@ -37,6 +38,8 @@ pub struct Live {
 pub struct Listening {
     /// Namespace inode.
     pub netns: NetnsId,
+    /// Local address; unspecified for a wildcard.
+    pub address: IpAddr,
     /// Local port.
     pub port: u16,
     /// Owner; pid 0 when unknown.
@@ -167,10 +170,12 @@ impl Reader {
         for row in rows {
             match row.state {
                 state::LISTEN => {
-                    namespace.listening.insert(row.tuple.local_port);
+                    let (address, port) = (row.tuple.local, row.tuple.local_port);
+                    namespace.listening.insert(address, port);
                     tables.listening.push(Listening {
                         netns: namespace.netns,
-                        port: row.tuple.local_port,
+                        address,
+                        port,
                         owner: row.owner,
                     });
                 }
@@ -207,7 +212,7 @@ impl Reader {
 struct Namespace {
     netns: NetnsId,
     ephemeral: (u16, u16),
-    listening: HashSet<u16>,
+    listening: fold::Listening,
     connections: Vec<Live>,
 }
 
@@ -215,8 +220,7 @@ impl Namespace {
     /// Directions need the whole namespace: a listener may come last.
     fn finish(&mut self, tables: &mut Tables) {
         for mut live in self.connections.drain(..) {
-            let port = live.row.tuple.local_port;
-            live.direction = seed_direction(self.listening.contains(&port), port, self.ephemeral);
+            live.direction = self.listening.direction(&live.row.tuple, self.ephemeral);
             tables.connections.push(live);
         }
     }

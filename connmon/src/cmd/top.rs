@@ -381,10 +381,7 @@ impl Top {
 
     /// What existed before: so that its close has a direction and an owner.
     fn learn(&mut self, tables: &Tables) {
-        for listening in &tables.listening {
-            self.follower
-                .listener(listening.netns, listening.port, listening.owner);
-        }
+        self.follower.listeners(&tables.listening);
         for live in &tables.connections {
             self.follower.seed(live.netns, &live.row, live.direction);
         }

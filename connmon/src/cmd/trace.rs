@@ -47,9 +47,7 @@ pub fn run(config: Config, args: TraceArgs) -> anyhow::Result<()> {
     let mut follower = Follower::default();
     // What exists already: so that its close has a direction and an owner.
     let tables = reader.read()?;
-    for listening in &tables.listening {
-        follower.listener(listening.netns, listening.port, listening.owner);
-    }
+    follower.listeners(&tables.listening);
     for live in &tables.connections {
         follower.seed(live.netns, &live.row, live.direction);
     }

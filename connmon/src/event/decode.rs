@@ -10,7 +10,7 @@ use connmon_common::wire::{
     kind,
 };
 
-use super::{Cookie, Event, Owner, Socket, Traffic, Tuple};
+use super::{Cookie, Event, Owner, Socket, SocketId, Traffic, Tuple};
 
 /// Why bytes are no record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,6 +179,8 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
 pub struct LiveSocket {
     /// Its TCP state; SYN_RECV for a request socket as well.
     pub state: u8,
+    /// Address of the kernel's `struct sock`, or of the request socket.
+    pub id: SocketId,
     /// Cookie.
     pub cookie: Cookie,
     /// Endpoints.
@@ -222,6 +224,7 @@ pub fn decode_live(place: &[u8]) -> Result<LiveSocket, Undecodable> {
     let figures = offset_of!(Live<EndsV4>, figures);
     Ok(LiveSocket {
         state: new,
+        id: bytes.u64(offset_of!(Head, id)),
         cookie: bytes.u64(offset_of!(Head, cookie)),
         tuple: bytes.ends(offset_of!(Live<EndsV4>, ends), v6),
         traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(figures)),

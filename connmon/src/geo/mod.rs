@@ -12,6 +12,7 @@ mod reload;
 pub use country::Country;
 pub use database::{Database, DatabaseError, DatabaseSource, MAX_DATABASE_BYTES};
 pub use locator::Locator;
+pub(crate) use locator::embedded_v4;
 pub use reload::{Outcome, Reloader};
 
 use std::net::IpAddr;

@@ -545,6 +545,7 @@ fn row(payload: &[u8]) -> Option<Message> {
             remote: address(24)?,
             remote_port: port(6)?,
         },
+        id: 0,
         // INET_DIAG_NOCOOKIE
         cookie: if cookie == u64::MAX { 0 } else { cookie },
         receive_queue: read_u32(message, 56)?,

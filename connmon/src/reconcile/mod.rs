@@ -15,7 +15,7 @@ pub use walker::{BATCH_ROWS, Refused, WalkMessages, Walker, WalkerOptions, rest_
 use std::io;
 use std::time::Duration;
 
-use crate::event::{Cookie, LiveSocket, NetnsId, Owner, Traffic, Tuple};
+use crate::event::{Cookie, LiveSocket, NetnsId, Owner, SocketId, Traffic, Tuple};
 use crate::kernel::SocketWalk;
 
 /// Why a walk happens (label `trigger`).
@@ -76,6 +76,9 @@ pub struct Row {
     /// Endpoints, v4-mapped addresses unmapped; LISTEN rows have the
     /// listener's address and port as local end.
     pub tuple: Tuple,
+    /// Address of the kernel's `struct sock` as in events, which a source tells
+    /// of full sockets; else 0.
+    pub id: SocketId,
     /// Cookie; 0 from /proc, and from a source where there is none yet.
     pub cookie: Cookie,
     /// Socket inode; 0 for an unaccepted child or an orphan, and from a source,

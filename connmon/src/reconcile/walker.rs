@@ -221,7 +221,10 @@ struct Session {
     begun: sync::Receiver<()>,
     /// The walk under way is the first.
     startup: bool,
-    buffer: DumpBuffer,
+    /// That of this audit and that of the next one: of different lengths, so
+    /// that two audits in a row do not go on after the same sockets, where one
+    /// deletion would hide the same socket from both.
+    buffers: [DumpBuffer; 2],
     outbox: Outbox,
     summary: WalkSummary,
 }
@@ -286,7 +289,7 @@ impl Session {
             home,
             begun,
             startup: false,
-            buffer: DumpBuffer::default(),
+            buffers: [DumpBuffer::shorter(), DumpBuffer::default()],
             outbox,
             summary: WalkSummary::default(),
         })
@@ -295,6 +298,9 @@ impl Session {
     fn walk(&mut self, walk: Walk) -> Result<(), Closed> {
         let (wall, cpu) = (now_ns(ClockId::Monotonic), now_ns(ClockId::ThreadCPUTime));
         self.summary = WalkSummary::default();
+        if walk.audit {
+            self.buffers.swap(0, 1);
+        }
         self.startup = walk.trigger == Trigger::Startup;
         self.outbox.begin_walk(walk, self.options.listeners);
         self.outbox.send(WalkMessage::Begin(walk))?;
@@ -647,7 +653,7 @@ impl Session {
             let dumped = socket.dump_both(
                 self.outbox.wanted,
                 figures,
-                &mut self.buffer,
+                &mut self.buffers[0],
                 &mut self.summary.undecodable,
                 |row| self.outbox.push(row).is_ok(),
             );
@@ -671,7 +677,7 @@ impl Session {
                     family,
                     self.outbox.wanted,
                     figures,
-                    &mut self.buffer,
+                    &mut self.buffers[0],
                     &mut self.summary.undecodable,
                     |row| self.outbox.push(row).is_ok(),
                 );
@@ -810,6 +816,7 @@ fn row_of(socket: LiveSocket, figures: bool) -> Row {
     Row {
         state: socket.state,
         tuple: socket.tuple,
+        id: socket.id,
         cookie: socket.cookie,
         inode: 0,
         receive_queue: 0,
@@ -1102,6 +1109,7 @@ mod tests {
                 let end = (Ipv4Addr::LOCALHOST.into(), 9);
                 let shown = sink(LiveSocket {
                     state,
+                    id: SHOWN,
                     cookie: SHOWN,
                     tuple: Tuple {
                         local: end.0,

@@ -13,7 +13,6 @@ use serde_json::Value;
 use crate::harness::Agent;
 use crate::namespaces;
 use crate::privileges::{not_open, threads};
-use crate::support;
 use crate::traffic::{Family, Pair, Server};
 use crate::world::World;
 

@@ -188,6 +188,19 @@ fn failures_count_with_their_reason_and_nothing_else() {
 }
 
 #[test]
+fn a_fast_open_connect_that_is_never_written_is_no_failure() {
+    let mut bench = Bench::new(config());
+    let end = tuple(40000, "198.51.100.7:443");
+    for (id, waited, failures) in [(1, 2, 1), (2, MS, 1), (3, 2, 2)] {
+        bench.connect(id, end);
+        bench.now += waited;
+        bench.close_with(id, 0, end, SYN_SENT, 0, Some(0), None);
+        let local = bench.country("US").failures[FailureReason::Local as usize];
+        assert_eq!(local, failures, "{waited} ns");
+    }
+}
+
+#[test]
 fn failures_use_a_row_that_exists_and_end_unknown_or_simultaneous_handshakes_too() {
     let mut bench = Bench::new(config());
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);

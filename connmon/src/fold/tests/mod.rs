@@ -300,6 +300,7 @@ fn row(state: u8, tuple: Tuple, cookie: Cookie) -> Row {
         tuple,
         cookie,
         inode: 1,
+        id: 0,
         receive_queue: 0,
         send_queue: 0,
         traffic: None,
