@@ -106,12 +106,15 @@ pub mod global {
     pub const TRAFFIC: &str = "TRAFFIC";
     /// 1: the offsets below are valid.
     pub const OFFSETS_KNOWN: &str = "OFFSETS_KNOWN";
+    /// 1: the kernel has `bpf_get_current_task_btf` (5.11).
+    pub const TASK_BTF: &str = "TASK_BTF";
 }
 
 /// A kernel field whose offset is resolved from BTF at start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
-    /// Name of the global that receives the offset in bytes (`u32`).
+    /// Name of the global that receives the offset (`u32`), in bytes except
+    /// for [`BITS`].
     pub global: &'static str,
     /// The structure the offset counts from.
     pub container: &'static str,
@@ -128,15 +131,22 @@ pub const FIELDS: &[Field] = &[
     field("OFF_SK_FLAGS", "sock_common", "skc_flags"),
     field("OFF_INET_SPORT", "inet_sock", "inet_sport"),
     field("OFF_BYTES_RECEIVED", "tcp_sock", "bytes_received"),
-    field("OFF_BYTES_SENT", "tcp_sock", "bytes_sent"),
-    field("OFF_BYTES_RETRANS", "tcp_sock", "bytes_retrans"),
+    field("OFF_BYTES_ACKED", "tcp_sock", "bytes_acked"),
+    field("OFF_SND_UNA", "tcp_sock", "snd_una"),
+    field("OFF_SND_NXT", "tcp_sock", "snd_nxt"),
+    field("OFF_WRITE_SEQ", "tcp_sock", "write_seq"),
     field("OFF_SEGS_OUT", "tcp_sock", "segs_out"),
     field("OFF_SRTT_US", "tcp_sock", "srtt_us"),
     field("OFF_TOTAL_RETRANS", "tcp_sock", "total_retrans"),
     field("OFF_RCV_TSTAMP", "tcp_sock", "rcv_tstamp"),
     field("OFF_TCP_MSTAMP", "tcp_sock", "tcp_mstamp"),
     field("OFF_FASTOPEN_REQ", "tcp_sock", "fastopen_req"),
+    field("OFF_TASK_LEADER", "task_struct", "group_leader"),
+    field("OFF_TASK_COMM", "task_struct", "comm"),
 ];
+
+/// Every bit that the programs read; the global receives its offset in bits.
+pub const BITS: &[Field] = &[field("BIT_REPAIR", "tcp_sock", "repair")];
 
 /// Fields that lead to the table of sockets. Where one is missing, there is no
 /// walk: `tcp_death_row` was a pointer from 5.17 to 6.0.

@@ -29,6 +29,9 @@ pub mod kind {
     /// A socket that is there, as [`super::Live`]; from the walk over the
     /// table of sockets, never in the ring.
     pub const LIVE: u8 = 9;
+    /// SYN_SENT → ESTABLISHED of a connection that was opened elsewhere and
+    /// is restored here (`TCP_REPAIR`), as [`super::Change`].
+    pub const RESTORE: u8 = 10;
 }
 
 /// Bits of [`Head::flags`].
@@ -102,7 +105,8 @@ pub struct EndsV6 {
 pub struct Owner {
     /// cgroup v2 id; 0 unless asked for.
     pub cgroup: u64,
-    /// `comm`, NUL padded.
+    /// `comm` of the thread group's leader, the name of the process. It ends
+    /// at its first NUL; any bytes may follow.
     pub comm: [u8; 16],
     /// Thread group id in the initial pid namespace.
     pub pid: u32,
@@ -116,7 +120,7 @@ pub struct Owner {
 pub struct Figures {
     /// Payload bytes received; the FIN is not counted.
     pub received_bytes: u64,
-    /// Payload bytes sent, first transmissions only.
+    /// Payload bytes sent, however often, and 1 for the SYN of an active open.
     pub sent_bytes: u64,
     /// `total_retrans`.
     pub retransmitted_segments: u32,
@@ -154,7 +158,7 @@ pub struct Open<E> {
     pub ends: E,
 }
 
-/// [`kind::CHANGE`] and [`kind::UNLISTEN`].
+/// [`kind::CHANGE`], [`kind::UNLISTEN`] and [`kind::RESTORE`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Change<E> {

@@ -13,12 +13,13 @@ use connmon_common::wire::kind;
 
 use crate::emit::emit_task;
 use crate::socket::is_filtered;
+use crate::task::{BtfTask, CurrentTask, ProbedTask};
 
 /// By trampoline; `bpf_get_func_ret` wants 5.17.
 #[fexit(function = "inet_csk_accept")]
 fn accept_fexit(ctx: FExitContext) -> i32 {
     if let Ok(sk) = ctx.ret::<u64>() {
-        accepted(sk);
+        accepted::<BtfTask>(sk);
     }
     0
 }
@@ -28,21 +29,21 @@ fn accept_fexit(ctx: FExitContext) -> i32 {
 #[fexit(function = "inet_csk_accept")]
 fn accept_fexit_arg(ctx: FExitContext) -> i32 {
     let sk: *const u8 = ctx.arg(4);
-    accepted(sk as u64);
+    accepted::<BtfTask>(sk as u64);
     0
 }
 
 /// By return breakpoint.
 #[kretprobe]
 fn accept_kret(ctx: RetProbeContext) -> u32 {
-    accepted(ctx.ret());
+    accepted::<ProbedTask>(ctx.ret());
     0
 }
 
 #[inline(always)]
-fn accepted(sk: u64) {
+fn accepted<T: CurrentTask>(sk: u64) {
     // NULL when accept() fails.
     if sk != 0 && !is_filtered(sk) {
-        emit_task(probe::ACCEPT, kind::ACCEPT, sk);
+        emit_task::<T>(probe::ACCEPT, kind::ACCEPT, sk);
     }
 }

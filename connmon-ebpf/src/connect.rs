@@ -17,6 +17,7 @@ use connmon_common::wire::kind;
 
 use crate::emit::emit_task;
 use crate::socket::{has_fastopen_request, has_fastopen_request_at, is_filtered};
+use crate::task::{BtfTask, ProbedTask};
 
 /// By trampoline. 5.5.
 #[fentry(function = "tcp_connect")]
@@ -24,7 +25,7 @@ fn connect_fentry(ctx: FEntryContext) -> i32 {
     let sk: *const u8 = ctx.arg(0);
     if has_fastopen_request(sk) && !is_filtered(sk as u64) {
         debug!((), "deferred SYN of socket {:x} leaves", sk as u64);
-        emit_task(probe::CONNECT, kind::CONNECT_SENT, sk as u64);
+        emit_task::<BtfTask>(probe::CONNECT, kind::CONNECT_SENT, sk as u64);
     }
     0
 }
@@ -36,7 +37,7 @@ fn connect_kprobe(ctx: ProbeContext) -> u32 {
         return 0;
     };
     if has_fastopen_request_at(sk) && !is_filtered(sk) {
-        emit_task(probe::CONNECT, kind::CONNECT_SENT, sk);
+        emit_task::<ProbedTask>(probe::CONNECT, kind::CONNECT_SENT, sk);
     }
     0
 }

@@ -5,9 +5,7 @@ use core::ptr::{addr_of_mut, read_volatile};
 
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use aya_ebpf::helpers::generated::{
-    bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid,
-};
+use aya_ebpf::helpers::generated::{bpf_get_current_cgroup_id, bpf_get_current_pid_tgid};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{PerCpuArray, RingBuf};
 use aya_log_ebpf::macro_support::{Level, level_enabled};
@@ -16,6 +14,7 @@ use connmon_common::tuning::{PerCpu, WAKE_EVERY};
 use connmon_common::wire::{Head, Owner, Task};
 
 use crate::globals::{OWNERS, WAKE_BYTES};
+use crate::task::CurrentTask;
 
 /// Sized by the loader.
 #[map]
@@ -80,7 +79,7 @@ fn log_ring_full(probe: u32) {
 
 /// Emits a record about the running task and the socket `id`.
 #[inline(always)]
-pub fn emit_task(probe: usize, kind: u8, id: u64) {
+pub fn emit_task<T: CurrentTask>(probe: usize, kind: u8, id: u64) {
     let Some(counters) = counters() else {
         return;
     };
@@ -97,7 +96,7 @@ pub fn emit_task(probe: usize, kind: u8, id: u64) {
                 cookie: 0,
             });
             addr_of_mut!((*record).at_ns).write(bpf_ktime_get_ns());
-            write_owner(addr_of_mut!((*record).owner), OWNERS.load() != 0);
+            write_owner::<T>(addr_of_mut!((*record).owner), OWNERS.load() != 0);
         }
     });
 }
@@ -109,13 +108,11 @@ pub fn emit_task(probe: usize, kind: u8, id: u64) {
 ///
 /// `owner` must be valid for writes.
 #[inline(always)]
-pub unsafe fn write_owner(owner: *mut Owner, wanted: bool) {
-    // SAFETY: the caller's; helpers without preconditions, the buffer's
-    // length is its own.
+pub unsafe fn write_owner<T: CurrentTask>(owner: *mut Owner, wanted: bool) {
+    // SAFETY: the caller's; helpers without preconditions.
     unsafe {
         if wanted {
-            // On failure the helper zeroes the buffer.
-            bpf_get_current_comm(addr_of_mut!((*owner).comm).cast(), 16);
+            T::write_process_name(addr_of_mut!((*owner).comm));
         } else {
             zero(addr_of_mut!((*owner).comm));
         }

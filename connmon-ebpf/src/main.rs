@@ -1,6 +1,6 @@
 //! The kernel side of connmon. One file per hook, and [`sockets`], which the
 //! agent runs; it and [`socket`] are the only places that read the kernel's
-//! socket fields, [`emit`] is the only one that touches the ring buffer.
+//! socket fields, [`task`] reads the running task's, [`emit`] is the only one that touches the ring buffer.
 //!
 //! What is shared with the agent (records, map names, globals) is defined in
 //! `connmon-common`. Loads and attaches on 5.10 and later: no helper newer
@@ -17,6 +17,7 @@ mod nested;
 mod set_state;
 mod socket;
 mod sockets;
+mod task;
 
 #[cfg(not(test))]
 #[panic_handler]

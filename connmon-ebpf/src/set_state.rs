@@ -6,7 +6,7 @@
 //! TP_PROTO(const struct sock *sk, const int oldstate, const int newstate)
 //! ```
 //!
-//! Sent is only what the agent needs: nothing at LISTEN → SYN_RECV (the
+//! Only what the agent needs is sent: nothing at LISTEN → SYN_RECV (the
 //! child's endpoints are not set before 6.18, and its opening tells that it
 //! was passive), nothing among the states after ESTABLISHED.
 
@@ -175,7 +175,7 @@ fn send<S: Socket, E: Ends>(
     match kind {
         kind::CLOSE => emit::<Close<E>>(counters, probe::SET_STATE, |record| unsafe {
             let full = socket.full();
-            let flags = write_figures(socket, &full, addr_of_mut!((*record).figures));
+            let flags = write_figures(socket, &full, old, addr_of_mut!((*record).figures));
             addr_of_mut!((*record).head).write(head(flags));
             let mut ends = ends;
             let port = *ends.local_port();
@@ -190,21 +190,37 @@ fn send<S: Socket, E: Ends>(
             };
             addr_of_mut!((*record).at_ns).write(at_ns);
         }),
-        kind::OPEN => emit::<Open<E>>(counters, probe::SET_STATE, |record| unsafe {
-            addr_of_mut!((*record).head).write(head(0));
-            addr_of_mut!((*record).ends).write(ends);
-            addr_of_mut!((*record).at_ns).write(socket.full().now());
-        }),
+        kind::OPEN => {
+            let full = socket.full();
+            if old == SYN_SENT && full.is_in_repair() {
+                // `tcp_connect()` sends no SYN then. The socket's clock has
+                // never run, and nobody opens anything.
+                emit::<Change<E>>(counters, probe::SET_STATE, |record| unsafe {
+                    let restored = Head {
+                        kind: kind::RESTORE,
+                        ..head(0)
+                    };
+                    addr_of_mut!((*record).head).write(restored);
+                    addr_of_mut!((*record).ends).write(ends);
+                });
+                return;
+            }
+            emit::<Open<E>>(counters, probe::SET_STATE, |record| unsafe {
+                addr_of_mut!((*record).head).write(head(0));
+                addr_of_mut!((*record).ends).write(ends);
+                addr_of_mut!((*record).at_ns).write(full.now());
+            })
+        }
         kind::CONNECT => emit::<Connect<E>>(counters, probe::SET_STATE, |record| unsafe {
             addr_of_mut!((*record).head).write(head(0));
             addr_of_mut!((*record).ends).write(ends);
             addr_of_mut!((*record).at_ns).write(bpf_ktime_get_ns());
-            write_owner(addr_of_mut!((*record).owner), OWNERS.load() != 0);
+            write_owner::<S::Task>(addr_of_mut!((*record).owner), OWNERS.load() != 0);
         }),
         kind::LISTEN => emit::<Listen<E>>(counters, probe::SET_STATE, |record| unsafe {
             addr_of_mut!((*record).head).write(head(0));
             addr_of_mut!((*record).ends).write(ends);
-            write_owner(addr_of_mut!((*record).owner), true);
+            write_owner::<S::Task>(addr_of_mut!((*record).owner), true);
         }),
         kind::UNLISTEN => emit::<Change<E>>(counters, probe::SET_STATE, |record| unsafe {
             addr_of_mut!((*record).head).write(head(0));

@@ -14,17 +14,19 @@ use aya_ebpf::Global;
 use aya_ebpf::helpers::generated::{
     bpf_jiffies64, bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_skc_to_tcp_sock,
 };
+use connmon_common::state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK};
 use connmon_common::tuning::sock_common;
 use connmon_common::tuning::tracepoint::SetState;
 use connmon_common::wire::{EndsV4, EndsV6, Figures, flag};
 
 use crate::emit::zero;
 use crate::globals::{
-    DROP_LOOPBACK, OFF_BYTES_RECEIVED, OFF_BYTES_RETRANS, OFF_BYTES_SENT, OFF_FASTOPEN_REQ,
+    BIT_REPAIR, DROP_LOOPBACK, OFF_BYTES_ACKED, OFF_BYTES_RECEIVED, OFF_FASTOPEN_REQ,
     OFF_INET_SPORT, OFF_NET_INUM, OFF_RCV_TSTAMP, OFF_SEGS_OUT, OFF_SK_ERR, OFF_SK_FLAGS,
-    OFF_SK_PROTOCOL, OFF_SRTT_US, OFF_TCP_MSTAMP, OFF_TOTAL_RETRANS, OFFSETS_KNOWN, ONLY_NETNS,
-    TRAFFIC,
+    OFF_SK_PROTOCOL, OFF_SND_NXT, OFF_SND_UNA, OFF_SRTT_US, OFF_TCP_MSTAMP, OFF_TOTAL_RETRANS,
+    OFF_WRITE_SEQ, OFFSETS_KNOWN, ONLY_NETNS, TRAFFIC,
 };
+use crate::task::{BtfTask, CurrentTask, ProbedTask};
 
 /// `AF_INET`.
 pub const AF_INET: u16 = 2;
@@ -67,6 +69,8 @@ pub trait Socket {
     fn full(&self) -> Self::Full;
     /// See [`Socket::full`].
     type Full: FullSocket;
+    /// How the running task is read beside it.
+    type Task: CurrentTask;
     /// `sk_err` and `sk_flags`; meaningless where [`FullSocket`] knows
     /// nothing.
     fn error_and_flags(&self) -> (u32, u64);
@@ -82,9 +86,19 @@ pub trait FullSocket {
     fn narrow(&self, offset: usize) -> u32;
     /// The 2 bytes at an offset.
     fn short(&self, offset: usize) -> u16;
+    /// The byte at an offset.
+    fn byte(&self, offset: usize) -> u8;
     /// CLOCK_MONOTONIC nanoseconds, now or when the packet that is being
     /// handled arrived.
     fn now(&self) -> u64;
+
+    /// Whether the socket is in repair (`TCP_REPAIR`): a connection is being
+    /// restored, with queues and sequence numbers from elsewhere.
+    #[inline(always)]
+    fn is_in_repair(&self) -> bool {
+        let bit = offset(&BIT_REPAIR);
+        self.is_known() && self.byte(bit / 8) >> (bit % 8) & 1 != 0
+    }
 }
 
 /// Endpoints of either family.
@@ -218,6 +232,7 @@ impl Socket for BtfSocket {
     }
 
     type Full = BtfFull;
+    type Task = BtfTask;
 
     #[inline(always)]
     fn full(&self) -> BtfFull {
@@ -262,20 +277,29 @@ impl FullSocket for BtfFull {
         unsafe { load(self.0, offset) }
     }
 
+    #[inline(always)]
+    fn byte(&self, offset: usize) -> u8 {
+        // SAFETY: as in `wide`; the verifier lets bit fields be read so.
+        unsafe { load(self.0, offset) }
+    }
+
     /// Reading the clock is a third of what a record costs, and TCP has read
     /// it for the packet that brought this change about: `tcp_mstamp`, in
     /// microseconds. `rcv_tstamp`, the jiffy of the last ACK, tells whether
-    /// there was one just now.
+    /// there was one just now. In repair `tcp_connect_init()` sets the latter
+    /// alone, and `tcp_mstamp` is 0.
     #[inline(always)]
     fn now(&self) -> u64 {
         // SAFETY: helper without preconditions (5.5, inlined).
         let jiffies = unsafe { bpf_jiffies64() } as u32;
         if self.is_known() && jiffies == self.narrow(offset(&OFF_RCV_TSTAMP)) {
-            self.wide(offset(&OFF_TCP_MSTAMP)) * 1000
-        } else {
-            // SAFETY: helper without preconditions.
-            unsafe { bpf_ktime_get_ns() }
+            let stamp = self.wide(offset(&OFF_TCP_MSTAMP));
+            if stamp != 0 {
+                return stamp * 1000;
+            }
         }
+        // SAFETY: helper without preconditions.
+        unsafe { bpf_ktime_get_ns() }
     }
 }
 
@@ -348,6 +372,7 @@ impl Socket for TracedSocket {
     }
 
     type Full = TracedFull;
+    type Task = ProbedTask;
 
     #[inline(always)]
     fn full(&self) -> TracedFull {
@@ -391,6 +416,12 @@ impl FullSocket for TracedFull {
 
     #[inline(always)]
     fn short(&self, offset: usize) -> u16 {
+        // SAFETY: probe_read checks the address.
+        unsafe { probe(self.0, offset) }
+    }
+
+    #[inline(always)]
+    fn byte(&self, offset: usize) -> u8 {
         // SAFETY: probe_read checks the address.
         unsafe { probe(self.0, offset) }
     }
@@ -462,14 +493,19 @@ pub fn has_fastopen_request_at(id: u64) -> bool {
     OFFSETS_KNOWN.load() == 0 || unsafe { probe::<u64>(id, offset(&OFF_FASTOPEN_REQ)) } != 0
 }
 
-/// Writes what a closing socket counted; which of it could be read is the
-/// result, as bits of [`flag`].
+/// Writes what a socket that leaves the state `old` for CLOSE counted; which
+/// of it could be read is the result, as bits of [`flag`].
 ///
 /// # Safety
 ///
 /// `out` must be valid for writes.
 #[inline(always)]
-pub unsafe fn write_figures<S: Socket>(socket: &S, full: &S::Full, out: *mut Figures) -> u8 {
+pub unsafe fn write_figures<S: Socket>(
+    socket: &S,
+    full: &S::Full,
+    old: u8,
+    out: *mut Figures,
+) -> u8 {
     // SAFETY: the caller's.
     unsafe {
         if !full.is_known() {
@@ -485,26 +521,31 @@ pub unsafe fn write_figures<S: Socket>(socket: &S, full: &S::Full, out: *mut Fig
         if TRAFFIC.load() == 0 {
             return flag::ERROR;
         }
-        write_traffic(full, flags, out);
+        write_traffic(full, old, flags, out);
     }
     flag::ERROR | flag::TRAFFIC
 }
 
-/// Writes what is sampled of a live socket, whose `sk_flags` are given; the
-/// result as of [`write_figures`].
+/// Writes what is sampled of a live socket, whose state and `sk_flags` are
+/// given; the result as of [`write_figures`].
 ///
 /// # Safety
 ///
 /// As [`write_figures`].
 #[inline(always)]
-pub unsafe fn write_live_figures(full: &impl FullSocket, flags: u64, out: *mut Figures) -> u8 {
+pub unsafe fn write_live_figures(
+    full: &impl FullSocket,
+    state: u8,
+    flags: u64,
+    out: *mut Figures,
+) -> u8 {
     // SAFETY: the caller's.
     unsafe {
         zero(out);
         if !full.is_known() {
             return 0;
         }
-        write_traffic(full, flags, out);
+        write_traffic(full, state, flags, out);
     }
     flag::TRAFFIC
 }
@@ -513,11 +554,10 @@ pub unsafe fn write_live_figures(full: &impl FullSocket, flags: u64, out: *mut F
 ///
 /// As [`write_figures`], and `full` must be known.
 #[inline(always)]
-unsafe fn write_traffic(full: &impl FullSocket, flags: u64, out: *mut Figures) {
+unsafe fn write_traffic(full: &impl FullSocket, state: u8, flags: u64, out: *mut Figures) {
     let fin = u64::from(flags & SOCK_DONE != 0);
     let received = full.wide(offset(&OFF_BYTES_RECEIVED));
-    // Both count payload only, SYN and FIN left out.
-    let sent = full.wide(offset(&OFF_BYTES_SENT)) - full.wide(offset(&OFF_BYTES_RETRANS));
+    let sent = sent_bytes(full, state);
     let retrans = full.narrow(offset(&OFF_TOTAL_RETRANS));
     // SAFETY: the caller's.
     unsafe {
@@ -525,6 +565,27 @@ unsafe fn write_traffic(full: &impl FullSocket, flags: u64, out: *mut Figures) {
         addr_of_mut!((*out).sent_bytes).write(sent);
         addr_of_mut!((*out).retransmitted_segments).write(retrans);
         addr_of_mut!((*out).srtt_us).write(full.narrow(offset(&OFF_SRTT_US)) >> 3);
+    }
+}
+
+/// What was sent, each byte once, and the SYN of an active open: what was
+/// acknowledged, and what is on its way. (`bytes_sent` counts a segment again
+/// that our own queue or a filter has dropped.) The FIN is left out: it has
+/// been sent where nothing is left to send in the states that one leads to.
+///
+/// In this order, a socket that goes on meanwhile shows too little, not too
+/// much: `tcp_snd_una_update()` raises `bytes_acked` and then `snd_una`.
+#[inline(always)]
+fn sent_bytes(full: &impl FullSocket, state: u8) -> u64 {
+    let acked = full.wide(offset(&OFF_BYTES_ACKED));
+    let oldest = full.narrow(offset(&OFF_SND_UNA));
+    let next = full.narrow(offset(&OFF_SND_NXT));
+    let sent = acked + u64::from(next.wrapping_sub(oldest));
+    let is_closing = matches!(state, FIN_WAIT1 | FIN_WAIT2 | LAST_ACK | CLOSING);
+    if is_closing && full.narrow(offset(&OFF_WRITE_SEQ)) == next {
+        sent.saturating_sub(1)
+    } else {
+        sent
     }
 }
 
@@ -552,7 +613,7 @@ pub fn offset(global: &Global<u32>) -> usize {
 ///
 /// `base` must be a BTF pointer with a `T` at `offset`.
 #[inline(always)]
-unsafe fn load<T: Copy>(base: *const u8, offset: usize) -> T {
+pub unsafe fn load<T: Copy>(base: *const u8, offset: usize) -> T {
     // SAFETY: the caller's.
     unsafe { read_volatile(base.add(offset).cast()) }
 }

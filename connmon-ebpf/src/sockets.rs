@@ -279,7 +279,7 @@ unsafe fn write(place: *mut u8, id: u64, common: &Common) -> bool {
             0
         } else {
             let flags: u64 = probe(id, offset(&OFF_SK_FLAGS));
-            write_live_figures(&TracedFull(id), flags, figures)
+            write_live_figures(&TracedFull(id), state, flags, figures)
         };
         addr_of_mut!((*live).head).write(Head {
             kind: kind::LIVE,

@@ -6,16 +6,19 @@
 //! watch on directories that come and go.
 
 use std::fmt;
-use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use connmon_core::geo::Database;
 use connmon_host::is_resource_exhausted;
+use connmon_host::read_file::read_file;
 
-/// Largest file that is read, bytes. City databases are about a tenth.
-const MAX_BYTES: u64 = 1 << 30;
+/// Largest file that is read, bytes: several times the country and ASN
+/// databases that there are. While one is reloaded two are in memory, and the
+/// container limit that is shipped has to hold them
+/// (`tests/geo.rs two_largest_databases_fit_the_shipped_limit`).
+pub const MAX_DATABASE_BYTES: u64 = 64 << 20;
 
 /// Longest time the check of one file may take. The bundled database takes
 /// some tens of milliseconds.
@@ -26,14 +29,23 @@ const MAX_CHECK: Duration = Duration::from_secs(30);
 /// # Errors
 /// When it cannot be read, is damaged, or names no countries.
 pub fn open(path: &Path) -> Result<Database, DatabaseError> {
-    let refuse = |problem: &dyn fmt::Display, exhausted| DatabaseError {
+    let refuse = |problem: &dyn fmt::Display| DatabaseError {
         text: format!("country database {}: {problem}", path.display()),
-        exhausted,
+        exhausted: false,
+        os_error: None,
     };
-    let bytes = read(path).map_err(|error| refuse(&error, is_resource_exhausted(&error)))?;
+    let bytes = read_file(path, MAX_DATABASE_BYTES).map_err(|error| match error.kind() {
+        std::io::ErrorKind::FileTooLarge => refuse(&format_args!(
+            "{error}; use one without cities, country databases are smaller"
+        )),
+        _ => DatabaseError {
+            exhausted: is_resource_exhausted(&error),
+            os_error: error.raw_os_error(),
+            ..refuse(&error)
+        },
+    })?;
     let deadline = Instant::now() + MAX_CHECK;
-    Database::from_bytes(bytes, || Instant::now() <= deadline)
-        .map_err(|problem| refuse(&problem, false))
+    Database::from_bytes(bytes, || Instant::now() <= deadline).map_err(|problem| refuse(&problem))
 }
 
 /// Watches one file. The caller polls about once a second, from a thread
@@ -161,9 +173,16 @@ impl Identity {
 pub struct DatabaseError {
     text: String,
     exhausted: bool,
+    os_error: Option<i32>,
 }
 
 impl DatabaseError {
+    /// The error number with which the kernel refused to open or read the
+    /// file; `None` when it was read.
+    pub fn os_error(&self) -> Option<i32> {
+        self.os_error
+    }
+
     /// Whether the agent ran out of descriptors or memory, which says nothing
     /// about the file.
     pub fn is_resource_exhausted(&self) -> bool {
@@ -178,23 +197,3 @@ impl fmt::Display for DatabaseError {
 }
 
 impl std::error::Error for DatabaseError {}
-
-/// The whole of a regular file. A FIFO or device would block or never end.
-fn read(path: &Path) -> std::io::Result<Vec<u8>> {
-    let problem = |text: String| std::io::Error::other(text);
-    let metadata = std::fs::metadata(path)?;
-    if !metadata.is_file() {
-        return Err(problem("not a regular file".to_owned()));
-    }
-    if metadata.len() > MAX_BYTES {
-        return Err(problem(format!(
-            "{} bytes are more than the {MAX_BYTES} allowed",
-            metadata.len()
-        )));
-    }
-    let mut bytes = Vec::with_capacity(metadata.len() as usize + 1);
-    std::fs::File::open(path)?
-        .take(MAX_BYTES)
-        .read_to_end(&mut bytes)?;
-    Ok(bytes)
-}

@@ -1,28 +1,39 @@
 //! Log lines on stderr, logfmt or JSON, behind the `log` facade.
 //!
-//! One line is one `write`; a line can never forge another, since control
-//! characters are escaped. Use [`limited!`](crate::limited) for messages
+//! One line is one `write`; a line can never forge another, since
+//! unprintable characters are escaped. Use [`limited!`](crate::limited) for messages
 //! that traffic can cause.
+//!
+//! The agent writes them in a thread of its own ([`write_in_background`]):
+//! whoever reads stderr may stop reading, and nothing else waits for that.
+
+mod background;
+
+pub use background::{close_in, write_in_background};
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::config::LogFormat;
+use connmon_core::text::{is_unprintable, printable};
 
 /// Starts logging. Later calls change nothing.
 pub fn init(level: LevelFilter, format: LogFormat) {
-    let logger: &'static Logger = match format {
-        LogFormat::Logfmt => &Logger(LogFormat::Logfmt),
-        LogFormat::Json => &Logger(LogFormat::Json),
-    };
-    if log::set_logger(logger).is_ok() {
+    if FORMAT.set(format).is_ok() && log::set_logger(&Logger).is_ok() {
         log::set_max_level(level);
     }
+}
+
+static FORMAT: OnceLock<LogFormat> = OnceLock::new();
+
+/// Logs an error that ends the process, behind all other lines. It gives up
+/// after a second when nobody reads stderr.
+pub fn last_error(target: &str, message: &str) {
+    background::last_line(line_now(Level::Error, target, message));
 }
 
 /// Logs at most one line per key in ten seconds and says how many it left
@@ -90,8 +101,21 @@ impl Limiter {
     }
 }
 
+/// Writes the last line of a process that failed: one for people, or a log
+/// line where the format is JSON. No level hides it.
+pub fn last_line(format: LogFormat, message: &str) {
+    let line = match format {
+        LogFormat::Logfmt => {
+            let lines = message.lines().map(|line| format!("{}\n", printable(line)));
+            format!("connmon: {}", lines.collect::<String>())
+        }
+        LogFormat::Json => line(format, SystemTime::now(), Level::Error, "connmon", message),
+    };
+    background::last_line(line);
+}
+
 #[derive(Debug)]
-struct Logger(LogFormat);
+struct Logger;
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
@@ -102,18 +126,21 @@ impl Log for Logger {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let line = line(
-            self.0,
-            SystemTime::now(),
+        background::write(line_now(
             record.level(),
             record.target(),
             &record.args().to_string(),
-        );
-        // Nobody is left to tell when stderr is gone.
-        let _ = std::io::stderr().lock().write_all(line.as_bytes());
+        ));
     }
 
-    fn flush(&self) {}
+    fn flush(&self) {
+        background::flush();
+    }
+}
+
+fn line_now(level: Level, target: &str, message: &str) -> String {
+    let format = *FORMAT.get().unwrap_or(&LogFormat::Logfmt);
+    line(format, SystemTime::now(), level, target, message)
 }
 
 fn line(format: LogFormat, now: SystemTime, level: Level, target: &str, message: &str) -> String {
@@ -155,7 +182,7 @@ fn is_bare(byte: u8) -> bool {
 }
 
 /// A JSON string, which is also what logfmt readers take between quotes.
-/// Escaped beyond JSON's needs: everything that [`is_control`] names.
+/// Escaped beyond JSON's needs: everything that [`is_unprintable`] names.
 fn quote(line: &mut String, text: &str) {
     line.push('"');
     for c in text.chars() {
@@ -165,23 +192,13 @@ fn quote(line: &mut String, text: &str) {
             '\n' => line.push_str("\\n"),
             '\r' => line.push_str("\\r"),
             '\t' => line.push_str("\\t"),
-            c if is_control(c) => {
+            c if is_unprintable(c) => {
                 let _ = write!(line, "\\u{:04x}", u32::from(c));
             }
             c => line.push(c),
         }
     }
     line.push('"');
-}
-
-/// Control characters, line separators and the marks that turn the direction
-/// of text.
-pub fn is_control(character: char) -> bool {
-    character.is_control()
-        || matches!(
-            character,
-            '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
-        )
 }
 
 #[cfg(test)]

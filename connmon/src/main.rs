@@ -1,48 +1,80 @@
 //! Parse, run, exit code.
 
-#![forbid(unsafe_code)]
-
+use std::ffi::OsString;
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
 use connmon::cli::{self, Cli, Command};
-use connmon::config::{self, ConfigError, Loaded};
+use connmon::config::{self, ConfigError, Loaded, LogFormat};
 use connmon::{agent, cmd, logging, version};
+use connmon_core::text;
 
 /// Wrong usage or bad configuration; clap uses the same.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse_from(cli::normalize(std::env::args_os())) {
+    let words = cli::normalize(std::env::args_os());
+    let environment: Vec<(OsString, OsString)> = std::env::vars_os().collect();
+    let cli = match Cli::try_parse_from(&words) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help goes to stdout and is no failure; a closed pipe is no news.
-            let _ = error.print();
+            let typed = cli::typed_among(&words);
+            match config::log_format(&typed, &environment) {
+                LogFormat::Json if error.use_stderr() => {
+                    let text = error.to_string();
+                    // Without the usage that follows.
+                    let problem = text.split("\n\n").next().unwrap_or_default();
+                    logging::last_line(LogFormat::Json, problem.trim_start_matches("error: "));
+                }
+                // Help goes to stdout and is no failure; a closed pipe is no
+                // failure either.
+                _ => drop(error.print()),
+            }
             return ExitCode::from(error.exit_code() as u8);
         }
     };
-    match run(cli) {
-        Ok(code) => code,
+    if cli.version {
+        return finish(LogFormat::Logfmt, print_version());
+    }
+    let typed = cli.typed();
+    match config::load(&typed, environment.iter().cloned()) {
+        Ok(loaded) => finish(
+            loaded.config.log_format,
+            run(cli, loaded, is_dumb(&environment)),
+        ),
+        Err(error) => finish(config::log_format(&typed, &environment), Err(error.into())),
+    }
+}
+
+/// Result → last line and exit code.
+fn finish(format: LogFormat, result: anyhow::Result<ExitCode>) -> ExitCode {
+    match result {
+        Ok(code) => {
+            log::logger().flush();
+            code
+        }
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "connmon: {error:#}");
+            logging::last_line(format, &format!("{error:#}"));
             match error.downcast_ref::<ConfigError>() {
-                Some(_) => ExitCode::from(USAGE),
-                None => ExitCode::FAILURE,
+                Some(error) if !error.is_not_yet() => ExitCode::from(USAGE),
+                _ => ExitCode::FAILURE,
             }
         }
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<ExitCode> {
-    if cli.version {
-        std::io::stdout().write_all(version::text().as_bytes())?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let loaded = config::load(&cli.typed(), std::env::vars_os())?;
+fn print_version() -> anyhow::Result<ExitCode> {
+    std::io::stdout().write_all(version::text().as_bytes())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(cli: Cli, loaded: Loaded, is_dumb: bool) -> anyhow::Result<ExitCode> {
     if loaded.check_only {
-        config::check(&loaded)?;
+        for remark in config::check(&loaded)? {
+            let _ = writeln!(std::io::stderr(), "connmon: {}", text::printable(remark));
+        }
         std::io::stdout().write_all(b"configuration is good\n")?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -61,8 +93,15 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Check(args)) => cmd::check::run(&config, args.output),
         Some(Command::Trace(args)) => cmd::trace::run(config, args).map(done),
         Some(Command::List(args)) => cmd::list::run(config, args).map(done),
-        Some(Command::Top(args)) => cmd::top::run(config, args).map(done),
+        Some(Command::Top(args)) => cmd::top::run(config, args, is_dumb).map(done),
     }
+}
+
+/// Whether the terminal knows no escape sequences.
+fn is_dumb(environment: &[(OsString, OsString)]) -> bool {
+    environment
+        .iter()
+        .any(|(name, value)| name == "TERM" && (value == "dumb" || value == "unknown"))
 }
 
 /// Whoever read our output has enough of it.

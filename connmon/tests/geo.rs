@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use connmon::database::{self, Outcome, Reloader};
+use connmon::database::{self, MAX_DATABASE_BYTES, Outcome, Reloader};
 use connmon_core::geo::{Country, Database, Locate, Locator};
 use mmdb_writer::{Value, Writer};
 
@@ -262,6 +262,21 @@ fn mangled_databases_neither_panic_nor_hang() {
 }
 
 /// Every record of the tree points back at its root.
+/// `agent/files.rs two_largest_databases_are_in_memory_and_no_more` shows that
+/// there are no more than two.
+#[test]
+fn two_largest_databases_fit_the_shipped_limit() {
+    let manifest = include_str!("../../deploy/kubernetes/base/daemonset.yaml");
+    let limits = manifest.split("limits:").nth(1).unwrap();
+    let memory = limits.split("memory: ").nth(1).unwrap();
+    let mib: u64 = memory.split("Mi").next().unwrap().parse().unwrap();
+    // One in use, one under check with a bit for each of its bytes.
+    let databases = 2 * MAX_DATABASE_BYTES + MAX_DATABASE_BYTES / 8;
+    // What the comment there says of a full table, and the ring.
+    let rest = 100_000_000 + (8 << 20);
+    assert!(databases + rest < mib << 20, "{databases} and {rest} bytes");
+}
+
 #[test]
 fn a_cyclic_search_tree_is_refused() {
     let mut bytes = database(&[("198.18.0.0/15", flat("DE"))]);

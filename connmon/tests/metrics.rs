@@ -162,6 +162,7 @@ const PROMISED: &[Promise] = {
         ("connmon_reconcile_interval_seconds", Gauge, &[]),
         ("connmon_reconcile_corrections_total", Counter, &["action"]),
         ("connmon_drift_connections", Gauge, &[]),
+        ("connmon_drift_suspected_connections", Gauge, &[]),
         ("connmon_network_namespaces", Gauge, &["access"]),
         ("connmon_geoip_database_info", Gauge, &["database_type", "source"]),
         ("connmon_geoip_database_build_timestamp_seconds", Gauge, &[]),
@@ -387,6 +388,7 @@ fn what_is_not_known_is_absent() {
     ];
     let optional = [
         "connmon_drift_connections",
+        "connmon_drift_suspected_connections",
         "connmon_probe_missed_runs_total",
         "connmon_bpf_program_runs_total",
         "connmon_country_port_connections",
@@ -402,6 +404,7 @@ fn what_is_not_known_is_absent() {
     report.snapshot.traffic_known = false;
     report.snapshot.accept_known = false;
     report.snapshot.drift = None;
+    report.snapshot.drift_suspected = None;
     report.snapshot.cross.clear();
     report.snapshot.listeners.clear();
     report.status.missed_runs.clear();

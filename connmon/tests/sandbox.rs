@@ -1,9 +1,10 @@
 //! Each room of the sandbox, entered for real by a thread of this test:
 //! what must fail does, what the agent needs goes on.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,6 +12,8 @@ use std::thread;
 
 use connmon_host::sandbox::SandboxChoice;
 use connmon_host::sandbox::{CapabilitySet, Measure, Plan, held};
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendFlags};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// A directory of this test, removed at the end.
@@ -171,6 +174,43 @@ fn serve_accepts_but_cannot_call_out_start_or_keep_anything() {
     });
     drop(listener);
     assert_eq!(client.join().unwrap(), "served");
+}
+
+#[test]
+fn serve_sends_to_its_clients_and_to_nobody_else() {
+    let target = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = target.local_addr().unwrap();
+    // Shut down, a listener can connect: by Fast Open, which needs no connect().
+    let shut_down = || {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        rustix::net::shutdown(&listener, rustix::net::Shutdown::Both).unwrap();
+        listener
+    };
+    let fast_open = SendFlags::from_bits_retain(libc::MSG_FASTOPEN as u32);
+    let datagrams = UnixDatagram::pair().unwrap();
+    let call_out = |listener: &TcpListener| {
+        let data = [IoSlice::new(b"x")];
+        let mut none = SendAncillaryBuffer::default();
+        [
+            rustix::net::sendto(listener, b"x", fast_open, &address),
+            rustix::net::sendmsg_addr(listener, &address, &data, &mut none, fast_open),
+            rustix::net::sendmsg(&datagrams.0, &data, &mut none, SendFlags::empty()),
+        ]
+    };
+    let outside = call_out(&shut_down());
+    assert!(!outside.contains(&Err(Errno::PERM)), "{outside:?}");
+    assert_eq!(outside[2], Ok(1), "{outside:?}");
+    let listener = shut_down();
+    in_thread(|| {
+        Plan::new(SandboxChoice::Auto, true, true)
+            .enter_serve()
+            .unwrap();
+        assert_eq!(call_out(&listener), [Err(Errno::PERM); 3]);
+        let pair = UnixDatagram::pair().unwrap_err();
+        assert_eq!(pair.kind(), ErrorKind::PermissionDenied);
+        // What the service manager hears.
+        assert_eq!(datagrams.0.send(b"x").unwrap(), 1);
+    });
 }
 
 #[test]

@@ -11,15 +11,16 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use connmon_core::event::{LiveSocket, Traffic};
+use connmon_core::event::{LiveSocket, SYN_BYTES, Traffic};
 use connmon_core::scan::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
 use connmon_host::kernel::AttachChoice;
 use connmon_host::kernel::{SocketWalk, Tracer, TracerOptions, kernel_version};
 use connmon_host::reconcile::{WalkMessages, Walker, WalkerOptions};
 use namespaces::{Namespace, ip, may_run, wait_until};
-use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags, capabilities, set_capabilities};
 
 const AUDIT: Walk = Walk {
     trigger: Trigger::Interval,
@@ -218,6 +219,12 @@ fn figures(part: &Part) -> Moved {
             srtt_us,
         }) = row.traffic
         {
+            // The kernel counts the SYN of whoever connected.
+            let listens = part
+                .rows
+                .iter()
+                .any(|other| other.state == 10 && other.tuple.local_port == row.tuple.local_port);
+            let sent_bytes = sent_bytes - if listens { 0 } else { SYN_BYTES };
             let figures = (sent_bytes as usize, received_bytes as usize);
             found.insert((row.tuple.local_port, row.tuple.remote_port), figures);
             // A starved machine sends a few again.
@@ -227,6 +234,40 @@ fn figures(part: &Part) -> Moved {
         }
     }
     found
+}
+
+/// A thread that went into a namespace of its own, which nothing else leads to.
+#[test]
+fn a_namespace_of_a_later_thread_is_read() {
+    if !may_run("a namespace of a later thread is read") {
+        return;
+    }
+    let (made, is_made) = mpsc::channel();
+    let (end, ends) = mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || {
+        #[expect(unsafe_code, reason = "the only way to get a network namespace")]
+        // SAFETY: no file descriptors are unshared.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+        ip(&["link", "set", "lo", "up"]);
+        let held = pair("127.0.0.1:0");
+        let inode = std::fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+        made.send(inode).unwrap();
+        let _ = ends.recv();
+        drop(held);
+    });
+    let inode = is_made.recv().unwrap().try_into().unwrap();
+    let mut walker = Handle::new(false, true);
+    // What an audit has found, the samples after it remember.
+    for walk in [AUDIT, SAMPLE] {
+        let seen = walker.walk(walk);
+        let part = seen.only(inode);
+        assert_eq!((part.access, part.complete), (Access::Diag, true));
+        let states: Vec<u8> = part.rows.iter().map(|row| row.state).collect();
+        assert_eq!(states, [10, 1, 1]);
+        assert_eq!(part.rows[0].owner.pid, std::process::id());
+    }
+    drop(end);
+    thread.join().unwrap();
 }
 
 #[test]

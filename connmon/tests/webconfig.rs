@@ -37,49 +37,6 @@ fn authority(name: &str) -> Authority {
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
-/// A certificate without its version and its extensions, which makes it one
-/// of X.509 v1; nobody who loads his own certificate looks at the signature.
-fn first_version(certificate: &[u8]) -> Vec<u8> {
-    /// Content of the DER value at the start, and what follows it.
-    fn take(der: &[u8]) -> (&[u8], &[u8]) {
-        let (header, length) = match usize::from(der[1]) {
-            short @ 0..=127 => (2, short),
-            long => {
-                let bytes = &der[2..2 + (long & 127)];
-                let length = bytes.iter().fold(0, |all, b| all << 8 | usize::from(*b));
-                (2 + bytes.len(), length)
-            }
-        };
-        (&der[header..header + length], &der[header + length..])
-    }
-    fn sequence(content: &[u8]) -> Vec<u8> {
-        let [high, low] = u16::try_from(content.len()).unwrap().to_be_bytes();
-        let header = match (high, low) {
-            (0, 0..=127) => vec![0x30, low],
-            (0, _) => vec![0x30, 0x81, low],
-            _ => vec![0x30, 0x82, high, low],
-        };
-        [header.as_slice(), content].concat()
-    }
-    let (whole, _) = take(certificate);
-    let (mut rest, signature) = take(whole);
-    let mut fields = Vec::new();
-    while !rest.is_empty() {
-        let (_, next) = take(rest);
-        // [0] is the version, [3] the extensions.
-        if !matches!(rest[0], 0xa0 | 0xa3) {
-            fields.extend_from_slice(&rest[..rest.len() - next.len()]);
-        }
-        rest = next;
-    }
-    sequence(&[sequence(&fields), signature.to_vec()].concat())
-}
-
-fn pem(der: &[u8]) -> String {
-    let text = base64::engine::general_purpose::STANDARD.encode(der);
-    format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
-}
-
 fn client_params(name: &str) -> CertificateParams {
     let mut params = CertificateParams::new(vec![format!("{name}.example")]).unwrap();
     params.distinguished_name.push(DnType::CommonName, name);
@@ -117,10 +74,6 @@ impl Kit {
         let certificate = params.self_signed(&key).unwrap();
         kit.write("self.crt", &certificate.pem());
         kit.write("self.key", &key.serialize_pem());
-        // What `openssl x509 -req` makes without extensions.
-        let server = kit.read("server.crt");
-        let server = CertificateDer::from_pem_slice(server.as_bytes()).unwrap();
-        kit.write("v1.crt", &pem(&first_version(&server)));
         let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
         let mut extension =
             rcgen::CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, 99_999, 1], vec![5, 0]);
@@ -129,6 +82,16 @@ impl Kit {
         let certificate = params.signed_by(&key, &ca).unwrap();
         kit.write("critical.crt", &certificate.pem());
         kit.write("critical.key", &key.serialize_pem());
+        let key = kit.read("server.key");
+        for label in ["RSA", "EC"] {
+            let mislabelled = key.replace("PRIVATE KEY", &format!("{label} PRIVATE KEY"));
+            kit.write(&format!("labelled_{label}.key"), &mislabelled);
+        }
+        let keys = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/keys");
+        for entry in fs::read_dir(keys).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), kit.path(entry.file_name().to_str().unwrap())).unwrap();
+        }
         kit.write(
             "junk.pem",
             "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
@@ -271,16 +234,26 @@ fn fixtures(kit: &Kit) -> Vec<(String, PathBuf, String)> {
 /// The toolkit itself, as Debian's promtool has it, agrees.
 #[test]
 fn promtool_agrees() {
-    // What rustls lacks, and what the toolkit says only when it serves (the
+    // What docs/web.md lists, what the toolkit says only when it serves (the
     // suite that HTTP/2 needs) or only since (a CA file without any).
-    const OURS: [&str; 7] = [
+    const OURS: [&str; 17] = [
         "ciphers_cbc_http2.yml",
         "ciphers_none_left.yml",
         "ciphers_without_http2.yml",
         "client_ca_no_certs.yml",
         "headers_control.yml",
+        "http2_quoted.yml",
+        "rate_burst_08.yml",
+        "rate_interval_09.yml",
+        "rate_nanoseconds.yml",
+        "rate_negative.yml",
+        "second_document.yml",
+        "users_block_scalar.yml",
         "version_none_left.yml",
+        "version_null_capital.yml",
         "version_too_old.yml",
+        "yaml_1_2.yml",
+        "yaml_directive.yml",
     ];
     let kit = Kit::new();
     let (mut agreed, mut newer) = (0, 0);
@@ -301,7 +274,7 @@ fn promtool_agrees() {
         let said = String::from_utf8_lossy(&said);
         let ours = webconfig::check(&path);
         let ours_knows = match &ours {
-            Ok(()) => true,
+            Ok(_) => true,
             Err(error) => !error.to_string().contains("unknown key"),
         };
         if said.contains("not found in type") && ours_knows {
@@ -327,7 +300,7 @@ fn verdicts_are_the_toolkits() {
     for (name, path, expected) in fixtures(&kit) {
         let verdict = webconfig::check(&path).map_err(|error| error.to_string());
         match (expected.strip_prefix("# bad: "), verdict) {
-            (None, Ok(())) if expected == "# good" => good += 1,
+            (None, Ok(_)) if expected == "# good" => good += 1,
             (Some(part), Err(error)) => {
                 bad += 1;
                 assert!(error.contains(part), "{name}: {error}");
@@ -339,6 +312,20 @@ fn verdicts_are_the_toolkits() {
         }
     }
     assert!(good >= 40 && bad >= 50, "{good} good, {bad} bad");
+    let slow = kit.write(
+        "slow.yml",
+        "basic_auth_users:\n  amy: $2y$18$4VeFDzXIoPHKnKTU3O3GH.N.vZu06CVqczYZ8WvfzrddFU6tGqjR.\n",
+    );
+    let [remark] = &webconfig::check(&slow).unwrap()[..] else {
+        panic!("no remark");
+    };
+    assert!(remark.contains("slow.yml: line 2: basic_auth_users.amy: a check of cost 18"));
+    let hostile = kit.write("hostile.yml", "\"a\\e[31m\\u202e\\u200bb\": 1\n");
+    let error = webconfig::check(&hostile).unwrap_err().to_string();
+    assert!(
+        error.contains("hostile.yml:1: a\u{fffd}[31m\u{fffd}\u{fffd}b: unknown key"),
+        "{error}"
+    );
     let missing = webconfig::check(&kit.path("nowhere.yml"));
     assert!(missing.unwrap_err().to_string().contains("No such file"));
     fs::write(kit.path("latin1.yml"), b"# caf\xe9\n\n").unwrap();
@@ -472,45 +459,9 @@ fn versions_suites_and_curves_are_as_configured() {
     let server = kit.run(&format!("{TLS}  curve_preferences: [CurveP384]\n"));
     assert!(ok(&server, group(rustls::NamedGroup::secp384r1)));
     assert!(!ok(&server, group(rustls::NamedGroup::X25519)));
-}
-
-/// Against an independent implementation of the one curve that is our own.
-#[test]
-fn openssl_agrees_on_p521() {
-    let kit = Kit::new();
-    let server = kit.run(&format!(
-        "{TLS}  min_version: TLS12\n  curve_preferences: [CurveP521]\n"
-    ));
-    for version in ["-tls1_2", "-tls1_3"] {
-        let output = std::process::Command::new("openssl")
-            .args([
-                "s_client",
-                "-brief",
-                version,
-                "-groups",
-                "P-521:P-256",
-                "-CAfile",
-            ])
-            .arg(kit.path("ca.crt"))
-            .args(["-verify_return_error", "-connect"])
-            .arg(server.address.to_string())
-            .stdin(std::process::Stdio::null())
-            .output();
-        let output = match output {
-            Ok(output) => output,
-            Err(error) => {
-                println!("skipped: P-521 against openssl: {error}");
-                assert!(std::env::var("CI").as_deref() != Ok("true"), "{error}");
-                return;
-            }
-        };
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{version}: {text}");
-        assert!(
-            text.contains("P-521") || text.contains("secp521r1"),
-            "{version}: {text}"
-        );
-    }
+    // It is not available: the default curves.
+    let server = kit.run(&format!("{TLS}  curve_preferences: [CurveP521]\n"));
+    assert!(ok(&server, group(rustls::NamedGroup::X25519)));
 }
 
 #[test]
@@ -670,6 +621,62 @@ fn users_have_to_show_their_password() {
     for method in ["HEAD", "POST"] {
         assert_eq!(server.request(method, "/metrics", "").status, 401);
     }
+}
+
+/// A client at an address of its own.
+fn connect_from(server: &Running, last: u8) -> TcpStream {
+    let domain = socket2::Domain::IPV4;
+    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None).unwrap();
+    let address = std::net::SocketAddr::from(([127, 0, 0, last], 0));
+    socket.bind(&address.into()).unwrap();
+    socket.connect(&server.address.into()).unwrap();
+    socket.into()
+}
+
+/// Six users who were not there before, while ten addresses guess as fast as
+/// they get answers, with four requests at once each.
+#[test]
+fn ten_guessing_addresses_starve_nobody() {
+    use std::fmt::Write as _;
+
+    let kit = Kit::new();
+    let mut config = String::from("basic_auth_users:\n");
+    for user in 0..6 {
+        let hash = bcrypt::hash(format!("spring-tide {user}"), 7).unwrap();
+        writeln!(config, "  amy{user}: {hash}").unwrap();
+    }
+    let server = kit.run(&config);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for (last, at) in (11..=20).flat_map(|last| (0..4).map(move |at| (last, at))) {
+            let (server, done) = (&server, &done);
+            scope.spawn(move || {
+                for number in 0.. {
+                    if done.load(std::sync::atomic::Ordering::Relaxed) {
+                        break;
+                    }
+                    let mut stream = connect_from(server, last);
+                    let wrong = basic(&format!("amy0:{at} {number}"));
+                    let request = format!(
+                        "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{wrong}\r\n"
+                    );
+                    if stream.write_all(request.as_bytes()).is_ok() {
+                        // Whatever it says.
+                        let _ = stream.read_to_end(&mut Vec::new());
+                    }
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        let statuses: Vec<_> = (0..6)
+            .map(|user| {
+                let right = basic(&format!("amy{user}:spring-tide {user}"));
+                server.get("/metrics", &right).status
+            })
+            .collect();
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(statuses, [200; 6]);
+    });
 }
 
 /// Guesses wait for bcrypt; who is known does not wait for them.

@@ -20,6 +20,7 @@ const TOOLS: &[(&str, &str, &str)] = &[
     ("busybox", "busybox-static", "kernels in guests"),
     ("cpio", "cpio", "kernels in guests"),
     ("xz", "xz-utils", "kernel modules"),
+    ("nft", "nftables", "a filter that drops our own packets"),
     ("strip", "binutils", "kernels in guests"),
     ("systemd-analyze", "systemd", "the unit's exposure"),
     ("dpkg-deb", "dpkg", "packages"),

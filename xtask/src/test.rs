@@ -10,10 +10,10 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use crate::tally::{Libtest, Tally};
 use crate::{dist, exec, install, vm};
 
-/// Failed tests that are run once more, alone, before they count: a machine
+/// Failed tests that are retried once, alone, before they count: a machine
 /// that does other work at the wrong moment fails one or two, a fault more or
-/// the same ones again.
-pub const AGAIN: usize = 5;
+/// the same ones again. The summary lists each with what its first try said.
+pub const RETRIES: usize = 5;
 
 /// `cargo xtask test`.
 #[derive(Debug, clap::Args)]
@@ -148,7 +148,7 @@ struct Run {
     args: Vec<String>,
     environment: Vec<(&'static str, PathBuf)>,
     read: Libtest,
-    /// It ended as it should, or with tests that failed.
+    /// It succeeded, or failed by tests that are counted and nothing else.
     sound: bool,
 }
 
@@ -185,21 +185,16 @@ impl Run {
         Ok(Self {
             args: args.to_vec(),
             environment: environment.to_vec(),
-            sound: status.success() || read.failed > 0,
+            sound: status.success() || read.failed > 0 && read.is_whole(),
             read,
         })
     }
 
-    /// Runs again the few that failed, and says what it came to.
+    /// Retries the few that failed, one by one, and counts.
     fn settled(self) -> Result<Tally> {
-        let mut tally = Tally {
-            passed: self.read.passed,
-            ..Tally::default()
-        };
-        let failures = self.read.failures();
         let names = self.read.names().unwrap_or_default();
-        let second = if (1..=AGAIN).contains(&names.len()) {
-            println!("again, one by one: {}", names.join(" "));
+        let second = if (1..=RETRIES).contains(&names.len()) {
+            println!("retried, one by one: {}", names.join(" "));
             let alone = ["--", "--exact", "--test-threads=1"].map(str::to_owned);
             let before = self.args.iter().take_while(|arg| *arg != "--");
             let args: Vec<String> = before.chain(&alone).chain(&names).cloned().collect();
@@ -207,20 +202,10 @@ impl Run {
         } else {
             None
         };
-        for (name, words) in failures {
-            let failure = format!("{name} {words}").trim_end().to_owned();
-            if second.as_ref().is_some_and(|second| second.passed(&name)) {
-                tally.passed += 1;
-                tally.again.push(failure);
-            } else {
-                tally.failed.push(failure);
-            }
-        }
+        let mut tally = self.read.settle(second);
         if !self.sound {
             tally.fail(format!("`cargo test {}`", self.args.join(" ")));
         }
-        tally.skipped = self.read.skipped;
-        tally.not_applicable = self.read.not_applicable;
         Ok(tally)
     }
 }

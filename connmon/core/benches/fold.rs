@@ -323,6 +323,7 @@ fn rows(first: u32, live: u32, figures: bool) -> Vec<Row> {
             tuple: Connection::new(n, live, Family::V4).tuple,
             cookie: u64::from(n) + 1,
             inode: 1,
+            id: 0,
             receive_queue: 0,
             send_queue: 0,
             traffic: figures.then(Traffic::default),

@@ -59,7 +59,8 @@ pub struct Owner {
     /// Thread group id (what user space calls pid) in the initial pid
     /// namespace; 0 when unknown.
     pub pid: u32,
-    /// `comm`, NUL padded, any bytes.
+    /// `comm` of the process, not of the thread that ran; NUL padded, else
+    /// any bytes.
     pub comm: [u8; 16],
     /// cgroup v2 id; 0 when not collected.
     pub cgroup: u64,
@@ -70,12 +71,26 @@ pub struct Owner {
 pub struct Traffic {
     /// Payload bytes received, FIN not counted.
     pub received_bytes: u64,
-    /// Payload bytes sent, first transmissions only.
+    /// Payload bytes sent, each once; one more if the connection was opened by
+    /// connect(), for its SYN, which the kernel counts and of which nothing in
+    /// a socket tells. See [`Traffic::sent_payload`].
     pub sent_bytes: u64,
     /// Segments retransmitted (`total_retrans`).
     pub retransmitted_segments: u32,
     /// Smoothed round-trip time in microseconds; 0 when there is none.
     pub srtt_us: u32,
+}
+
+/// What the SYN of an active open adds to [`Traffic::sent_bytes`].
+pub const SYN_BYTES: u64 = 1;
+
+impl Traffic {
+    /// Payload bytes sent by a connection that was opened here by connect()
+    /// (`active`), or that was not.
+    pub fn sent_payload(&self, active: bool) -> u64 {
+        let syn = if active { SYN_BYTES } else { 0 };
+        self.sent_bytes.saturating_sub(syn)
+    }
 }
 
 /// One thing the kernel reported. Times are CLOCK_MONOTONIC nanoseconds.
@@ -114,6 +129,15 @@ pub enum Event {
         old: u8,
         /// ESTABLISHED, or with Fast Open FIN_WAIT1 or CLOSE_WAIT.
         new: u8,
+    },
+    /// A connection that was opened elsewhere is restored here, ESTABLISHED
+    /// (`TCP_REPAIR`). Its connect() was no active open, though an
+    /// [`Event::Connect`] came.
+    Restore {
+        /// Socket.
+        socket: Socket,
+        /// Endpoints.
+        tuple: Tuple,
     },
     /// A later change between open states (usually out of ESTABLISHED).
     Change {

@@ -11,3 +11,4 @@ pub mod geo;
 pub mod probe;
 pub mod report;
 pub mod scan;
+pub mod text;

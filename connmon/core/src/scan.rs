@@ -1,7 +1,7 @@
 //! What a reader of the kernel's socket tables sends to the fold: rows, and
 //! which namespace and which scan they belong to.
 
-use crate::event::{Cookie, NetnsId, Owner, Traffic, Tuple};
+use crate::event::{Cookie, NetnsId, Owner, SocketId, Traffic, Tuple};
 
 /// Why a walk happens (label `trigger`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -61,6 +61,9 @@ pub struct Row {
     /// Endpoints, v4-mapped addresses unmapped; LISTEN rows have the
     /// listener's address and port as local end.
     pub tuple: Tuple,
+    /// Address of the kernel's `struct sock` as in events, which a source tells
+    /// of full sockets; else 0.
+    pub id: SocketId,
     /// Cookie; 0 from /proc, and from a source where there is none yet.
     pub cookie: Cookie,
     /// Socket inode; 0 for an unaccepted child or an orphan, and from a source,

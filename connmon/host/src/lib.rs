@@ -4,6 +4,7 @@
 
 mod exhaustion;
 pub mod kernel;
+pub mod read_file;
 pub mod reconcile;
 pub mod sandbox;
 

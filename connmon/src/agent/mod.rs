@@ -1,7 +1,8 @@
 //! The only wiring: threads, channels and shutdown of the agent.
 //!
 //! Three threads: the walker (reconcile), the fold (ring, state) and this
-//! one (HTTP, signals, files). They share nothing but channels.
+//! one (HTTP, signals, files). They share nothing but channels. A fourth
+//! writes what they log.
 
 mod content;
 mod first_words;
@@ -15,12 +16,13 @@ use std::io;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use log::{error, warn};
+use log::warn;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::{Config, SourceChoice};
 use crate::database::Reloader;
 use crate::expose::Server;
+use crate::logging;
 use crate::notify::Notify;
 use connmon_core::event::{LiveSocket, NetnsId};
 use connmon_core::fold::{Fold, FoldConfig, RemoteFilter};
@@ -46,6 +48,7 @@ const PANIC_EXIT: i32 = 101;
 /// What keeps it from running, in one line; a [`crate::config::ConfigError`] where the
 /// configuration is to blame.
 pub fn run(config: Config) -> anyhow::Result<()> {
+    logging::write_in_background().context("cannot start the log thread")?;
     exit_on_panic();
     connmon_host::kernel::return_memory_at_once();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -77,6 +80,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         plan.also_readable(file);
     }
     let plan = Arc::new(plan);
+    logging::close_in({
+        let plan = Arc::clone(&plan);
+        // With --sandbox strict what is missing here ends the others, which
+        // are to have the same and more.
+        move || drop(plan.enter_log())
+    });
     let (walker, messages) = Walker::spawn_after(
         WalkerOptions {
             all_netns: config.all_netns,
@@ -95,6 +104,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         },
     )
     .context("cannot start the reconcile thread")?;
+    if let Some(tracer) = &mut tracer {
+        tracer.close_maps();
+    }
 
     let (reporter, requests) = reporter::channel();
     let (databases, new_databases) = mpsc::channel(1);
@@ -191,7 +203,8 @@ fn run_fold(parts: Parts, plan: &Plan) -> anyhow::Result<()> {
 /// A panic in any thread ends the process: stale numbers are worse than none.
 fn exit_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
-        error!("bug: {panic}; exiting rather than serving stale numbers");
+        let message = format!("bug: {panic}; exiting rather than serving stale numbers");
+        logging::last_error(module_path!(), &message);
         std::process::exit(PANIC_EXIT);
     }));
 }

@@ -99,8 +99,10 @@ struct Pipeline {
     walk: Option<Walk>,
     /// When the walk began or last told of something.
     heard: Instant,
-    /// What folding the walk's rows took so far.
+    /// CPU time that folding the walk's rows took so far.
     walk_cpu: Duration,
+    /// The most of it between two drains of the ring.
+    walk_step: Duration,
     settling: Option<WalkSummary>,
     counters_read: Instant,
     /// Active opens not kept that the log was told of.
@@ -143,6 +145,7 @@ pub async fn run(parts: Parts) -> anyhow::Result<()> {
         walk: None,
         heard: Instant::now(),
         walk_cpu: Duration::ZERO,
+        walk_step: Duration::ZERO,
         settling: None,
         counters_read: Instant::now(),
         pending_overflow: 0,
@@ -274,6 +277,7 @@ impl Pipeline {
         self.walk = Some(walk);
         self.heard = Instant::now();
         self.walk_cpu = Duration::ZERO;
+        self.walk_step = Duration::ZERO;
         match self.walker.request(walk) {
             Ok(()) => Ok(()),
             Err(Refused::Busy) => anyhow::bail!("bug: two walks at once"),
@@ -351,8 +355,16 @@ impl Pipeline {
         }
         let started = cpu_time();
         self.fold.walk(monotonic_ns(), message, &mut self.locator);
-        self.walk_cpu += cpu_time().saturating_sub(started);
+        self.count_step(started);
         self.drain_some();
+    }
+
+    /// Counts a step of the walk that began at this CPU time; the ring was
+    /// drained before it and will be after it.
+    fn count_step(&mut self, started: Duration) {
+        let step = cpu_time().saturating_sub(started);
+        self.walk_cpu += step;
+        self.walk_step = self.walk_step.max(step);
     }
 
     /// One slice of the scans that end a walk, then its bookkeeping.
@@ -360,13 +372,25 @@ impl Pipeline {
         self.drain_some();
         let started = cpu_time();
         let more = self.fold.settle(monotonic_ns());
-        self.walk_cpu += cpu_time().saturating_sub(started);
+        self.count_step(started);
         if more {
             return;
         }
-        let (Some(summary), Some(walk)) = (self.settling.take(), self.walk.take()) else {
+        let (Some(mut summary), Some(walk)) = (self.settling.take(), self.walk.take()) else {
             return;
         };
+        debug!(
+            "walk folded in {} µs of CPU time, at most {} µs of it between two drains of the ring",
+            self.walk_cpu.as_micros(),
+            self.walk_step.as_micros()
+        );
+        let unlisted = self.fold.unlisted_namespaces();
+        if unlisted > 0 {
+            summary.unaudited += unlisted;
+            summary.reason.get_or_insert_with(|| {
+                format!("{unlisted} with connections are of no process and no mount")
+            });
+        }
         let now_ns = monotonic_ns();
         let folding_ns = u64::try_from(self.walk_cpu.as_nanos()).unwrap_or(u64::MAX);
         let cpu_ns = summary.cpu_ns.saturating_add(folding_ns);

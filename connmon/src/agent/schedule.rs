@@ -9,14 +9,22 @@ const SECOND_NS: u64 = 1_000_000_000;
 /// How soon after a loss the next audit starts; losses within it are one.
 const LOSS_DELAY_NS: u64 = SECOND_NS / 4;
 
+/// How long after the last loss it is taken to be over: the counters are read
+/// every 250 ms, or a tick later.
+const QUIET_NS: u64 = 400_000_000;
+
 /// How soon a second audit follows one that found entries absent: removal
-/// needs absence from two audits.
+/// needs absence from two audits. After a loss it follows at once.
 const FOLLOW_UP_NS: u64 = SECOND_NS;
 
-/// Audits that may run ahead of their share of a core: one for a loss, and the
-/// one after it that settles what it left open. Further losses wait, so that a
-/// storm does not become one of audits.
-const AHEAD: u32 = 2;
+/// Audits that may run ahead of their share of a core: two after a loss that is
+/// over, of which the second settles what the first left open; as many where
+/// no loss was.
+const AHEAD: u64 = 2;
+
+/// How many times the usual share audits may take while losses go on: 5 % of a
+/// core.
+const LOSS_SHARE: u64 = 10;
 
 /// What a walk that ended means for the next ones.
 #[derive(Clone, Copy, Debug)]
@@ -40,15 +48,43 @@ pub struct Schedule {
     traffic_every_ns: Option<u64>,
     next_audit_ns: u64,
     next_traffic_ns: u64,
-    /// Reasons to audit early.
-    loss_due_ns: Option<u64>,
-    follow_up_ns: Option<u64>,
-    /// When the audits so far will have taken no more than their share.
-    paid_ns: u64,
-    /// How far ahead of that an early one may run.
-    ahead_ns: u64,
+    /// The first loss since the last audit for one began.
+    loss: Option<u64>,
+    last_loss_ns: u64,
+    follow_up: Option<FollowUp>,
+    usual: Budget,
+    after_loss: Budget,
     owners_wait: bool,
     running: bool,
+    /// The audit under way is one of the two after a loss.
+    is_after_loss: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct FollowUp {
+    at_ns: u64,
+    after_loss: bool,
+}
+
+/// A share of a core.
+#[derive(Debug)]
+struct Budget {
+    /// When the audits so far will have taken no more than it.
+    paid_ns: u64,
+    /// The rest that the last one asks for.
+    rest_ns: u64,
+}
+
+impl Budget {
+    /// Whether another audit may start, so many ahead.
+    fn allows(&self, now_ns: u64, ahead: u64) -> bool {
+        self.paid_ns.saturating_sub(now_ns) <= self.rest_ns.saturating_mul(ahead)
+    }
+
+    fn pay(&mut self, now_ns: u64, rest_ns: u64) {
+        self.paid_ns = self.paid_ns.max(now_ns).saturating_add(rest_ns);
+        self.rest_ns = rest_ns;
+    }
 }
 
 impl Schedule {
@@ -61,19 +97,28 @@ impl Schedule {
             traffic_every_ns,
             next_audit_ns: now_ns.saturating_add(audit_every_ns),
             next_traffic_ns: now_ns.saturating_add(traffic_every_ns.unwrap_or(u64::MAX)),
-            loss_due_ns: None,
-            follow_up_ns: None,
-            paid_ns: now_ns,
-            ahead_ns: 0,
+            loss: None,
+            last_loss_ns: 0,
+            follow_up: None,
+            usual: Budget {
+                paid_ns: now_ns,
+                rest_ns: 0,
+            },
+            after_loss: Budget {
+                paid_ns: now_ns,
+                rest_ns: 0,
+            },
             owners_wait: false,
             running: true,
+            is_after_loss: false,
         }
     }
 
     /// Events were lost: audit soon. Repeated calls before that audit starts
     /// are one; a loss during a walk leads to one more after it.
     pub fn loss(&mut self, now_ns: u64) {
-        self.loss_due_ns.get_or_insert(now_ns + LOSS_DELAY_NS);
+        self.loss.get_or_insert(now_ns);
+        self.last_loss_ns = now_ns;
     }
 
     /// The walk to start now, if one is due and none is running.
@@ -81,17 +126,30 @@ impl Schedule {
         if self.running {
             return None;
         }
-        let may_run_early = self.paid_ns.saturating_sub(now_ns) <= self.ahead_ns;
-        let is_due = |at: Option<u64>| may_run_early && at.is_some_and(|at| now_ns >= at);
-        let lost = is_due(self.loss_due_ns);
-        let audit = lost || is_due(self.follow_up_ns) || now_ns >= self.next_audit_ns;
+        let lost = self.loss.is_some_and(|first_ns| {
+            // While it goes on, two audits are kept back for its end.
+            let is_over = now_ns.saturating_sub(self.last_loss_ns) >= QUIET_NS;
+            let ahead = if is_over { AHEAD } else { 0 };
+            let soon_ns = first_ns.saturating_add(LOSS_DELAY_NS);
+            now_ns >= soon_ns && self.after_loss.allows(now_ns, ahead)
+        });
+        // With a further loss, the audit for that one will do.
+        let follow_up = self
+            .follow_up
+            .filter(|next| self.loss.is_none() && now_ns >= next.at_ns);
+        let settles_loss =
+            follow_up.is_some_and(|next| next.after_loss && self.after_loss.allows(now_ns, AHEAD));
+        let follows_up =
+            follow_up.is_some_and(|next| !next.after_loss && self.usual.allows(now_ns, AHEAD));
+        let audit = lost || settles_loss || follows_up || now_ns >= self.next_audit_ns;
         let traffic = self.traffic_every_ns.is_some() && now_ns >= self.next_traffic_ns;
         if !audit && !traffic && !self.owners_wait {
             return None;
         }
         if lost {
-            self.loss_due_ns = None;
+            self.loss = None;
         }
+        self.is_after_loss = lost || settles_loss;
         // Alone, a walk for the owners of listeners reads nothing else; an
         // audit finds them anyway.
         self.owners_wait &= traffic && !audit;
@@ -118,10 +176,24 @@ impl Schedule {
         }
         if walk.audit {
             let rest_ns = nanoseconds(ended.rest);
-            self.paid_ns = self.paid_ns.max(now_ns).saturating_add(rest_ns);
-            self.ahead_ns = rest_ns.saturating_mul(AHEAD.into());
-            self.next_audit_ns = now_ns.saturating_add(self.audit_every_ns).max(self.paid_ns);
-            self.follow_up_ns = ended.suspects.then_some(now_ns + FOLLOW_UP_NS);
+            if self.is_after_loss {
+                self.after_loss.pay(now_ns, rest_ns / LOSS_SHARE);
+            } else {
+                self.usual.pay(now_ns, rest_ns);
+            }
+            self.next_audit_ns = now_ns
+                .saturating_add(self.audit_every_ns)
+                .max(self.usual.paid_ns);
+            let after_loss = walk.trigger == Trigger::Loss;
+            self.follow_up = ended.suspects.then_some(FollowUp {
+                at_ns: if after_loss {
+                    // Unless losses go on, which is not known before.
+                    now_ns.max(self.last_loss_ns.saturating_add(QUIET_NS))
+                } else {
+                    now_ns + FOLLOW_UP_NS
+                },
+                after_loss,
+            });
         }
     }
 }
@@ -219,34 +291,92 @@ mod tests {
     }
 
     #[test]
-    fn lasting_loss_costs_half_a_percent_and_two_audits() {
-        for cost_ms in [1, 30, 1_000] {
-            let cost = Duration::from_millis(cost_ms);
-            let mut schedule = Schedule::new(0, AUDIT, None);
-            let startup = Ended {
-                traffic_every: None,
-                ..costing(cost)
-            };
-            schedule.finished(0, STARTUP, startup);
-            let (mut spent, mut audits) = (Duration::ZERO, 0);
-            for tick in 0..12_000_u64 {
-                let now_ns = tick * SECOND_NS / 20;
+    fn after_a_loss_the_second_audit_follows_at_once() {
+        let mut schedule = settled();
+        schedule.loss(SECOND_NS);
+        let lost = schedule.due(2 * SECOND_NS).unwrap();
+        let cost = Duration::from_millis(50);
+        let now_ns = 2 * SECOND_NS + 50_000_000;
+        let suspects = Ended {
+            suspects: true,
+            ..costing(cost)
+        };
+        schedule.finished(now_ns, lost, suspects);
+        let second = schedule.due(now_ns).unwrap();
+        assert!(second.audit && second.trigger == Trigger::Interval);
+        // A third one is no longer the loss's, and waits as any other.
+        schedule.finished(now_ns, second, suspects);
+        assert_eq!(schedule.due(now_ns + FOLLOW_UP_NS - 1), None);
+        assert!(schedule.due(now_ns + FOLLOW_UP_NS).is_some());
+    }
+
+    /// Ticks and readings of the counters as the pipeline has them; what was
+    /// spent until `end_ns`, when the first two audits that began after the
+    /// losses were over did, and how many audits there were.
+    fn with_losses(cost: Duration, losses_ns: u64, end_ns: u64) -> (Duration, Vec<u64>, u32) {
+        const TICK_NS: u64 = SECOND_NS / 20;
+        let mut schedule = Schedule::new(0, AUDIT, None);
+        let ended = |suspects| Ended {
+            suspects,
+            traffic_every: None,
+            ..costing(cost)
+        };
+        schedule.finished(0, STARTUP, ended(false));
+        let (mut spent, mut audits, mut after) = (Duration::ZERO, 0, Vec::new());
+        let mut under_way = None;
+        for now_ns in (0..end_ns).step_by(TICK_NS as usize) {
+            // Read every fifth tick, so the last loss is told late.
+            if now_ns <= losses_ns + SECOND_NS / 4 && now_ns.is_multiple_of(5 * TICK_NS) {
                 schedule.loss(now_ns);
-                if let Some(walk) = schedule.due(now_ns) {
-                    assert!(walk.audit);
-                    audits += 1;
-                    spent += cost;
-                    let ended = Ended {
-                        suspects: true,
-                        traffic_every: None,
-                        ..costing(cost)
-                    };
-                    schedule.finished(now_ns, walk, ended);
+            }
+            if let Some((walk, ends_ns)) = under_way
+                && now_ns >= ends_ns
+            {
+                let first = after.len() == 1;
+                schedule.finished(now_ns, walk, ended(now_ns <= losses_ns || first));
+                under_way = None;
+            }
+            if let Some(walk) = schedule.due(now_ns) {
+                assert!(walk.audit);
+                audits += 1;
+                spent += cost;
+                under_way = Some((walk, now_ns + nanoseconds(cost)));
+                if now_ns > losses_ns {
+                    after.push(now_ns);
                 }
             }
-            let share = Duration::from_secs(600) / 200;
-            assert!(spent <= share + cost * (AHEAD + 1), "{cost:?}: {spent:?}");
+        }
+        after.truncate(2);
+        (spent, after, audits)
+    }
+
+    #[test]
+    fn lasting_loss_costs_five_percent_and_two_audits() {
+        for cost_ms in [1, 30, 1_000] {
+            let cost = Duration::from_millis(cost_ms);
+            let length = Duration::from_secs(600);
+            let (spent, _, audits) = with_losses(cost, u64::MAX / 2, nanoseconds(length));
+            assert!(
+                spent <= length / 20 + cost * (AHEAD as u32 + 1),
+                "{cost:?}: {spent:?}"
+            );
             assert!(audits >= 2, "{cost:?}: the first losses are healed at once");
+        }
+    }
+
+    #[test]
+    fn however_long_losses_last_two_audits_follow_within_two_seconds() {
+        for cost_ms in [1, 30, 150] {
+            let cost = Duration::from_millis(cost_ms);
+            for tenths in 1..100 {
+                let losses_ns = tenths * SECOND_NS / 10;
+                let (_, after, _) = with_losses(cost, losses_ns, losses_ns + 10 * SECOND_NS);
+                let last_ns = after[1] + nanoseconds(cost);
+                assert!(
+                    last_ns <= losses_ns + 2 * SECOND_NS,
+                    "{cost:?} {losses_ns}: {after:?}"
+                );
+            }
         }
     }
 }

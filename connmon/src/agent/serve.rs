@@ -188,6 +188,12 @@ impl DatabaseWatch {
     /// Looks at the file; with `force` reads it whatever it looks like.
     /// Reading and checking take a while, so they happen on another thread.
     async fn poll(&mut self, force: bool) {
+        // Not while a database waits for the fold, which has another: a third
+        // one has no place in memory. A fold thread that is gone is noticed
+        // elsewhere.
+        let Ok(place) = self.fold.clone().reserve_owned().await else {
+            return;
+        };
         let Some(mut reloader) = self.reloader.take() else {
             return;
         };
@@ -210,7 +216,6 @@ impl DatabaseWatch {
             }
         };
         let info = self.current.info(ok, failed);
-        // A fold thread that is gone is noticed elsewhere.
-        let _ = self.fold.send(DatabaseChange { locator, info }).await;
+        place.send(DatabaseChange { locator, info });
     }
 }

@@ -49,7 +49,7 @@ pub enum By {
 #[derive(Debug, Args)]
 pub struct CheckArgs {
     /// Output format
-    #[arg(long, short, value_enum, default_value_t)]
+    #[arg(long, short, value_enum, ignore_case = true, default_value_t)]
     pub output: Output,
     /// The settings of the agent that is to run here.
     #[command(flatten)]
@@ -60,7 +60,7 @@ pub struct CheckArgs {
 #[derive(Debug, Args)]
 pub struct TraceArgs {
     /// Output format
-    #[arg(long, short, value_enum, default_value_t)]
+    #[arg(long, short, value_enum, ignore_case = true, default_value_t)]
     pub output: Output,
     /// Only this country (ISO code, private, loopback or unknown), repeatable
     #[arg(long, value_name = "CC", value_delimiter = ',', value_parser = country)]
@@ -78,7 +78,7 @@ pub struct TraceArgs {
     #[arg(long, value_parser = direction)]
     pub direction: Option<Direction>,
     /// Only this kind of event, repeatable
-    #[arg(long, value_enum, value_delimiter = ',')]
+    #[arg(long, value_enum, ignore_case = true, value_delimiter = ',')]
     pub event: Vec<EventKind>,
     /// Stop after this time: seconds, or a duration like 1m30s
     #[arg(long, value_name = "S", value_parser = seconds)]
@@ -95,10 +95,10 @@ pub struct TraceArgs {
 #[derive(Debug, Args)]
 pub struct ListArgs {
     /// Output format
-    #[arg(long, short, value_enum, default_value_t)]
+    #[arg(long, short, value_enum, ignore_case = true, default_value_t)]
     pub output: Output,
     /// What a line is
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, ignore_case = true, default_value_t)]
     pub by: By,
     /// Agent settings.
     #[command(flatten)]
@@ -114,11 +114,11 @@ pub struct TopArgs {
 }
 
 fn country(text: &str) -> Result<Country, String> {
-    match text {
+    match text.to_ascii_lowercase().as_str() {
         "private" => Ok(Country::PRIVATE),
         "loopback" => Ok(Country::LOOPBACK),
         "unknown" => Ok(Country::UNKNOWN),
-        code => Some(Country::from_code(code))
+        _ => Some(Country::from_code(text))
             .filter(|country| country.is_public())
             .ok_or_else(|| {
                 "must be an ISO 3166-1 alpha-2 code, private, loopback or unknown".to_owned()

@@ -7,6 +7,8 @@ mod normalize;
 pub use args::{By, CheckArgs, EventKind, ListArgs, Output, TopArgs, TraceArgs};
 pub use normalize::normalize;
 
+use std::ffi::OsString;
+
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 
 use crate::config::settings::{Kind, SETTINGS, Setting};
@@ -68,6 +70,28 @@ impl Cli {
         };
         self.flags.0.iter().chain(own).cloned().collect()
     }
+}
+
+/// The settings typed in a command line that is refused: every known flag
+/// with a value. For the format of the message about it.
+pub fn typed_among(words: &[OsString]) -> Vec<(&'static str, String)> {
+    let mut words = words.iter().skip(1).filter_map(|word| word.to_str());
+    let mut typed = Vec::new();
+    while let Some(word) = words.next() {
+        let Some(flag) = word.strip_prefix("--") else {
+            continue;
+        };
+        let (flag, value) = match flag.split_once('=') {
+            Some((flag, value)) => (flag, Some(value)),
+            None => (flag, None),
+        };
+        if let Some(setting) = Setting::find(flag)
+            && let Some(value) = value.or_else(|| words.next())
+        {
+            typed.push((setting.key, value.to_owned()));
+        }
+    }
+    typed
 }
 
 /// Every setting of the agent, as typed: key and text.
@@ -271,6 +295,28 @@ mod tests {
         };
         assert_eq!(args.duration, Some(Duration::from_millis(2_500)));
         assert!(parsed("connmon trace --duration 100y").is_ok());
+        for line in [
+            "connmon list -o JSON --by Port",
+            "connmon trace --event OPEN,Close --direction Inbound --country PRIVATE",
+            "connmon check --output Table",
+        ] {
+            assert!(parsed(line).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn flags_of_a_refused_line_are_found() {
+        let words = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+        for (line, format) in [
+            ("connmon --no.such --log.format=json", Some("json")),
+            ("connmon run --log.format json --no.such", Some("json")),
+            ("connmon --log.format", None),
+            ("connmon --log.formats=json json", None),
+        ] {
+            let typed = typed_among(&normalize(words(line)));
+            let found = typed.iter().find(|(key, _)| *key == "log.format");
+            assert_eq!(found.map(|(_, text)| text.as_str()), format, "{line}");
+        }
     }
 
     #[test]

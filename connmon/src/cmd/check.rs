@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::cli::Output;
-use crate::config::{Config, SourceChoice};
+use crate::config::{Config, SourceChoice, check_serving};
 use crate::database;
 use connmon_core::geo::Database;
 use connmon_core::probe::{AttachFailure, Method, Probe, Rung};
@@ -89,6 +89,8 @@ struct Findings {
     strict: Option<Result<(), String>>,
     /// Type of the country database, or what is wrong with it.
     database: Result<String, String>,
+    /// Why the web configuration or an address to listen on cannot be used.
+    serving: Result<(), String>,
 }
 
 /// What the configuration asks of the host.
@@ -114,7 +116,7 @@ impl Asked {
             .ok()
             .and_then(|text| text.trim().parse().ok())
             .unwrap_or(1024);
-        let mut ports = config.listen.iter().map(|listen| listen.address.port());
+        let mut ports = config.listen.iter().map(|listen| listen.port);
         Self {
             polling: config.source == SourceChoice::Proc,
             ebpf_only: config.source == SourceChoice::Ebpf,
@@ -212,6 +214,7 @@ fn find(config: &Config) -> Findings {
         database: database
             .map(|database| database.database_type().to_owned())
             .map_err(|error| error.to_string()),
+        serving: check_serving(config).map_err(|error| error.to_string()),
     }
 }
 
@@ -308,6 +311,10 @@ fn judge(findings: &Findings) -> Vec<Line> {
             line("country database", Outcome::Failed, error, remedy)
         }
     });
+    if let Err(error) = &findings.serving {
+        let remedy = "correct the value, or provide what it names";
+        lines.push(line("serving", Outcome::Failed, error, remedy));
+    }
     lines.extend(features::judge(findings));
     lines
 }
@@ -562,6 +569,7 @@ mod tests {
             }),
             strict: None,
             database: Ok("DBIP-Country-Lite".into()),
+            serving: Ok(()),
             asked: Asked {
                 polling: false,
                 ebpf_only: false,

@@ -4,11 +4,13 @@
 use std::net::SocketAddr;
 
 use connmon_common::state;
-use connmon_core::event::Tuple;
-use connmon_core::fold::Direction;
 use serde::Serialize;
 
-use crate::logging;
+use connmon_core::event::Tuple;
+use connmon_core::fold::Direction;
+use connmon_core::text::{comm_bytes, process_name};
+
+use super::columns::{self, Column, left};
 
 /// One connection event, or one connection of a snapshot. Fields that do not
 /// apply are absent from the JSON and `-` in the table.
@@ -58,33 +60,32 @@ pub struct ConnectionRecord {
     pub reason: Option<&'static str>,
 }
 
-/// Table columns: heading and width; the last one is not padded.
-const COLUMNS: [(&str, usize); 13] = [
-    ("TIME", 12),
-    ("EVENT", 5),
-    ("DIRECTION", 9),
-    ("PROCESS", 15),
-    ("PID", 7),
-    ("CONTAINER", 12),
-    ("LOCAL", 21),
-    ("REMOTE", 21),
-    ("COUNTRY", 8),
-    ("DURATION", 9),
-    ("RECEIVED", 9),
-    ("SENT", 9),
-    ("REASON", 0),
+const COLUMNS: [Column; 13] = [
+    left("TIME", 12),
+    left("EVENT", 5),
+    left("DIRECTION", 9),
+    left("PROCESS", 15),
+    left("PID", 7),
+    left("CONTAINER", 12),
+    left("LOCAL", 21),
+    left("REMOTE", 21),
+    left("COUNTRY", 8),
+    left("DURATION", 9),
+    left("RECEIVED", 9),
+    left("SENT", 9),
+    left("REASON", 0),
 ];
 
 /// The heading of the table.
 pub fn heading() -> String {
-    row(COLUMNS.map(|(heading, _)| heading.to_owned()))
+    columns::heading(&COLUMNS)
 }
 
 impl ConnectionRecord {
     /// One aligned line, no line feed. `clock` is the local time of day.
     pub fn line(&self, clock: &str) -> String {
         let last = self.reason.or(self.state).map(str::to_owned);
-        row([
+        let cells: [String; COLUMNS.len()] = [
             clock.to_owned(),
             self.event.to_owned(),
             self.direction.to_owned(),
@@ -98,7 +99,8 @@ impl ConnectionRecord {
             or_dash(self.received_bytes.map(bytes)),
             or_dash(self.sent_bytes.map(bytes)),
             or_dash(last),
-        ])
+        ];
+        columns::row(&COLUMNS, cells)
     }
 }
 
@@ -128,26 +130,10 @@ pub fn state_name(number: u8) -> &'static str {
     }
 }
 
-/// A process name from the kernel's `comm`: invalid UTF-8 replaced, control
-/// characters made harmless for a terminal; `None` when empty.
-pub fn process_name(comm: &[u8; 16]) -> Option<String> {
-    let text: String = String::from_utf8_lossy(name_bytes(comm))
-        .chars()
-        .map(|character| {
-            if is_control(character) {
-                char::REPLACEMENT_CHARACTER
-            } else {
-                character
-            }
-        })
-        .collect();
-    (!text.is_empty()).then_some(text)
-}
-
 /// Whether a process is the one asked for: by its name, which the kernel has
 /// cut at 15 bytes, or by what is printed for it.
 pub fn is_named(comm: &[u8; 16], asked: &str) -> bool {
-    let name = name_bytes(comm);
+    let name = comm_bytes(comm);
     // As bytes: the kernel cuts through characters too.
     let kept = &asked.as_bytes()[..asked.len().min(NAME_BYTES)];
     !name.is_empty() && (name == kept || process_name(comm).as_deref() == Some(asked))
@@ -155,24 +141,6 @@ pub fn is_named(comm: &[u8; 16], asked: &str) -> bool {
 
 /// Bytes of a name that the kernel keeps: `TASK_COMM_LEN` without the NUL.
 const NAME_BYTES: usize = 15;
-
-fn name_bytes(comm: &[u8; 16]) -> &[u8] {
-    let end = comm
-        .iter()
-        .position(|&byte| byte == 0)
-        .unwrap_or(comm.len());
-    &comm[..end]
-}
-
-/// What the log escapes, and beyond it the marks that are not seen at all: in
-/// a column nothing tells that they are there.
-fn is_control(character: char) -> bool {
-    logging::is_control(character)
-        || matches!(
-            character,
-            '\u{61c}' | '\u{200b}'..='\u{200d}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
-        )
-}
 
 /// Seconds with the unit that keeps three digits.
 pub fn seconds(value: f64) -> String {
@@ -210,22 +178,10 @@ fn or_dash(value: Option<String>) -> String {
     value.unwrap_or_else(|| "-".to_owned())
 }
 
-fn row(cells: [String; COLUMNS.len()]) -> String {
-    let mut line = String::with_capacity(160);
-    for (index, (cell, (_, width))) in cells.iter().zip(COLUMNS).enumerate() {
-        if index > 0 {
-            line.push(' ');
-        }
-        line.push_str(cell);
-        for _ in cell.chars().count()..width {
-            line.push(' ');
-        }
-    }
-    line
-}
-
 #[cfg(test)]
 mod tests {
+    use unicode_width::UnicodeWidthStr as _;
+
     use super::*;
 
     /// What the kernel keeps of a name.
@@ -235,22 +191,6 @@ mod tests {
             *kept = byte;
         }
         comm
-    }
-
-    #[test]
-    fn hostile_names_are_harmless() {
-        let mut bytes = [0; 16];
-        bytes[..5].copy_from_slice(b"\xff\n\"\x1b[");
-        assert_eq!(process_name(&bytes).unwrap(), "\u{fffd}\u{fffd}\"\u{fffd}[");
-        assert_eq!(process_name(&[0; 16]), None);
-        assert_eq!(
-            process_name(&comm("a\u{202e}b\u{2066}\u{200f}")).unwrap(),
-            "a\u{fffd}b\u{fffd}\u{fffd}"
-        );
-        assert_eq!(
-            process_name(&comm("\u{feff}é\u{61c}")).unwrap(),
-            "\u{fffd}é\u{fffd}"
-        );
     }
 
     #[test]
@@ -306,6 +246,15 @@ mod tests {
         let line = record.line("00:00:00.000");
         assert_eq!(heading.find("REMOTE"), line.find("10.0.0.2:80"));
         assert_eq!(heading.find("REASON"), line.find("refused"));
+        for name in ["curl", "日本語", "e\u{301}"] {
+            let named = ConnectionRecord {
+                process: Some(name.into()),
+                ..record.clone()
+            };
+            let named = named.line("00:00:00.000");
+            let before = named.split("10.0.0.2:80").next().unwrap();
+            assert_eq!(Some(before.width()), heading.find("REMOTE"), "{named}");
+        }
         let json = serde_json::to_value(&record).unwrap();
         assert_eq!(json["reason"], "refused");
         assert!(json.get("process").is_none());

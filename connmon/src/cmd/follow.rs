@@ -4,12 +4,16 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use connmon_common::state;
-use connmon_core::event::{Cookie, Event, NetnsId, Owner, Socket, SocketId, Traffic, Tuple};
-use connmon_core::fold::{Direction, FailureReason, failure_reason};
-use connmon_core::scan::Row;
 use hashbrown::HashTable;
+
+use connmon_core::event::{Cookie, Event, NetnsId, Owner, Socket, SocketId, Traffic, Tuple};
+use connmon_core::fold::{Direction, FailureReason, failure_reason, is_unwritten};
+use connmon_core::scan::Row;
+
+use super::snapshot::Listening;
 
 /// Most connections followed at once; beyond it a connection's close is
 /// reported without its owner and duration.
@@ -123,23 +127,70 @@ impl Seeds {
 pub struct Follower {
     by_id: HashMap<SocketId, Followed>,
     seeds: Seeds,
-    /// Under namespace 0 the last one on the port in any: for events that do
-    /// not tell the namespace.
-    listeners: HashMap<(NetnsId, u16), Owner>,
+    /// Under namespace 0 the last one on the endpoint in any: for events that
+    /// do not tell the namespace.
+    listeners: HashMap<(NetnsId, IpAddr, u16), Listener>,
+}
+
+/// The listening sockets of one endpoint: with SO_REUSEPORT several.
+#[derive(Clone, Copy, Debug, Default)]
+struct Listener {
+    /// Of the last one.
+    owner: Owner,
+    sockets: u32,
 }
 
 impl Follower {
-    /// A listening socket that existed before: its owner stands in for the
-    /// accepting process where no accept probe can be attached.
-    pub fn listener(&mut self, netns: NetnsId, port: u16, owner: Owner) {
-        if owner.pid == 0 {
-            return;
+    /// All listening sockets there are, as the tables show them: the owner of
+    /// one stands for the accepting process until an accept tells that.
+    pub fn listeners(&mut self, all: &[Listening]) {
+        self.listeners.clear();
+        for one in all {
+            self.listen(one.netns, one.address, one.port, one.owner);
         }
-        for netns in [netns, 0] {
-            if self.listeners.len() < MAX_FOLLOWED {
-                self.listeners.insert((netns, port), owner);
+    }
+
+    fn listen(&mut self, netns: NetnsId, address: IpAddr, port: u16, owner: Owner) {
+        for netns in namespaces(netns) {
+            let key = (netns, address, port);
+            if self.listeners.len() < MAX_FOLLOWED || self.listeners.contains_key(&key) {
+                let listener = self.listeners.entry(key).or_default();
+                listener.sockets += 1;
+                if owner.pid != 0 {
+                    listener.owner = owner;
+                }
             }
         }
+    }
+
+    fn unlisten(&mut self, netns: NetnsId, address: IpAddr, port: u16) {
+        for netns in namespaces(netns) {
+            let key = (netns, address, port);
+            if let Some(listener) = self.listeners.get_mut(&key) {
+                listener.sockets -= 1;
+                if listener.sockets == 0 {
+                    self.listeners.remove(&key);
+                }
+            }
+        }
+    }
+
+    /// The owner of the listener that took a connection with this local end:
+    /// of that on its address, else of a wildcard; one on `::` may take IPv4.
+    fn listener_of(&self, netns: NetnsId, tuple: &Tuple) -> Option<Owner> {
+        let addresses = [
+            tuple.local,
+            if tuple.local.is_ipv4() {
+                Ipv4Addr::UNSPECIFIED.into()
+            } else {
+                Ipv6Addr::UNSPECIFIED.into()
+            },
+            Ipv6Addr::UNSPECIFIED.into(),
+        ];
+        let mut found = addresses
+            .iter()
+            .filter_map(|&address| self.listeners.get(&(netns, address, tuple.local_port)));
+        found.next().map(|found| found.owner)
     }
 
     /// A connection that existed before.
@@ -191,6 +242,10 @@ impl Follower {
                 old,
                 ..
             } => Some(self.open(socket, at_ns, tuple, old)),
+            Event::Restore { socket, tuple } => {
+                self.restore(socket, tuple);
+                None
+            }
             Event::Close {
                 socket,
                 at_ns,
@@ -201,6 +256,13 @@ impl Follower {
                 traffic,
             } => {
                 let known = self.take(&socket, &tuple, old);
+                let began = known.filter(|_| old == state::SYN_SENT);
+                let lasted_ns = began
+                    .and_then(|entry| entry.since_ns)
+                    .map(|since| at_ns.saturating_sub(since));
+                if is_unwritten(tuple.local_port, error, segments_out, lasted_ns) {
+                    return None;
+                }
                 close(socket, at_ns, tuple, old, known, traffic, || {
                     failure_reason(error, segments_out)
                 })
@@ -213,15 +275,47 @@ impl Follower {
             }
             Event::Listen {
                 socket,
+                address,
                 port,
                 owner,
-                ..
             } => {
-                self.listener(socket.netns, port, owner);
+                self.listen(socket.netns, address, port, owner);
                 None
             }
-            Event::Change { .. } | Event::Unlisten { .. } => None,
+            Event::Unlisten {
+                socket,
+                address,
+                port,
+            } => {
+                self.unlisten(socket.netns, address, port);
+                None
+            }
+            Event::Change { .. } => None,
         }
+    }
+
+    /// A connection that was opened elsewhere: as one from before, inbound if
+    /// its port is known to listen.
+    fn restore(&mut self, socket: Socket, tuple: Tuple) {
+        let pending = self.by_id.get(&socket.id).copied();
+        let listener = self.listener_of(socket.netns, &tuple);
+        self.insert(
+            socket.id,
+            Followed {
+                cookie: socket.cookie,
+                netns: socket.netns,
+                tuple,
+                direction: match listener {
+                    Some(_) => Direction::Inbound,
+                    None => Direction::Unknown,
+                },
+                owner: pending
+                    .filter(|entry| !entry.open && entry.is_of(&socket, &tuple))
+                    .map_or_else(Owner::default, |entry| entry.owner),
+                since_ns: None,
+                open: true,
+            },
+        );
     }
 
     /// Forgets the connection that reached CLOSE; what was known of it. Under
@@ -254,8 +348,7 @@ impl Follower {
             ),
             None if old == state::SYN_SENT => (Direction::Outbound, Owner::default(), None),
             None => {
-                let listener = self.listeners.get(&(socket.netns, tuple.local_port));
-                let owner = listener.copied().unwrap_or_default();
+                let owner = self.listener_of(socket.netns, &tuple).unwrap_or_default();
                 (Direction::Inbound, owner, None)
             }
         };
@@ -289,6 +382,11 @@ impl Follower {
             self.by_id.insert(id, entry);
         }
     }
+}
+
+/// Under which namespaces a listener is kept: its own, and 0.
+fn namespaces(netns: NetnsId) -> impl Iterator<Item = NetnsId> {
+    [netns, 0].into_iter().take(1 + usize::from(netns != 0))
 }
 
 fn close(
@@ -417,6 +515,7 @@ mod tests {
             tuple,
             cookie: 0,
             inode: 0,
+            id: 0,
             receive_queue: 0,
             send_queue: 0,
             traffic: None,
@@ -450,7 +549,7 @@ mod tests {
     #[test]
     fn an_accepted_connection_belongs_to_the_listener_then_to_the_acceptor() {
         let mut follower = Follower::default();
-        follower.listener(7, 4000, owner(1));
+        follower.listeners(&[listening(ANY, 1)]);
         let opened = follower.apply(&open(0, state::SYN_RECV)).unwrap();
         assert_eq!(
             (opened.direction, opened.owner.pid),
@@ -463,6 +562,67 @@ mod tests {
         });
         let closed = follower.apply(&closed(9, state::LAST_ACK, 0)).unwrap();
         assert_eq!(closed.owner.pid, 2);
+    }
+
+    /// A listener of namespace 7 on the port of [`TUPLE`].
+    fn listening(address: IpAddr, pid: u32) -> Listening {
+        Listening {
+            netns: 7,
+            address,
+            port: TUPLE.local_port,
+            owner: owner(pid),
+        }
+    }
+
+    const ANY: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    const ANY_V6: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+
+    #[test]
+    fn a_listener_is_found_by_its_address() {
+        let another = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 9));
+        for (listeners, expected) in [
+            (&[(TUPLE.local, 1), (another, 2)][..], 1),
+            (&[(another, 2), (TUPLE.local, 1)], 1),
+            (&[(another, 2)], 0),
+            (&[(ANY, 3), (another, 2)], 3),
+            (&[(TUPLE.local, 1), (ANY, 3)], 1),
+            (&[(ANY_V6, 4)], 4),
+            (&[(ANY_V6, 4), (ANY, 3)], 3),
+        ] {
+            let mut follower = Follower::default();
+            let all: Vec<Listening> = (listeners.iter())
+                .map(|&(address, pid)| listening(address, pid))
+                .collect();
+            follower.listeners(&all);
+            let opened = follower.apply(&open(0, state::SYN_RECV)).unwrap();
+            assert_eq!(opened.owner.pid, expected, "{listeners:?}");
+        }
+    }
+
+    #[test]
+    fn a_listener_that_ended_names_nobody() {
+        let mut follower = Follower::default();
+        let (address, port) = (TUPLE.local, TUPLE.local_port);
+        let socket = SOCKET;
+        follower.listeners(&[listening(ANY, 3)]);
+        for pid in [1, 2] {
+            follower.apply(&Event::Listen {
+                socket,
+                address,
+                port,
+                owner: owner(pid),
+            });
+        }
+        // Of two that share the endpoint one is left.
+        for expected in [2, 3] {
+            follower.apply(&Event::Unlisten {
+                socket,
+                address,
+                port,
+            });
+            let opened = follower.apply(&open(0, state::SYN_RECV)).unwrap();
+            assert_eq!(opened.owner.pid, expected);
+        }
     }
 
     #[test]
@@ -559,7 +719,7 @@ mod tests {
         };
         let mut follower = Follower::default();
         follower.seed(7, &row(TUPLE), Direction::Inbound);
-        follower.listener(7, TUPLE.local_port, owner(1));
+        follower.listeners(&[listening(ANY, 1)]);
         let ended = follower
             .apply(&closed_as(socket, TUPLE, state::LAST_ACK))
             .unwrap();

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use connmon_core::fold::{Direction, PortLabel};
 use serde::Serialize;
 
 use crate::cli::{By, ListArgs, Output};
 use crate::config::Config;
+use connmon_core::fold::{Direction, PortLabel};
+use connmon_core::text::process_name;
 
-use super::connection::{ConnectionRecord, bytes, heading, process_name, service_port, state_name};
+use super::columns::{self, Column, left, right};
+use super::connection::{ConnectionRecord, bytes, heading, service_port, state_name};
 use super::containers::Containers;
 use super::snapshot::{Live, Reader, Tables};
 use super::time::Clock;
@@ -24,25 +26,43 @@ pub fn run(config: Config, args: ListArgs) -> anyhow::Result<()> {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     match args.by {
         By::Connection => connections(&mut out, &tables, args.output)?,
-        By::Country => groups(&mut out, args.output, "country", &tables, |live| Key {
-            country: Some(live.country.code()),
-            ..Key::default()
-        })?,
-        By::Port => groups(&mut out, args.output, "port", &tables, |live| Key {
-            port: Some(
-                service_port(live.direction, &live.row.tuple)
-                    .map_or(PortLabel::Other, PortLabel::Port)
-                    .to_string(),
-            ),
-            direction: Some(live.direction.label()),
-            ..Key::default()
-        })?,
-        By::Process => groups(&mut out, args.output, "process", &tables, |live| Key {
-            process: Some(
-                process_name(&live.row.owner.comm).unwrap_or_else(|| "unknown".to_owned()),
-            ),
-            ..Key::default()
-        })?,
+        By::Country => groups(
+            &mut out,
+            args.output,
+            &[left("COUNTRY", 8)],
+            &tables,
+            |live| Key {
+                country: Some(live.country.code()),
+                ..Key::default()
+            },
+        )?,
+        By::Port => groups(
+            &mut out,
+            args.output,
+            &[left("PORT", 7), left("DIRECTION", 9)],
+            &tables,
+            |live| Key {
+                port: Some(
+                    service_port(live.direction, &live.row.tuple)
+                        .map_or(PortLabel::Other, PortLabel::Port)
+                        .to_string(),
+                ),
+                direction: Some(live.direction.label()),
+                ..Key::default()
+            },
+        )?,
+        By::Process => groups(
+            &mut out,
+            args.output,
+            &[left("PROCESS", 16)],
+            &tables,
+            |live| Key {
+                process: Some(
+                    process_name(&live.row.owner.comm).unwrap_or_else(|| "unknown".to_owned()),
+                ),
+                ..Key::default()
+            },
+        )?,
     }
     out.flush()?;
     if args.output == Output::Table {
@@ -107,7 +127,9 @@ fn record(live: &Live, time: &str, containers: &mut Containers) -> ConnectionRec
         state: Some(state_name(row.state)),
         duration_seconds: None,
         received_bytes: row.traffic.map(|traffic| traffic.received_bytes),
-        sent_bytes: row.traffic.map(|traffic| traffic.sent_bytes),
+        sent_bytes: row
+            .traffic
+            .map(|traffic| traffic.sent_payload(*direction == Direction::Outbound)),
         reason: None,
     }
 }
@@ -171,15 +193,27 @@ impl Group {
         }
         if let Some(traffic) = live.row.traffic {
             *self.received_bytes.get_or_insert(0) += traffic.received_bytes;
-            *self.sent_bytes.get_or_insert(0) += traffic.sent_bytes;
+            *self.sent_bytes.get_or_insert(0) +=
+                traffic.sent_payload(live.direction == Direction::Outbound);
         }
     }
 }
 
+/// What follows the key in a table of groups.
+const COUNTS: [Column; 7] = [
+    right("CONNECTIONS", 11),
+    right("INBOUND", 8),
+    right("OUTBOUND", 8),
+    right("UNKNOWN", 8),
+    right("CLOSING", 8),
+    right("RECEIVED", 9),
+    right("SENT", 9),
+];
+
 fn groups(
     out: &mut impl Write,
     output: Output,
-    by: &str,
+    by: &[Column],
     tables: &Tables,
     key: impl Fn(&Live) -> Key,
 ) -> anyhow::Result<()> {
@@ -202,35 +236,21 @@ fn groups(
         }
         return Ok(());
     }
-    let first = match by {
-        "port" => format!("{:<7} {:<9}", "PORT", "DIRECTION"),
-        "country" => format!("{:<8}", "COUNTRY"),
-        _ => format!("{:<16}", "PROCESS"),
-    };
-    writeln!(
-        out,
-        "{first} {:>11} {:>8} {:>8} {:>8} {:>8} {:>9} {:>9}",
-        "CONNECTIONS", "INBOUND", "OUTBOUND", "UNKNOWN", "CLOSING", "RECEIVED", "SENT"
-    )?;
+    let table = [by, &COUNTS].concat();
+    writeln!(out, "{}", columns::heading(&table))?;
     for group in &groups {
-        let cells = group.key.cells();
-        let first = match by {
-            "port" => format!("{:<7} {:<9}", cells[0], cells[1]),
-            "country" => format!("{:<8}", cells[0]),
-            _ => format!("{:<16}", cells[0]),
-        };
         let amount = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), bytes);
-        writeln!(
-            out,
-            "{first} {:>11} {:>8} {:>8} {:>8} {:>8} {:>9} {:>9}",
-            group.connections,
-            group.inbound,
-            group.outbound,
-            group.unknown,
-            group.closing,
+        let mut cells = group.key.cells();
+        cells.extend([
+            group.connections.to_string(),
+            group.inbound.to_string(),
+            group.outbound.to_string(),
+            group.unknown.to_string(),
+            group.closing.to_string(),
             amount(group.received_bytes),
             amount(group.sent_bytes),
-        )?;
+        ]);
+        writeln!(out, "{}", columns::row(&table, cells))?;
     }
     Ok(())
 }

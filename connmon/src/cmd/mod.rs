@@ -3,6 +3,7 @@
 //! ends with its verdict even then.
 
 pub mod check;
+mod columns;
 mod connection;
 mod containers;
 mod follow;

@@ -3,21 +3,24 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use connmon_common::state;
+
+use crate::config::Config;
+use crate::database;
 use connmon_core::event::{NetnsId, Owner};
-use connmon_core::fold::country_of;
-use connmon_core::fold::{Direction, Filter, seed_direction};
+use connmon_core::fold::{self, Direction, Filter};
 use connmon_core::geo::{Country, Database, Locator};
 use connmon_core::scan::{Row, Trigger, Walk, WalkMessage};
 use connmon_host::reconcile::netns::Roots;
 use connmon_host::reconcile::{Walker, WalkerOptions, owners};
 use connmon_host::sandbox::Plan;
 
-use crate::config::Config;
-use crate::database;
+use connmon_core::fold::country_of;
+
+use connmon_common::state;
 
 /// One connection of the kernel's tables.
 #[derive(Clone, Debug)]
@@ -37,6 +40,8 @@ pub struct Live {
 pub struct Listening {
     /// Namespace inode.
     pub netns: NetnsId,
+    /// Local address; unspecified for a wildcard.
+    pub address: IpAddr,
     /// Local port.
     pub port: u16,
     /// Owner; pid 0 when unknown.
@@ -167,10 +172,12 @@ impl Reader {
         for row in rows {
             match row.state {
                 state::LISTEN => {
-                    namespace.listening.insert(row.tuple.local_port);
+                    let (address, port) = (row.tuple.local, row.tuple.local_port);
+                    namespace.listening.insert(address, port);
                     tables.listening.push(Listening {
                         netns: namespace.netns,
-                        port: row.tuple.local_port,
+                        address,
+                        port,
                         owner: row.owner,
                     });
                 }
@@ -207,7 +214,7 @@ impl Reader {
 struct Namespace {
     netns: NetnsId,
     ephemeral: (u16, u16),
-    listening: HashSet<u16>,
+    listening: fold::Listening,
     connections: Vec<Live>,
 }
 
@@ -215,8 +222,7 @@ impl Namespace {
     /// Directions need the whole namespace: a listener may come last.
     fn finish(&mut self, tables: &mut Tables) {
         for mut live in self.connections.drain(..) {
-            let port = live.row.tuple.local_port;
-            live.direction = seed_direction(self.listening.contains(&port), port, self.ephemeral);
+            live.direction = self.listening.direction(&live.row.tuple, self.ephemeral);
             tables.connections.push(live);
         }
     }

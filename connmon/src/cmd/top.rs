@@ -1,20 +1,21 @@
 //! `connmon top`: a refreshing view by country, port and process.
 
 use std::collections::HashMap;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use connmon_core::fold::{Direction, Filter, PortLabel, country_of};
-use connmon_core::geo::Locator;
-use connmon_host::kernel::{Tracer, monotonic_ns};
-use crossterm::{cursor, queue, style, terminal as crossterm_terminal};
 
 use crate::cli::TopArgs;
 use crate::config::{Config, SourceChoice};
+use connmon_core::fold::{Direction, Filter, PortLabel, country_of};
+use connmon_core::geo::Locator;
+use connmon_core::text::process_name;
+use connmon_host::kernel::{Tracer, monotonic_ns};
 
-use super::connection::{bytes, process_name, service_port};
+use super::columns::{self, Column, left, right};
+use super::connection::{bytes, service_port};
 use super::follow::{Follower, Happening, Occurrence};
 use super::samples::Samples;
 use super::snapshot::{Live, Reader, Tables};
@@ -109,11 +110,11 @@ fn keys(country: &str, port: Option<u16>, direction: Direction, process: &[u8; 1
     ]
 }
 
-/// Runs the command.
+/// Runs the command; `plain` for a terminal without escape sequences.
 ///
 /// # Errors
 /// Without a terminal, or when connections cannot be read.
-pub fn run(config: Config, _args: TopArgs) -> anyhow::Result<()> {
+pub fn run(config: Config, _args: TopArgs, plain: bool) -> anyhow::Result<()> {
     anyhow::ensure!(
         std::io::stdout().is_terminal(),
         "top needs a terminal; `connmon list --by country` prints one snapshot"
@@ -121,16 +122,17 @@ pub fn run(config: Config, _args: TopArgs) -> anyhow::Result<()> {
     let stop = super::stop::on_signals()?;
     let keyboard = Keyboard::open().context("cannot read the keyboard")?;
     let mut top = Top::new(&config)?;
-    let _screen = Screen::enter()?;
+    let mut screen = Screen::enter(plain)?;
     let mut view = View::Country;
     let mut size = terminal::size();
-    top.draw(view, size)?;
+    screen.show(&top.lines(view, size), size)?;
     while !stop.requested() {
         let (mut changed, idle) = top.advance()?;
         let wait = if idle { TICK } else { Duration::ZERO };
         for key in keyboard.keys(wait).context("cannot read the keyboard")? {
             match key {
                 Key::End | Key::Char('q') => return Ok(()),
+                Key::Suspend => screen.suspend(&stop)?,
                 Key::Char('c') => view = View::Country,
                 Key::Char('p') => view = View::Port,
                 Key::Char('r') => view = View::Process,
@@ -139,11 +141,12 @@ pub fn run(config: Config, _args: TopArgs) -> anyhow::Result<()> {
             }
             changed = true;
         }
+        changed |= screen.was_continued(&stop)?;
         let now = terminal::size();
         changed |= now != size;
         size = now;
-        if changed {
-            top.draw(view, size)?;
+        if changed && !stop.requested() {
+            screen.show(&top.lines(view, size), size)?;
         }
     }
     Ok(())
@@ -311,7 +314,10 @@ impl Top {
                     .map(|age| occurrence.at_ns.saturating_sub(age));
                 self.samples.close(
                     occurrence.cookie,
-                    (traffic.received_bytes, traffic.sent_bytes),
+                    (
+                        traffic.received_bytes,
+                        traffic.sent_payload(occurrence.direction == Direction::Outbound),
+                    ),
                     opened.is_some_and(|opened| opened >= last.at_ns),
                 )
             }
@@ -356,7 +362,8 @@ impl Top {
             &live.row.owner.comm,
         );
         let traffic = live.row.traffic.unwrap_or_default();
-        let total = (traffic.received_bytes, traffic.sent_bytes);
+        let active = live.direction == Direction::Outbound;
+        let total = (traffic.received_bytes, traffic.sent_payload(active));
         let (received, sent) = self.samples.row(live.row.cookie, total);
         let established = live.row.state == connmon_common::state::ESTABLISHED;
         shown.add(&keys, |tally| {
@@ -374,105 +381,100 @@ impl Top {
 
     /// What existed before: so that its close has a direction and an owner.
     fn learn(&mut self, tables: &Tables) {
-        for listening in &tables.listening {
-            self.follower
-                .listener(listening.netns, listening.port, listening.owner);
-        }
+        self.follower.listeners(&tables.listening);
         for live in &tables.connections {
             self.follower.seed(live.netns, &live.row, live.direction);
         }
     }
 
-    fn draw(&self, view: View, (width, height): (u16, u16)) -> anyhow::Result<()> {
-        let lines = self.lines(view, usize::from(height));
-        let mut out = std::io::stdout().lock();
-        queue!(
-            out,
-            crossterm_terminal::BeginSynchronizedUpdate,
-            cursor::MoveTo(0, 0)
-        )?;
-        for (at, line) in lines.iter().enumerate() {
-            let fits: String = line.chars().take(usize::from(width)).collect();
-            if at > 0 {
-                queue!(out, style::Print("\r\n"))?;
-            }
-            queue!(
-                out,
-                style::Print(fits),
-                crossterm_terminal::Clear(crossterm_terminal::ClearType::UntilNewLine)
-            )?;
-        }
-        queue!(
-            out,
-            crossterm_terminal::Clear(crossterm_terminal::ClearType::FromCursorDown),
-            crossterm_terminal::EndSynchronizedUpdate
-        )?;
-        out.flush()?;
-        Ok(())
-    }
-
-    fn lines(&self, view: View, height: usize) -> Vec<String> {
+    fn lines(&self, view: View, (_, rows): (u16, u16)) -> Vec<String> {
+        let (connections, hidden) = self.totals;
+        let title = match self.last {
+            Some(_) => format!(
+                "connmon top: {connections} connections, {hidden} hidden, by {}",
+                self.source
+            ),
+            None => "connmon top: reading the tables".to_owned(),
+        };
+        let lost = match self.lost {
+            0 => String::new(),
+            lost => format!("   {lost} events lost"),
+        };
+        let keys = format!("c country  p port  r process  Tab next  q quit{lost}");
+        let mut lines = head(title, keys, view, rows);
+        let room = usize::from(rows).saturating_sub(lines.len());
         let index = View::ALL
             .iter()
             .position(|&other| other == view)
             .unwrap_or(0);
-        let tallies = &self.shown.0[index];
-        let mut rows: Vec<(&String, &Tally)> = tallies.iter().collect();
-        rows.sort_by(|(a_key, a), (b_key, b)| {
+        let mut tallies: Vec<(&String, &Tally)> = self.shown.0[index].iter().collect();
+        tallies.sort_by(|(a_key, a), (b_key, b)| {
             (b.now(), b.opened, *a_key).cmp(&(a.now(), a.opened, *b_key))
         });
-        let (connections, hidden) = self.totals;
-        let mut lines = vec![
-            match self.last {
-                Some(_) => format!(
-                    "connmon top: {connections} connections, {hidden} hidden, by {}",
-                    self.source
-                ),
-                None => "connmon top: reading the tables".to_owned(),
-            },
-            format!(
-                "c country  p port  r process  Tab next  q quit{}",
-                if self.lost > 0 {
-                    format!("   {} events lost", self.lost)
-                } else {
-                    String::new()
-                }
-            ),
-            String::new(),
-            format!(
-                "{:<16} {:>7} {:>7} {:>8} {:>8} {:>8} {:>8} {:>9} {:>9}",
-                view.name(),
-                "NOW",
-                "INBOUND",
-                "OUTBOUND",
-                "OPEN/s",
-                "CLOSE/s",
-                "FAIL/s",
-                "RECV/s",
-                "SENT/s"
-            ),
-        ];
-        for (key, tally) in rows {
-            if lines.len() >= height {
-                break;
-            }
-            let rate = |count: u64| count as f64 / self.seconds;
-            let events = |count: u64| match self.tracer {
-                Some(_) => format!("{:.1}", rate(count)),
-                None => "-".to_owned(),
-            };
-            lines.push(format!(
-                "{key:<16} {:>7} {:>7} {:>8} {:>8} {:>8} {:>8} {:>9} {:>9}",
-                tally.now(),
-                tally.inbound,
-                tally.outbound,
-                events(tally.opened),
-                events(tally.closed),
-                events(tally.failed),
-                bytes(rate(tally.received) as u64),
-                bytes(rate(tally.sent) as u64),
-            ));
-        }
+        let shown = tallies.into_iter().take(room);
+        lines.extend(shown.map(|(key, tally)| self.line(view, key, tally)));
         lines
+    }
+
+    fn line(&self, view: View, key: &str, tally: &Tally) -> String {
+        let rate = |count: u64| count as f64 / self.seconds;
+        let events = |count: u64| match self.tracer {
+            Some(_) => format!("{:.1}", rate(count)),
+            None => "-".to_owned(),
+        };
+        let cells: [String; 9] = [
+            key.to_owned(),
+            tally.now().to_string(),
+            tally.inbound.to_string(),
+            tally.outbound.to_string(),
+            events(tally.opened),
+            events(tally.closed),
+            events(tally.failed),
+            bytes(rate(tally.received) as u64),
+            bytes(rate(tally.sent) as u64),
+        ];
+        columns::row(&table(view), cells)
+    }
+}
+
+fn table(view: View) -> [Column; 9] {
+    [
+        left(view.name(), 16),
+        right("NOW", 7),
+        right("INBOUND", 7),
+        right("OUTBOUND", 8),
+        right("OPEN/s", 8),
+        right("CLOSE/s", 8),
+        right("FAIL/s", 8),
+        right("RECV/s", 9),
+        right("SENT/s", 9),
+    ]
+}
+
+/// Rows below which the keys give way to a line of the table.
+const ROWS_FOR_KEYS: u16 = 6;
+
+/// What stands above the table's lines, at most so many rows of it.
+fn head(title: String, keys: String, view: View, rows: u16) -> Vec<String> {
+    let mut lines = vec![title];
+    if rows >= ROWS_FOR_KEYS {
+        lines.extend([keys, String::new()]);
+    }
+    lines.push(columns::heading(&table(view)));
+    lines.truncate(rows.into());
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_window_has_room_for_what_counts() {
+        for (rows, lines) in [(1, 1), (2, 2), (3, 2), (5, 2), (6, 4), (24, 4)] {
+            let head = head("title".into(), "keys".into(), View::Port, rows);
+            assert_eq!(head.len(), lines, "{rows}");
+            assert_eq!(head[0], "title");
+        }
     }
 }

@@ -5,16 +5,18 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use connmon_core::fold::country_of;
-use connmon_core::geo::Country;
-use connmon_core::probe::Method;
-use connmon_host::kernel::{Tracer, monotonic_ns};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::cli::{EventKind, Output, TraceArgs};
 use crate::config::{Config, SourceChoice};
+use connmon_core::probe::Method;
+use connmon_host::kernel::{Tracer, monotonic_ns};
 
-use super::connection::{ConnectionRecord, heading, is_named, process_name, service_port};
+use connmon_core::fold::{Direction, country_of};
+use connmon_core::geo::Country;
+use connmon_core::text::process_name;
+
+use super::connection::{ConnectionRecord, heading, is_named, service_port};
 use super::containers::Containers;
 use super::follow::{Follower, Happening, Occurrence};
 use super::snapshot::Reader;
@@ -46,9 +48,7 @@ pub fn run(config: Config, args: TraceArgs) -> anyhow::Result<()> {
     let mut follower = Follower::default();
     // What exists already: so that its close has a direction and an owner.
     let tables = reader.read()?;
-    for listening in &tables.listening {
-        follower.listener(listening.netns, listening.port, listening.owner);
-    }
+    follower.listeners(&tables.listening);
     for live in &tables.connections {
         follower.seed(live.netns, &live.row, live.direction);
     }
@@ -186,7 +186,9 @@ impl<W: Write> Printer<'_, W> {
             state: None,
             duration_seconds: occurrence.duration_ns.map(|ns| ns as f64 / 1e9),
             received_bytes: occurrence.traffic.map(|traffic| traffic.received_bytes),
-            sent_bytes: occurrence.traffic.map(|traffic| traffic.sent_bytes),
+            sent_bytes: occurrence
+                .traffic
+                .map(|traffic| traffic.sent_payload(occurrence.direction == Direction::Outbound)),
             reason,
         }
     }

@@ -1,14 +1,17 @@
 //! The YAML of `--config.file`: one flat mapping of dotted keys to scalars
 //! or lists of scalars, read with line numbers.
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
-use saphyr_parser::{Event, Parser, ScalarStyle};
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::error::{ConfigError, Origin};
+use super::error::{ConfigError, Origin, is_state_of_host};
 use super::settings::{Kind, Setting};
+use super::yaml::{self, Booleans, Located, Problem};
+use connmon_host::read_file::read_file;
 
 /// Largest configuration file read, bytes; anything larger is a mistake.
 const MAX_BYTES: u64 = 1 << 20;
@@ -26,170 +29,146 @@ pub struct Entry {
 
 /// Reads and parses the file.
 pub fn read(path: &Path) -> Result<Vec<Entry>, ConfigError> {
-    let refuse = |error: &dyn std::fmt::Display| {
-        ConfigError::new(format!("{}: cannot read: {error}", path.display()))
-    };
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)
-        .and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes))
-        .map_err(|error| refuse(&error))?;
-    if bytes.len() as u64 > MAX_BYTES {
-        return Err(refuse(&format_args!("larger than {MAX_BYTES} bytes")));
-    }
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
-        ConfigError::new(format!("{}:{line}: not valid UTF-8", path.display()))
-    })?;
+    let text = read_text(path)?;
     parse(path, &text)
+}
+
+/// Reads the file.
+pub fn read_text(path: &Path) -> Result<String, ConfigError> {
+    let bytes = read_file(path, MAX_BYTES).map_err(|error| {
+        ConfigError::new(format_args!("{}: cannot read: {error}", path.display()))
+            .not_yet_if(is_state_of_host(error.raw_os_error()))
+    })?;
+    yaml::utf8(bytes).map_err(|problem| problem.of(path))
+}
+
+/// `log.format` of a file that may be refused as a whole.
+pub fn log_format(path: &Path) -> Option<String> {
+    let text = read_text(path).ok()?;
+    match parse(path, &text) {
+        Ok(entries) => {
+            let entry = entries
+                .into_iter()
+                .find(|entry| entry.key == "log.format")?;
+            entry.values.into_iter().next().map(|(text, _)| text)
+        }
+        Err(_) => text.lines().find_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            let bare = |text: &str| text.trim().trim_matches(['"', '\'']).to_owned();
+            let value = value.split(" #").next().unwrap_or(value);
+            (bare(key) == "log.format").then(|| bare(value))
+        }),
+    }
 }
 
 /// Parses the text of the file.
 pub fn parse(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
-    let mut reader = Reader {
-        path: Arc::new(path.to_owned()),
-        parser: Parser::new_from_str(text),
-        documents: 0,
-    };
-    let mut entries: Vec<Entry> = Vec::new();
-    loop {
-        let (event, line) = reader.next()?;
-        match event {
-            Event::StreamStart | Event::DocumentEnd | Event::Nothing => {}
-            Event::StreamEnd => return Ok(entries),
-            Event::DocumentStart(_) => {
-                reader.documents += 1;
-                if reader.documents > 1 {
-                    return Err(reader.refuse(line, "a second document; only one is allowed"));
-                }
-            }
-            Event::MappingStart(..) => reader.mapping(&mut entries)?,
-            // An empty document is a null scalar.
-            Event::Scalar(text, ScalarStyle::Plain, _, None) if is_null(&text) => {}
-            _ => {
-                return Err(
-                    reader.refuse(line, "must be a mapping of settings, like `ports.max: 64`")
-                );
-            }
-        }
-    }
-}
-
-struct Reader<'input> {
-    path: Arc<PathBuf>,
-    parser: Parser<'input, saphyr_parser::StrInput<'input>>,
-    documents: usize,
-}
-
-impl<'input> Reader<'input> {
-    fn next(&mut self) -> Result<(Event<'input>, usize), ConfigError> {
-        match self.parser.next_event() {
-            None => Ok((Event::StreamEnd, 0)),
-            Some(Ok((event, span))) => Ok((event, span.start.line())),
-            Some(Err(error)) => {
-                let line = error.marker().line();
-                Err(self.refuse(line, &format!("bad YAML: {}", error.info())))
-            }
-        }
-    }
-
-    fn refuse(&self, line: usize, problem: &str) -> ConfigError {
-        ConfigError::new(format!("{}:{line}: {problem}", self.path.display()))
-    }
-
-    fn mapping(&mut self, entries: &mut Vec<Entry>) -> Result<(), ConfigError> {
-        loop {
-            let (event, line) = self.next()?;
-            let key = match event {
-                Event::MappingEnd => return Ok(()),
-                Event::Scalar(key, ..) => key,
-                _ => return Err(self.refuse(line, "a key must be a plain word")),
-            };
-            let Some(setting) = Setting::find(&key) else {
-                return Err(self.refuse(line, &unknown_key(&key)));
-            };
-            if matches!(setting.key, "config.file" | "config.check") {
-                return Err(self.refuse(line, &format!("{key} can only be a flag or a variable")));
-            }
-            let origin = self.origin(line, &key);
-            if let Some(before) = entries.iter().find(|entry| entry.key == setting.key) {
-                return Err(ConfigError::at(
-                    &origin,
-                    format_args!("written twice, first at {}; remove one", before.origin),
-                ));
-            }
-            let values = self.values(setting, &key)?;
-            entries.push(Entry {
-                key: setting.key,
-                origin,
-                values,
-            });
-        }
-    }
-
-    fn origin(&self, line: usize, key: &str) -> Origin {
-        Origin::File {
-            path: Arc::clone(&self.path),
+    // Keys sort by their lines.
+    let entries: Option<BTreeMap<Located<String>, Located<Value>>> =
+        yaml::parse(text, Booleans::Yaml12).map_err(|problem| problem.of(path))?;
+    let path = Arc::new(path.to_owned());
+    let entries = entries.unwrap_or_default().into_iter();
+    let entry = |(key, value): (Located<String>, Located<Value>)| {
+        let origin = |line| Origin::File {
+            path: Arc::clone(&path),
             line,
-            key: key.to_owned(),
+            key: key.value.clone(),
+        };
+        let Some(setting) = Setting::find(&key.value) else {
+            return Err(Problem::new(key.line, unknown_key(&key.value)).of(&path));
+        };
+        if matches!(setting.key, "config.file" | "config.check") {
+            let text = format_args!("{} can only be a flag or a variable", setting.key);
+            return Err(Problem::new(key.line, text).of(&path));
         }
-    }
-
-    fn values(
-        &mut self,
-        setting: &Setting,
-        key: &str,
-    ) -> Result<Vec<(String, Origin)>, ConfigError> {
-        let (event, line) = self.next()?;
-        let origin = self.origin(line, key);
-        match event {
-            Event::Scalar(text, style, ..) => Ok(vec![self.scalar(&text, style, origin)?]),
-            Event::SequenceStart(..) if matches!(setting.kind, Kind::List | Kind::Joined) => {
-                let mut values = Vec::new();
-                loop {
-                    let (event, line) = self.next()?;
-                    let origin = self.origin(line, key);
-                    match event {
-                        Event::SequenceEnd => break,
-                        Event::Scalar(text, style, ..) => {
-                            values.push(self.scalar(&text, style, origin)?);
-                        }
-                        _ => {
-                            return Err(ConfigError::at(&origin, "must be a list of plain values"));
-                        }
-                    }
+        let is_list = matches!(setting.kind, Kind::List | Kind::Joined);
+        let items = match value.value {
+            Value::List(items) if is_list => items,
+            _ => vec![value],
+        };
+        let texts = items.into_iter().map(|item| {
+            let origin = origin(item.line);
+            let problem = match item.value {
+                Value::Text(text) if !text.is_empty() => return Ok((text, origin)),
+                Value::Text(_) | Value::Nothing => "has no value; give one or remove the line",
+                Value::List(_) if is_list => "must be a list of plain values",
+                Value::List(_) => "takes one value, not a list",
+                Value::Mapping => {
+                    "takes a value, not a mapping; keys are flat, like `ports.max: 64`"
                 }
-                Ok(values)
-            }
-            Event::SequenceStart(..) => {
-                Err(ConfigError::at(&origin, "takes one value, not a list"))
-            }
-            Event::Alias(_) => Err(ConfigError::at(&origin, "aliases are not supported")),
-            _ => Err(ConfigError::at(
-                &origin,
-                format_args!("takes a value, not a mapping; keys are flat, like `{key}: …`"),
-            )),
-        }
-    }
+            };
+            Err(ConfigError::at(&origin, problem))
+        });
+        Ok(Entry {
+            key: setting.key,
+            origin: origin(key.line),
+            values: texts.collect::<Result<_, _>>()?,
+        })
+    };
+    entries.map(entry).collect()
+}
 
-    fn scalar(
-        &self,
-        text: &str,
-        style: ScalarStyle,
-        origin: Origin,
-    ) -> Result<(String, Origin), ConfigError> {
-        if text.is_empty() || (style == ScalarStyle::Plain && is_null(text)) {
-            return Err(ConfigError::at(
-                &origin,
-                "has no value; give one or remove the line",
-            ));
-        }
-        Ok((text.to_owned(), origin))
+/// A value before it is known what its key takes. A number or boolean is its
+/// text.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Value {
+    Nothing,
+    Text(String),
+    List(Vec<Located<Value>>),
+    Mapping,
+}
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(AnyValue)
     }
 }
 
-fn is_null(text: &str) -> bool {
-    matches!(text, "" | "~" | "null" | "Null" | "NULL")
+struct AnyValue;
+
+impl<'de> Visitor<'de> for AnyValue {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value or a list of values")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Nothing)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Text(value.to_string()))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(Value::Text(value.to_string()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(Value::Text(value.to_string()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(Value::Text(format!("{value:?}")))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(Value::Text(value.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(item) = items.next_element()? {
+            list.push(item);
+        }
+        Ok(Value::List(list))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut pairs: A) -> Result<Value, A::Error> {
+        while pairs.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Value::Mapping)
+    }
 }
 
 fn unknown_key(key: &str) -> String {
@@ -252,6 +231,13 @@ mod tests {
                 ("filter.exclude", vec!["10.0.0.0/8".to_owned()]),
             ]
         );
+        // Numbers and words stay as they are written.
+        let text = "ports.max:\t010\nlisteners: off\nproc.interval: 1_0\nsandbox: yes\n";
+        let values = parsed(text)
+            .unwrap()
+            .into_iter()
+            .map(|(_, values)| values.concat());
+        assert_eq!(values.collect::<Vec<_>>(), ["010", "off", "1_0", "yes"]);
         for empty in ["", "# nothing\n", "---\n", "{}\n", "~\n"] {
             assert_eq!(parsed(empty), Ok(vec![]), "{empty:?}");
         }
@@ -267,7 +253,7 @@ mod tests {
             ("banana: 1\n", "c.yml:1: unknown key \"banana\""),
             (
                 "ports.max: 1\n\nports.max: 2\n",
-                "c.yml:3: ports.max: written twice, first at c.yml:1",
+                "c.yml:3: ports.max: written twice",
             ),
             ("ports.max:\n", "c.yml:1: ports.max: has no value"),
             (
@@ -283,14 +269,11 @@ mod tests {
             ("hello\n", "c.yml:1: must be a mapping"),
             (
                 "ports.max: 1\n---\nports.max: 2\n",
-                "c.yml:2: a second document",
+                "a second document; only one is allowed",
             ),
             ("ports.max: \"1\n", "bad YAML"),
             ("config.file: x\n", "config.file can only be a flag"),
-            (
-                "filter.exclude: &a [10.0.0.0/8]\nweb.listen-address: *a\n",
-                "aliases are not supported",
-            ),
+            ("ports.allow: [[1]]\n", "must be a list of plain values"),
         ] {
             let error = parsed(text).unwrap_err();
             assert!(error.contains(message), "{text:?}: {error}");
@@ -322,7 +305,7 @@ mod tests {
             read(Path::new("/dev/zero"))
                 .unwrap_err()
                 .to_string()
-                .contains("larger than")
+                .contains("/dev/zero: cannot read: is a character device")
         );
     }
 }

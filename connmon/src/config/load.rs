@@ -1,9 +1,8 @@
 //! Flags over environment over file over defaults → [`Config`].
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
-use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use connmon_core::fold::Network;
@@ -11,7 +10,8 @@ use connmon_core::fold::Network;
 use super::error::{ConfigError, Origin};
 use super::settings::{Kind, SETTINGS, Setting, VARIABLE_PREFIX};
 use super::{
-    AttachChoice, Config, ListenAddress, LogFormat, SandboxChoice, SourceChoice, file, parse,
+    AttachChoice, Config, ListenAddress, LogFormat, SandboxChoice, SourceChoice, file, listen,
+    parse,
 };
 
 /// A validated configuration and what is to be said about it.
@@ -79,7 +79,10 @@ pub fn load(
     unknown_variables.sort();
     let mut values = flags.over(&variables);
     let file = match values.optional("config.file", |text| Ok(PathBuf::from(text)))? {
-        Some(path) => Values::from_file(file::read(&path)?),
+        Some(path) => {
+            let entries = file::read(&path);
+            Values::from_file(entries.map_err(|error| values.under("config.file", error))?)
+        }
         None => Values::default(),
     };
     values = values.over(&file);
@@ -99,13 +102,40 @@ pub fn load(
     })
 }
 
+/// `--log.format` of a configuration that is refused: the first of flag,
+/// variable and file that names a format, whatever is wrong with the rest.
+pub fn log_format(
+    flags: &[(&'static str, String)],
+    environment: &[(OsString, OsString)],
+) -> LogFormat {
+    let written = |key: &'static str| {
+        let flag = flags.iter().rev().find(|(name, _)| *name == key);
+        let variable = Setting::find(key).map(Setting::variable);
+        let value = environment.iter().find(|(name, value)| {
+            Some(name.as_os_str()) == variable.as_deref().map(OsStr::new) && !value.is_empty()
+        });
+        let flag = flag.map(|(_, text)| text.clone());
+        let variable = value.and_then(|(_, text)| text.to_str().map(str::to_owned));
+        [flag, variable]
+    };
+    let format = |text: String| parse::choice(&text, LOG_FORMATS).ok();
+    let file = || {
+        let path = written("config.file").into_iter().flatten().next()?;
+        file::log_format(Path::new(&path))
+    };
+    let above = written("log.format").into_iter().flatten().find_map(format);
+    above
+        .or_else(|| format(file()?))
+        .unwrap_or(LogFormat::Logfmt)
+}
+
 fn config(values: &Values, demo: bool) -> Result<Config, ConfigError> {
     let count =
         |least, most| move |text: &str| parse::number(text, least, most).map(|n| n as usize);
     let within = |least, most| move |text: &str| parse::duration_within(text, least, most);
     let path = |text: &str| Ok(PathBuf::from(text));
     Ok(Config {
-        listen: listen(values)?,
+        listen: listen_addresses(values)?,
         telemetry_path: values.one("web.telemetry-path", parse::telemetry_path)?,
         web_config_file: values.optional("web.config.file", path)?,
         web_max_requests: values.one("web.max-requests", count(0, 1_000_000))?,
@@ -171,10 +201,7 @@ fn config(values: &Values, demo: bool) -> Result<Config, ConfigError> {
                 ("trace", log::LevelFilter::Trace),
             ],
         )?,
-        log_format: values.choice(
-            "log.format",
-            &[("logfmt", LogFormat::Logfmt), ("json", LogFormat::Json)],
-        )?,
+        log_format: values.choice("log.format", LOG_FORMATS)?,
         demo,
         origins: values.origins(),
     })
@@ -186,6 +213,8 @@ const HOUR: Duration = Duration::from_secs(3_600);
 const DAY: Duration = Duration::from_secs(86_400);
 /// Largest `--connections.max`; about 6 GB of table.
 const MOST_CONNECTIONS: u64 = 1 << 26;
+const LOG_FORMATS: &[(&str, LogFormat)] =
+    &[("logfmt", LogFormat::Logfmt), ("json", LogFormat::Json)];
 const ON_OFF: &[(&str, bool)] = &[
     ("on", true),
     ("off", false),
@@ -194,52 +223,23 @@ const ON_OFF: &[(&str, bool)] = &[
 ];
 
 /// Addresses to listen on, refusing two that would fight for one port.
-fn listen(values: &Values) -> Result<Vec<ListenAddress>, ConfigError> {
-    let mut listen: Vec<ListenAddress> = Vec::new();
-    let typed = values.list("web.listen-address");
-    for (text, origin) in &typed {
-        let new =
-            parse::listen_address(text).map_err(|problem| ConfigError::at(origin, problem))?;
-        let clash = listen.iter().find(|old| overlap(old.address, new.address));
-        if let Some(old) = clash {
-            let problem = if new.address == old.address {
-                format!("duplicate address {text:?}; remove one of the two")
-            } else {
-                format!(
-                    "address {text:?} overlaps {:?}; remove one of the two",
-                    old.text
-                )
-            };
-            return Err(ConfigError::at(origin, problem));
-        }
-        listen.push(new);
+fn listen_addresses(values: &Values) -> Result<Vec<ListenAddress>, ConfigError> {
+    let mut addresses: Vec<ListenAddress> = Vec::new();
+    for (text, origin) in values.list("web.listen-address") {
+        let (host, port) =
+            parse::listen_address(&text).map_err(|problem| ConfigError::at(&origin, problem))?;
+        addresses.push(ListenAddress {
+            text,
+            origin,
+            host,
+            port,
+        });
     }
-    if listen.is_empty() {
+    if addresses.is_empty() {
         return Err(values.empty("web.listen-address"));
     }
-    Ok(listen)
-}
-
-/// Whether the kernel would refuse the second of the two: one port, and one
-/// address or an address that stands for it. `[::]` is bound dual stack.
-fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
-    let covers = |all: SocketAddr, one: SocketAddr| match all.ip() {
-        IpAddr::V6(ip) => ip.is_unspecified(),
-        IpAddr::V4(ip) => ip.is_unspecified() && one.ip().to_canonical().is_ipv4(),
-    };
-    a.port() != 0
-        && a.port() == b.port()
-        && (a.ip().to_canonical() == b.ip().to_canonical() && scope(a) == scope(b)
-            || covers(a, b)
-            || covers(b, a))
-}
-
-/// The interface of a link-local address: `fe80::1%2` and `fe80::1%3` are two.
-fn scope(address: SocketAddr) -> u32 {
-    match address {
-        SocketAddr::V4(_) => 0,
-        SocketAddr::V6(address) => address.scope_id(),
-    }
+    listen::check_literal(&addresses)?;
+    Ok(addresses)
 }
 
 /// Excluded networks, each once.
@@ -304,6 +304,14 @@ impl Values {
         let mut all = weaker.0.clone();
         all.extend(self.0.iter().map(|(key, written)| (*key, written.clone())));
         Self(all)
+    }
+
+    /// The error, with where the value of `key` stands before it.
+    fn under(&self, key: &'static str, error: ConfigError) -> ConfigError {
+        match self.0.get(key) {
+            Some(written) => error.under(&written.origin),
+            None => error,
+        }
     }
 
     fn origins(&self) -> BTreeMap<&'static str, Origin> {
@@ -437,8 +445,8 @@ mod tests {
         assert!(alone.is_empty());
         assert!(!check_only && unknown_variables.is_empty());
         assert_eq!(config.listen.len(), 1);
-        assert!(config.listen[0].any_host);
-        assert_eq!(config.listen[0].address.port(), 19_910);
+        assert_eq!(config.listen[0].host, super::super::ListenHost::Any);
+        assert_eq!(config.listen[0].port, 19_910);
         assert_eq!(config.telemetry_path, "/metrics");
         assert_eq!(config.web_max_requests, 40);
         assert_eq!(config.source, SourceChoice::Auto);

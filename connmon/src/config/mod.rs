@@ -6,17 +6,18 @@
 mod check;
 mod error;
 mod file;
+mod listen;
 mod load;
 pub mod parse;
 pub mod settings;
+pub(crate) mod yaml;
 
-pub use check::check;
-pub use error::{ConfigError, Origin};
-pub use load::{Loaded, load};
+pub use check::{check, check_serving};
+pub use error::{ConfigError, Origin, is_state_of_host};
+pub use listen::{ListenAddress, ListenHost, resolve_all};
+pub use load::{Loaded, load, log_format};
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -42,18 +43,6 @@ pub enum LogFormat {
     Logfmt,
     /// One JSON object a line.
     Json,
-}
-
-/// One `--web.listen-address`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ListenAddress {
-    /// As typed, for messages.
-    pub text: String,
-    /// What to bind. A typed `:PORT` is `[::]:PORT` with `any_host` set:
-    /// dual stack, IPv4 alone where IPv6 is off.
-    pub address: SocketAddr,
-    /// Host part was empty.
-    pub any_host: bool,
 }
 
 /// Everything the agent needs, validated.
@@ -124,9 +113,9 @@ impl Config {
     }
 
     /// The error for a value of `key` that only turned out bad when it was
-    /// used, like a file that cannot be read: it says where the value stands.
-    pub fn refused(&self, key: &'static str, problem: impl fmt::Display) -> ConfigError {
+    /// used, like a file that cannot be read: it names where the value stands.
+    pub fn refused(&self, key: &'static str, error: impl Into<ConfigError>) -> ConfigError {
         let origin = self.origins.get(key).cloned();
-        ConfigError::at(&origin.unwrap_or(Origin::Flag(key)), problem)
+        error.into().under(&origin.unwrap_or(Origin::Flag(key)))
     }
 }

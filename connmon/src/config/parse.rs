@@ -1,12 +1,11 @@
 //! Text → value, one function for each type a setting can have. Errors name
 //! the value and say what would be right; the caller adds where it stood.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
+use super::listen::ListenHost;
 use connmon_core::fold::{CrossFamilies, Network, PortRanges};
-
-use super::ListenAddress;
 
 /// A Prometheus duration: `500ms`, `5s`, `1m30s`, `1h`, `0`. Units `y w d h m
 /// s ms`, each at most once, in that order (`model.ParseDuration`).
@@ -116,11 +115,12 @@ pub fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
-/// One of a closed set of words.
+/// One of a closed set of words, in capitals or not, as Prometheus takes the
+/// levels of its log.
 pub fn choice<T: Copy>(text: &str, choices: &[(&str, T)]) -> Result<T, String> {
     choices
         .iter()
-        .find(|(word, _)| *word == text)
+        .find(|(word, _)| word.eq_ignore_ascii_case(text))
         .map(|(_, value)| *value)
         .ok_or_else(|| {
             let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
@@ -129,55 +129,71 @@ pub fn choice<T: Copy>(text: &str, choices: &[(&str, T)]) -> Result<T, String> {
 }
 
 /// A listen address as Go writes it: `:19910`, `127.0.0.1:19910`,
-/// `[::1]:19910`, `name:19910` (resolved now, IPv4 first). Port 0 takes any
-/// free port.
-pub fn listen_address(text: &str) -> Result<ListenAddress, String> {
+/// `[::1]:19910`, `[fe80::1%eth0]:19910`, `name:19910`. Port 0 takes any free
+/// port. Names and interfaces are looked up later
+/// ([`super::ListenAddress::resolve`]).
+pub fn listen_address(text: &str) -> Result<(ListenHost, u16), String> {
     let bad = |why: &str| format!("bad address {text:?}: {why}");
     let (host, port) = text.rsplit_once(':').ok_or_else(|| {
         bad("a port is missing; write it like :19910, 127.0.0.1:19910 or [::1]:19910")
     })?;
     let port = number(port, 0, 65_535)
         .map_err(|_| bad("the port must be a number from 0 to 65535"))? as u16;
-    let listen = |ip: IpAddr, any_host| ListenAddress {
-        text: text.to_owned(),
-        address: SocketAddr::new(ip, port),
-        any_host,
-    };
+    listen_host(host)
+        .map(|host| (host, port))
+        .map_err(|why| bad(&why))
+}
+
+fn listen_host(host: &str) -> Result<ListenHost, String> {
     if host.is_empty() {
-        return Ok(listen(Ipv6Addr::UNSPECIFIED.into(), true));
+        return Ok(ListenHost::Any);
     }
     if let Some(inner) = host.strip_prefix('[') {
-        // Through SocketAddrV6 so that a scope (`fe80::1%2`) is understood.
-        return match text.parse::<SocketAddr>() {
-            Ok(address) if inner.ends_with(']') => Ok(ListenAddress {
-                text: text.to_owned(),
-                address,
-                any_host: false,
-            }),
-            _ => Err(bad("the part in brackets is no IPv6 address")),
-        };
+        return ipv6_host(inner);
     }
     if host.contains(':') {
-        return Err(bad(
-            "an IPv6 address must stand in brackets, like [::1]:19910",
-        ));
+        return Err("an IPv6 address must stand in brackets, like [::1]:19910".to_owned());
     }
     if let Ok(ip) = host.parse::<IpAddr>() {
-        return Ok(listen(ip, false));
+        return Ok(ListenHost::Ip(ip));
     }
     if host.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
-        return Err(bad("the host is no IPv4 address"));
+        return Err("the host is no IPv4 address".to_owned());
     }
-    let resolved: Vec<SocketAddr> = (host, port)
-        .to_socket_addrs()
-        .map_err(|error| bad(&format!("the host does not resolve: {error}")))?
-        .collect();
-    resolved
-        .iter()
-        .find(|address| address.is_ipv4())
-        .or(resolved.first())
-        .map(|address| listen(address.ip(), false))
-        .ok_or_else(|| bad("the host has no address"))
+    // RFC 1123, and the underscore that resolvers accept.
+    let is_in_names = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c) || !c.is_ascii();
+    let label = |label: &str| (1..=63).contains(&label.len());
+    let labels = host.strip_suffix('.').unwrap_or(host);
+    if host.len() > 254 || !host.chars().all(is_in_names) || !labels.split('.').all(label) {
+        return Err("the host is neither an IP address nor a host name".to_owned());
+    }
+    Ok(ListenHost::Name(host.to_owned()))
+}
+
+/// What stands behind the opening bracket.
+fn ipv6_host(inner: &str) -> Result<ListenHost, String> {
+    let bad = || "the part in brackets is no IPv6 address".to_owned();
+    let inner = inner.strip_suffix(']').ok_or_else(bad)?;
+    let (address, zone) = match inner.split_once('%') {
+        Some((address, zone)) => (address, Some(zone)),
+        None => (inner, None),
+    };
+    let address: Ipv6Addr = address.parse().map_err(|_| bad())?;
+    match zone {
+        // `inet6_bind` refuses it without an interface.
+        None | Some("0") if address.is_unicast_link_local() => Err(format!(
+            "a link-local address needs an interface; write it like [{address}%eth0]"
+        )),
+        None => Ok(ListenHost::Ip(address.into())),
+        Some(zone) if is_interface_name(zone) => Ok(ListenHost::Zone(address, zone.to_owned())),
+        Some(zone) => Err(format!("no interface can be called {zone:?}")),
+    }
+}
+
+/// `dev_valid_name` (net/core/dev.c).
+fn is_interface_name(name: &str) -> bool {
+    let forbidden = |c: char| c == '/' || c == ':' || c.is_ascii_whitespace();
+    !matches!(name, "" | "." | "..") && name.len() < 16 && !name.contains(forbidden)
 }
 
 /// A CIDR block; host bits are cleared, v4-mapped blocks become IPv4 ones.
@@ -257,7 +273,7 @@ pub fn port_list(text: &str) -> Result<Vec<(u16, u16)>, String> {
 
 /// `--ports.allow`.
 pub fn ports_allow(text: &str) -> Result<PortRanges, String> {
-    match text {
+    match text.to_ascii_lowercase().as_str() {
         "all" => Ok(None),
         list => port_list(list).map(Some),
     }
@@ -265,7 +281,7 @@ pub fn ports_allow(text: &str) -> Result<PortRanges, String> {
 
 /// `--metrics.country-port`.
 pub fn cross_families(text: &str) -> Result<CrossFamilies, String> {
-    match text {
+    match text.to_ascii_lowercase().as_str() {
         "off" => Ok(CrossFamilies::Off),
         "all" => Ok(CrossFamilies::All),
         list => port_list(list).map(CrossFamilies::Ports),
@@ -275,8 +291,11 @@ pub fn cross_families(text: &str) -> Result<CrossFamilies, String> {
 /// Paths the server keeps for itself.
 const RESERVED_PATHS: [&str; 3] = ["/-/healthy", "/-/ready", "/api/v1/summary"];
 
+/// What the paths of the page's files start with.
+const RESERVED_PREFIX: &str = "/assets/";
+
 /// `--web.telemetry-path`: `/` and URL path characters, none of the server's
-/// own paths.
+/// own paths. `/` itself is allowed: the metrics then take the page's place.
 pub fn telemetry_path(text: &str) -> Result<String, String> {
     let bad = |why: &str| format!("bad path {text:?}: {why}");
     if !text.starts_with('/') {
@@ -287,7 +306,8 @@ pub fn telemetry_path(text: &str) -> Result<String, String> {
     if !text.bytes().all(allowed) {
         return Err(bad("must be made of URL path characters, without ? # %"));
     }
-    if RESERVED_PATHS.contains(&text) || text.starts_with("//") {
+    if RESERVED_PATHS.contains(&text) || text.starts_with(RESERVED_PREFIX) || text.starts_with("//")
+    {
         return Err(bad("the server uses that path itself; choose another"));
     }
     Ok(text.to_owned())
@@ -356,10 +376,7 @@ mod tests {
             for text in [&any, &near] {
                 let _ = (duration(text), bytes(text), ring_bytes(text, 4096), network(text));
                 let _ = (port_list(text), telemetry_path(text), switch(text));
-                // Host names are left out: they would be resolved.
-                if text.bytes().all(|b| !b.is_ascii_alphabetic()) {
-                    let _ = listen_address(text);
-                }
+                let _ = listen_address(text);
             }
         }
 
@@ -416,21 +433,21 @@ mod tests {
 
     #[test]
     fn listen_addresses_are_go_ones() {
-        let any = listen_address(":19910").unwrap();
-        assert_eq!(
-            (any.address.to_string().as_str(), any.any_host),
-            ("[::]:19910", true)
-        );
-        for (text, address) in [
-            ("127.0.0.1:0", "127.0.0.1:0"),
-            ("[::1]:9100", "[::1]:9100"),
-            ("0.0.0.0:80", "0.0.0.0:80"),
+        let ip = |text: &str| ListenHost::Ip(text.parse().unwrap());
+        let zone = |zone: &str| ListenHost::Zone("fe80::1".parse().unwrap(), zone.to_owned());
+        let name = |name: &str| ListenHost::Name(name.to_owned());
+        for (text, host, port) in [
+            (":19910", ListenHost::Any, 19_910),
+            ("127.0.0.1:0", ip("127.0.0.1"), 0),
+            ("[::1]:9100", ip("::1"), 9100),
+            ("0.0.0.0:80", ip("0.0.0.0"), 80),
+            ("[fe80::1%eth0]:80", zone("eth0"), 80),
+            ("[fe80::1%2]:80", zone("2"), 80),
+            ("[fe80::1%enp0s31f6.4000]:80", zone("enp0s31f6.4000"), 80),
+            ("localhost:80", name("localhost"), 80),
+            ("db-1.internal.:80", name("db-1.internal."), 80),
         ] {
-            let listen = listen_address(text).unwrap();
-            assert_eq!(
-                (listen.address.to_string().as_str(), listen.any_host),
-                (address, false)
-            );
+            assert_eq!(listen_address(text), Ok((host, port)), "{text}");
         }
         for text in [
             "19910",
@@ -446,9 +463,36 @@ mod tests {
             "300.1.1.1:80",
             "[::1:80",
             "1.2.3:80",
+            "[fe80::1]:80",
+            "[fe80::1%0]:80",
+            "[fe80::1%]:80",
+            "[fe80::1%eth/0]:80",
+            "[fe80::1%no interface]:80",
+            "[fe80::1%sixteen-letters-]:80",
+            "[localhost]:80",
+            "http://localhost:80",
+            "two words:80",
+            "a..b:80",
+            ".:80",
         ] {
             assert!(listen_address(text).is_err(), "{text}");
         }
+        let error = listen_address("[fe80::1]:80").unwrap_err();
+        assert!(error.contains("like [fe80::1%eth0]"), "{error}");
+    }
+
+    #[test]
+    fn choices_are_taken_in_capitals_too() {
+        let levels = [("info", 1), ("warn", 2)];
+        for (text, value) in [("info", Ok(1)), ("WARN", Ok(2)), ("Info", Ok(1))] {
+            assert_eq!(choice(text, &levels), value, "{text}");
+        }
+        assert_eq!(
+            choice("loud", &levels).unwrap_err(),
+            "bad value \"loud\": must be one of info, warn"
+        );
+        assert_eq!(ports_allow("ALL"), Ok(None));
+        assert_eq!(cross_families("Off"), Ok(CrossFamilies::Off));
     }
 
     #[test]
@@ -482,6 +526,8 @@ mod tests {
             "/é",
             "/a%20",
             "/api/v1/summary",
+            "/assets/app.js",
+            "/assets/",
         ] {
             assert!(telemetry_path(text).is_err(), "{text}");
         }

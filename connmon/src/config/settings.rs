@@ -86,7 +86,7 @@ pub const SETTINGS: &[Setting] = &[
             "config.check",
             "BOOL",
             "false",
-            "Validate the whole configuration, then exit: 0 good, 2 bad",
+            "Validate the whole configuration, then exit: 0 good, 2 wrong, 1 names what is not there yet",
         ),
     ),
     with_kind(
@@ -95,7 +95,7 @@ pub const SETTINGS: &[Setting] = &[
             "web.listen-address",
             "ADDR",
             ":19910",
-            "Address to listen on, repeatable; an empty host is dual stack",
+            "Address to listen on, repeatable; an empty host is dual stack, [fe80::1%eth0]:19910 names an interface",
         ),
     ),
     value(

@@ -91,6 +91,8 @@ families! {
         "Constant 1: this is made-up demo traffic. Absent otherwise.";
     Drift Gauge "connmon_drift_connections" []
         "By how many connections the state from events was off at the last audit, before its correction.";
+    DriftSuspected Gauge "connmon_drift_suspected_connections" []
+        "Connections that the last audit did not find for the first time: wrong already, or closed meanwhile; the next audit decides.";
     EventsDropped Counter "connmon_events_dropped_total" ["reason"]
         "Kernel events lost: the ring buffer was full, or the record could not be decoded.";
     EventsFolded Counter "connmon_events_folded_total" []

@@ -6,10 +6,10 @@ use std::time::Duration;
 /// the agent runs with; tests shorten the times.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections served at once; the one idle longest gives way to the next.
+    /// Connections served at once; more if `--web.max-requests` needs them.
+    /// Beyond that, the client with the most connections loses the one whose
+    /// request began first.
     pub connections: usize,
-    /// The same for one client address.
-    pub connections_per_peer: usize,
     /// From accept to the end of the TLS handshake.
     pub handshake: Duration,
     /// From the first byte of a request (on a new connection: from its
@@ -22,14 +22,16 @@ pub struct Limits {
     pub write: Duration,
     /// How long a response may be under way before its reader gives way to a
     /// scrape that `--web.max-requests` would turn away: slow readers cannot
-    /// hold every place.
+    /// hold every place. If the reader's client has more scrapes in flight
+    /// than the other, [`Self::fresh`] is enough.
     pub slow_reader: Duration,
     /// How long the fold is waited for; on top of the reporter's own limit.
     pub report: Duration,
     /// How often the deadlines above are looked at, so how late they can be.
     pub tick: Duration,
-    /// How long a connection may be idle without being the first to give
-    /// way: a request that follows its handshake directly is not cut off.
+    /// How long a connection has, from the start of its step, before it can
+    /// be cut for a newcomer, and the longest that a newcomer waits: enough
+    /// for the request of a client 20 ms away to arrive.
     pub fresh: Duration,
     /// How long requests in flight may take to finish after the order to
     /// stop.
@@ -44,7 +46,6 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 64,
-            connections_per_peer: 16,
             handshake: Duration::from_secs(10),
             header: Duration::from_secs(10),
             idle: Duration::from_secs(120),
@@ -52,7 +53,7 @@ impl Default for Limits {
             slow_reader: Duration::from_secs(2),
             report: Duration::from_secs(10),
             tick: Duration::from_secs(1),
-            fresh: Duration::from_millis(4),
+            fresh: Duration::from_millis(50),
             drain: Duration::from_millis(500),
             header_bytes: 16 * 1024,
             header_fields: 64,

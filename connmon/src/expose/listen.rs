@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::config::ListenAddress;
+use crate::config::{ListenAddress, ListenHost, Origin, resolve_all};
 
 /// Connections the kernel completes while the server is busy; as many as
 /// `net.core.somaxconn` allows.
@@ -16,30 +16,33 @@ const BACKLOG: i32 = 4096;
 /// Why an address cannot be listened on.
 #[derive(Debug)]
 pub struct BindError {
+    origin: Origin,
     address: String,
     source: io::Error,
 }
 
 impl fmt::Display for BindError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { address, source } = self;
-        write!(f, "cannot listen on {address}: ")?;
+        let Self {
+            origin,
+            address,
+            source,
+        } = self;
+        write!(f, "{origin}: cannot listen on {address}: ")?;
         match source.kind() {
             io::ErrorKind::AddrInUse => write!(
                 f,
                 "address already in use (another process, maybe a second connmon, has the port; \
-                 stop it or choose another with --web.listen-address)"
+                 stop it or choose another)"
             ),
             io::ErrorKind::PermissionDenied => write!(
                 f,
-                "permission denied (a port below 1024 needs CAP_NET_BIND_SERVICE; choose another \
-                 with --web.listen-address)"
+                "permission denied (a port below 1024 needs CAP_NET_BIND_SERVICE; choose another)"
             ),
-            io::ErrorKind::AddrNotAvailable => write!(
-                f,
-                "no interface of this host has that address (--web.listen-address)"
-            ),
-            _ => write!(f, "{source} (--web.listen-address)"),
+            io::ErrorKind::AddrNotAvailable => {
+                write!(f, "no interface of this host has that address")
+            }
+            _ => write!(f, "{source}"),
         }
     }
 }
@@ -50,36 +53,46 @@ impl std::error::Error for BindError {
     }
 }
 
-/// Binds every address, or says which one cannot be had.
-pub(crate) fn bind_all(addresses: &[ListenAddress]) -> Result<Vec<TcpListener>, BindError> {
-    bind_each(addresses, bind_socket, |note| log::info!("{note}"))
+/// Looks up and binds every address.
+///
+/// # Errors
+/// A [`crate::config::ConfigError`] for the first that cannot be looked up, a
+/// [`BindError`] for the first that cannot be bound.
+pub(crate) fn bind_all(addresses: &[ListenAddress]) -> anyhow::Result<Vec<TcpListener>> {
+    let resolved = resolve_all(addresses)?;
+    let bound = bind_each(addresses, &resolved, bind_socket, |note| {
+        log::info!("{note}")
+    });
+    Ok(bound?)
 }
 
 /// By way of `bind`; what is to be said about it is said once, by `say`.
 fn bind_each<T>(
     addresses: &[ListenAddress],
+    resolved: &[SocketAddr],
     bind: impl Fn(SocketAddr) -> io::Result<T>,
     mut say: impl FnMut(String),
 ) -> Result<Vec<T>, BindError> {
     let mut said = false;
-    let one = |listen: &ListenAddress| {
-        let result = match bind(listen.address) {
-            Err(error) if listen.any_host && listen.address.is_ipv6() && lacks_ipv6(&error) => {
+    let one = |(listen, address): (&ListenAddress, &SocketAddr)| {
+        let result = match bind(*address) {
+            Err(error) if listen.host == ListenHost::Any && lacks_ipv6(&error) => {
                 if !std::mem::replace(&mut said, true) {
                     say(format!(
                         "IPv6 is off on this host ({error}); listening on IPv4 alone"
                     ));
                 }
-                bind((Ipv4Addr::UNSPECIFIED, listen.address.port()).into())
+                bind((Ipv4Addr::UNSPECIFIED, listen.port).into())
             }
             result => result,
         };
         result.map_err(|source| BindError {
+            origin: listen.origin.clone(),
             address: listen.text.clone(),
             source,
         })
     };
-    addresses.iter().map(one).collect()
+    addresses.iter().zip(resolved).map(one).collect()
 }
 
 /// Whether `[::]` cannot be had because the host has no IPv6 at all: no such
@@ -113,17 +126,20 @@ fn bind_socket(address: SocketAddr) -> io::Result<TcpListener> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::parse;
 
-    fn bind(listen: &ListenAddress) -> Result<TcpListener, BindError> {
+    fn bind(listen: &ListenAddress) -> anyhow::Result<TcpListener> {
         let mut bound = bind_all(std::slice::from_ref(listen))?;
         Ok(bound.remove(0))
     }
 
-    fn any(address: &str) -> ListenAddress {
+    fn any(text: &str) -> ListenAddress {
+        let (host, port) = parse::listen_address(text).unwrap();
         ListenAddress {
-            text: address.to_owned(),
-            address: address.parse().unwrap(),
-            any_host: false,
+            text: text.to_owned(),
+            origin: Origin::Flag("web.listen-address"),
+            host,
+            port,
         }
     }
 
@@ -147,24 +163,23 @@ mod tests {
 
     #[test]
     fn without_ipv6_any_host_is_ipv4_and_that_is_said_once() {
-        let anywhere = |port: u16| ListenAddress {
-            text: format!(":{port}"),
-            address: (std::net::Ipv6Addr::UNSPECIFIED, port).into(),
-            any_host: true,
-        };
         let without_ipv6 = |address: SocketAddr| match address {
             SocketAddr::V4(_) => Ok(address.to_string()),
             SocketAddr::V6(_) => Err(io::Error::from_raw_os_error(libc::EAFNOSUPPORT)),
         };
         let mut said = Vec::new();
-        let bound = bind_each(&[anywhere(1), anywhere(2)], without_ipv6, |note| {
+        let both = [any(":1"), any(":2")];
+        let resolved = resolve_all(&both).unwrap();
+        let bound = bind_each(&both, &resolved, without_ipv6, |note| {
             said.push(note);
         });
         assert_eq!(bound.unwrap(), ["0.0.0.0:1", "0.0.0.0:2"]);
         assert_eq!(said.len(), 1, "{said:?}");
         assert!(said[0].contains("IPv4 alone"), "{said:?}");
         // Who asks for an IPv6 address gets that or nothing.
-        let error = bind_each(&[any("[::]:3")], without_ipv6, |_| {}).unwrap_err();
+        let explicit = [any("[::]:3")];
+        let resolved = resolve_all(&explicit).unwrap();
+        let error = bind_each(&explicit, &resolved, without_ipv6, |_| {}).unwrap_err();
         assert!(error.to_string().contains("[::]:3"), "{error}");
     }
 

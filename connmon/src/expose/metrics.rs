@@ -208,9 +208,6 @@ impl Metrics {
 
     fn listeners(&mut self, report: &Report) {
         let rows = &report.snapshot.listeners;
-        // /proc/net/tcp does not tell the limit, and 0 stands for that too.
-        let [_, by_proc, _] = report.status.namespaces;
-        let zero_is_known = report.status.source == Source::Ebpf && by_proc == 0;
         self.listeners.update(rows);
         for (row, key) in rows.iter().zip(&self.listeners.keys) {
             let mut value = |id: Id, value: u64, owner: bool| {
@@ -230,8 +227,8 @@ impl Metrics {
             };
             value(Id::ListeningSocketInfo, row.sockets.into(), true);
             value(Id::AcceptQueueLength, row.queue_length, false);
-            if row.queue_limit > 0 || zero_is_known {
-                value(Id::AcceptQueueLimit, row.queue_limit, false);
+            if let Some(limit) = row.queue_limit {
+                value(Id::AcceptQueueLimit, limit, false);
             }
         }
     }
@@ -244,6 +241,9 @@ impl Metrics {
         self.single(Id::UnattributedEvents, snapshot.unattributed as f64);
         if let Some(drift) = snapshot.drift {
             self.single(Id::Drift, drift as f64);
+        }
+        if let Some(suspected) = snapshot.drift_suspected {
+            self.single(Id::DriftSuspected, suspected as f64);
         }
         self.labelled(Id::SeriesOverflow, &snapshot.series_overflow);
         self.labelled(Id::SeriesEvicted, &snapshot.series_evicted);

@@ -1,5 +1,7 @@
 //! Responses: status, headers that every one carries, and bodies by method.
 
+use std::time::SystemTime;
+
 use bytes::Bytes;
 use hyper::header::{
     ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_SECURITY_POLICY,
@@ -7,6 +9,8 @@ use hyper::header::{
     X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
 };
 use hyper::{HeaderMap, StatusCode};
+
+use super::limits::Limits;
 
 /// The text format's full media type; Prometheus 3 fails a scrape without
 /// one, and nothing here is OpenMetrics, whatever the client would accept.
@@ -76,6 +80,18 @@ impl Reply {
         Self::line(StatusCode::TOO_MANY_REQUESTS, "Too Many Requests")
     }
 
+    /// 400, after which the connection is closed.
+    pub(crate) fn bad_request(line: &'static str) -> Self {
+        Self::line(StatusCode::BAD_REQUEST, line).with(CONNECTION, "close")
+    }
+
+    /// 431 and what fits.
+    pub(crate) fn header_too_large(limits: &Limits) -> Self {
+        let (bytes, fields) = (limits.header_bytes, limits.header_fields);
+        let line = format!("the request's header has more than {bytes} bytes or {fields} fields");
+        Self::line(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, line)
+    }
+
     /// A request with a body.
     pub(crate) fn body_refused() -> Self {
         Self::line(
@@ -108,27 +124,26 @@ impl Reply {
         self.body = Bytes::new();
         self
     }
-}
 
-/// What a client gets that cannot be served, written to the bare socket.
-pub(crate) const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
-    content-type: text/plain; charset=utf-8\r\n\
-    content-length: 56\r\n\
-    retry-after: 1\r\n\
-    connection: close\r\n\r\n\
-    every connection is busy with other scrapes; retry soon\n";
-
-/// What a client gets that speaks plain HTTP where TLS is expected; the words
-/// are those of Go's server.
-pub(crate) const PLAIN_TO_TLS: &[u8] = b"HTTP/1.0 400 Bad Request\r\n\r\n\
-    Client sent an HTTP request to an HTTPS server.\n";
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn the_bare_refusal_tells_its_true_length() {
-        let text = std::str::from_utf8(super::FULL).unwrap();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap();
-        assert!(head.contains(&format!("content-length: {}\r\n", body.len())));
+    /// The whole response as sent over HTTP/1 where hyper sends none; the
+    /// connection is closed after it.
+    pub(crate) fn into_closing_bytes(self) -> Vec<u8> {
+        let date = httpdate::fmt_http_date(SystemTime::now());
+        let length = self.body.len();
+        let mut bytes = format!(
+            "HTTP/1.1 {}\r\ndate: {date}\r\ncontent-length: {length}\r\n",
+            self.status
+        )
+        .into_bytes();
+        let mut headers = self.headers;
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        for (name, value) in &headers {
+            for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+                bytes.extend_from_slice(part);
+            }
+        }
+        bytes.extend_from_slice(b"\r\n");
+        bytes.extend_from_slice(&self.body);
+        bytes
     }
 }

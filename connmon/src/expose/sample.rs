@@ -135,6 +135,7 @@ fn snapshot() -> Snapshot {
             ..Corrections::default()
         },
         drift: Some(0),
+        drift_suspected: Some(0),
         hidden_loopback: 34,
         hidden_excluded: 2,
         traffic_known: true,
@@ -160,7 +161,7 @@ fn listener(address: &str, port: u16, process: &str, pid: u32) -> ListenerRow {
         pid,
         sockets: 1,
         queue_length: 0,
-        queue_limit: 511,
+        queue_limit: Some(511),
     }
 }
 

@@ -17,16 +17,16 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use connmon_core::report::Reporter;
 use hyper::body::{Body as _, Incoming};
-use hyper::header::CACHE_CONTROL;
+use hyper::header::{CACHE_CONTROL, HOST};
+use hyper::http::uri::Authority;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, Version, header};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -39,24 +39,31 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use crate::config::Config;
-
-use super::connections::{Admission, Connections, Slot, Watch};
+use super::connections::{Connections, Slot, Watch};
 use super::encoding::{WORTH_COMPRESSING, gzip_small, wants_gzip};
 use super::flight::{self, Answer, Desk, Want};
 use super::limits::Limits;
 use super::listen;
-use super::response::{FULL, JSON, METRICS, PLAIN_TO_TLS, Reply};
+use super::response::{JSON, METRICS, Reply};
 use super::stream::{Payload, Watched};
 use super::webconfig::{Entry, Gate};
 use super::{Asset, Content};
+use crate::config::Config;
+use connmon_core::report::Reporter;
 
 /// Clients told that the server is full at the same time; beyond that they
 /// are just disconnected.
 const REFUSALS: usize = 16;
 
-/// How long such a client is given to read that, at most.
-const REFUSAL_TIME: Duration = Duration::from_millis(500);
+/// How long a client has to read the last answer on its connection.
+const CLOSING_TIME: Duration = Duration::from_millis(500);
+
+/// Bytes that are still read from it meanwhile, at most.
+const CLOSING_BYTES: u64 = 256 * 1024;
+
+/// Connections beside those of the scrapes that `--web.max-requests` allows:
+/// for health, the page and clients that send nothing.
+const BESIDE_SCRAPES: usize = 24;
 
 /// How long "ready" is repeated without asking the fold again, so that
 /// probing it, which needs no credentials, costs the fold nothing.
@@ -146,7 +153,10 @@ impl Server {
         content: impl Content,
         shutdown: impl Future<Output = ()>,
     ) -> std::io::Result<()> {
-        let limits = Arc::new(self.limits);
+        let mut limits = self.limits;
+        let scrapes_and_more = self.max_requests.saturating_add(BESIDE_SCRAPES);
+        limits.connections = limits.connections.max(scrapes_and_more);
+        let limits = Arc::new(limits);
         let connections = Connections::new(Arc::clone(&limits));
         let content = Arc::new(Mutex::new(content));
         let (desk, renderer) = flight::open(reporter, Arc::clone(&content), limits.report);
@@ -189,11 +199,11 @@ impl Server {
                     connections.cut_overdue();
                     if let Some(gate) = &app.gate {
                         // So that a broken file is complained about at once.
-                        gate.current();
+                        gate.look();
                     }
                 }
                 Some((stream, peer)) = newcomers.recv() => {
-                    match admit(&connections, peer, limits.fresh).await {
+                    match connections.admit(peer.ip()).await {
                         Some(slot) => {
                             let (app, limits) = (Arc::clone(&app), Arc::clone(&limits));
                             serving.spawn(serve_client(stream, slot, app, limits, stopping.clone()));
@@ -202,7 +212,7 @@ impl Server {
                         None if app.gate.as_ref().is_some_and(Gate::is_tls) => {}
                         None => {
                             if let Ok(permit) = Arc::clone(&refusals).try_acquire_owned() {
-                                serving.spawn(refuse(stream, permit));
+                                serving.spawn(refuse(stream, Arc::clone(&app), permit));
                             }
                         }
                     }
@@ -232,8 +242,8 @@ fn pass_panic_on(ended: Result<(), tokio::task::JoinError>) {
 }
 
 /// Accepts for ever. Failures that are the host's (no file descriptor, no
-/// memory) are waited out, and the connection idle longest is given up for
-/// its descriptor; those of one connection (reset before it was accepted)
+/// memory) are waited out, and a connection is given up for its descriptor;
+/// those of one connection (reset before it was accepted)
 /// are its own.
 async fn accept(
     listener: tokio::net::TcpListener,
@@ -258,7 +268,7 @@ async fn accept(
                         "http-accept",
                         "cannot accept HTTP connections: {error}; trying again"
                     );
-                    connections.cut_idlest();
+                    connections.cut_one();
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
@@ -269,34 +279,28 @@ async fn accept(
     }
 }
 
-/// A place for the newcomer, waiting a moment for one if need be: a client
-/// whose request follows at once is not to be cut off by the next.
-async fn admit(connections: &Arc<Connections>, peer: SocketAddr, moment: Duration) -> Option<Slot> {
-    let give_up = Instant::now() + moment;
-    loop {
-        let press = Instant::now() >= give_up;
-        match connections.admit(peer.ip(), press) {
-            Admission::Admitted(slot) => return Some(slot),
-            Admission::Wait(until) => tokio::time::sleep_until(until.min(give_up)).await,
-            Admission::Full if press => return None,
-            Admission::Full => tokio::time::sleep(Duration::from_millis(1)).await,
-        }
-    }
+/// Tells a client that there is no room.
+async fn refuse(stream: TcpStream, app: Arc<App>, _permit: OwnedSemaphorePermit) {
+    let line = "every connection is busy with other scrapes; retry soon";
+    answer_and_close(
+        stream,
+        app.with_configured_headers(Reply::unavailable(line)),
+    )
+    .await;
 }
 
-/// Tells a client that there is no room and waits for it to hang up, because
-/// closing with its request unread would reset the connection under the
-/// answer.
-async fn refuse(mut stream: TcpStream, _permit: OwnedSemaphorePermit) {
-    let tell = async {
-        stream.write_all(FULL).await?;
+/// Sends the last answer of a connection over HTTP/1 and waits for the client
+/// to close: closing with its request unread would reset the connection, and
+/// the answer could be lost.
+async fn answer_and_close(mut stream: impl AsyncRead + AsyncWrite + Unpin, reply: Reply) {
+    let answer = async {
+        stream.write_all(&reply.into_closing_bytes()).await?;
         stream.shutdown().await?;
-        let mut unread = [0; 1024];
-        while stream.read(&mut unread).await? > 0 {}
-        std::io::Result::Ok(())
+        let mut unread = stream.take(CLOSING_BYTES);
+        tokio::io::copy(&mut unread, &mut tokio::io::sink()).await
     };
     // However it went, the client is on its own now.
-    let _ = tokio::time::timeout(REFUSAL_TIME, tell).await;
+    let _ = tokio::time::timeout(CLOSING_TIME, answer).await;
 }
 
 async fn serve_client(
@@ -307,18 +311,26 @@ async fn serve_client(
     stopping: watch::Receiver<bool>,
 ) {
     let _ = stream.set_nodelay(true);
+    let Ok(client) = stream.peer_addr() else {
+        return;
+    };
+    let client = client.ip();
     let watch = slot.watch.clone();
     let serve = async {
-        match app.gate.as_ref().and_then(Gate::tls) {
+        let tls = match &app.gate {
+            Some(gate) => gate.tls().await,
+            None => None,
+        };
+        match tls {
             None => {
                 watch.handshaken(false);
-                serve_requests(stream, false, &watch, app, limits, stopping).await;
+                serve_requests(stream, client, false, &watch, app, limits, stopping).await;
             }
-            Some(tls) => match shake_hands(stream, tls, &watch).await {
+            Some(tls) => match shake_hands(stream, tls, &app, &watch).await {
                 Ok(stream) => {
                     let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
                     watch.handshaken(http2);
-                    serve_requests(stream, http2, &watch, app, limits, stopping).await;
+                    serve_requests(stream, client, http2, &watch, app, limits, stopping).await;
                 }
                 Err(error) => log::debug!("TLS handshake failed: {error}"),
             },
@@ -330,20 +342,23 @@ async fn serve_client(
     }
 }
 
-/// The TLS handshake. A client that speaks plain HTTP is told so, as Go's
-/// server does.
+/// The TLS handshake. A client that speaks plain HTTP is told so, in the
+/// words of Go's server.
 async fn shake_hands(
-    mut stream: TcpStream,
+    stream: TcpStream,
     config: Arc<ServerConfig>,
+    app: &App,
     watch: &Watch,
 ) -> std::io::Result<TlsStream<Watched<TcpStream>>> {
     let mut first = [0];
     stream.peek(&mut first).await?;
     if first[0].is_ascii_uppercase() {
-        stream.write_all(PLAIN_TO_TLS).await?;
-        stream.shutdown().await?;
-        let mut unread = [0; 1024];
-        while stream.read(&mut unread).await? > 0 {}
+        let line = "Client sent an HTTP request to an HTTPS server.";
+        answer_and_close(
+            stream,
+            app.with_configured_headers(Reply::bad_request(line)),
+        )
+        .await;
         return Err(std::io::Error::other("the client spoke plain HTTP"));
     }
     let stream = Watched::new(stream, watch.clone());
@@ -353,6 +368,7 @@ async fn shake_hands(
 /// The requests of one connection, over whatever carries it.
 async fn serve_requests<S>(
     stream: S,
+    client: IpAddr,
     http2: bool,
     watch: &Watch,
     app: Arc<App>,
@@ -361,14 +377,13 @@ async fn serve_requests<S>(
 ) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let io = TokioIo::new(Watched::new(stream, watch.clone()));
     let service = service_fn(|request: Request<Incoming>| {
         let (app, watch) = (Arc::clone(&app), watch.clone());
-        async move { Ok::<_, Infallible>(app.handle(request, &watch).await) }
+        async move { Ok::<_, Infallible>(app.handle(request, client, &watch).await) }
     });
     macro_rules! drive {
         ($connection:expr) => {{
-            let mut connection = pin!($connection);
+            let mut connection = $connection;
             let stop = async { drop(stopping.wait_for(|stop| *stop).await) };
             let result = tokio::select! {
                 result = connection.as_mut() => Some(result),
@@ -381,20 +396,23 @@ async fn serve_requests<S>(
                     connection.await
                 }
             };
-            if let Err(error) = result {
+            if let Err(error) = &result {
                 log::debug!("HTTP connection ended: {error}");
             }
+            result
         }};
     }
     if http2 {
+        let io = TokioIo::new(Watched::new(stream, watch.clone()));
         let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
         builder
             .timer(TokioTimer::new())
             .max_concurrent_streams(STREAMS)
             .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
             .max_send_buf_size(64 * 1024);
-        drive!(builder.serve_connection(io, service))
+        let _ = drive!(pin!(builder.serve_connection(io, service)));
     } else {
+        let io = TokioIo::new(Watched::only_responses(stream, watch.clone()));
         let mut builder = hyper::server::conn::http1::Builder::new();
         // hyper's own timeout would give an idle connection as long as a
         // header; the watch tells the two apart.
@@ -405,7 +423,17 @@ async fn serve_requests<S>(
             .max_headers(limits.header_fields)
             .max_header_size(limits.header_bytes)
             .max_buf_size(limits.header_bytes.max(64 * 1024));
-        drive!(builder.serve_connection(io, service))
+        let mut connection = builder.serve_connection(io, service);
+        let result = drive!(Pin::new(&mut connection));
+        let stream = connection.into_parts().io.into_inner().unanswered();
+        if let (Err(error), Some(stream)) = (result, stream) {
+            let reply = if error.is_parse_too_large() {
+                Reply::header_too_large(&limits)
+            } else {
+                Reply::bad_request("the request is not valid HTTP/1.1")
+            };
+            answer_and_close(stream, app.with_configured_headers(reply)).await;
+        }
     }
 }
 
@@ -443,12 +471,23 @@ impl App {
         }
     }
 
-    async fn handle(&self, request: Request<Incoming>, watch: &Watch) -> Response<Payload> {
-        let _handling = watch.request();
-        let (mut reply, permit) = self.reply(&request, watch).await;
+    /// `reply` with the headers of the web configuration.
+    fn with_configured_headers(&self, mut reply: Reply) -> Reply {
         if let Some(gate) = &self.gate {
             gate.decorate(&mut reply.headers);
         }
+        reply
+    }
+
+    async fn handle(
+        &self,
+        request: Request<Incoming>,
+        client: IpAddr,
+        watch: &Watch,
+    ) -> Response<Payload> {
+        let _handling = watch.request();
+        let (reply, permit) = self.reply(&request, client, watch).await;
+        let mut reply = self.with_configured_headers(reply);
         if request.method() == Method::HEAD {
             reply = reply.without_body();
         }
@@ -471,14 +510,19 @@ impl App {
     async fn reply(
         &self,
         request: &Request<Incoming>,
+        client: IpAddr,
         watch: &Watch,
     ) -> (Reply, Option<OwnedSemaphorePermit>) {
+        if !names_one_host(request) {
+            let line = "the request has no Host header, more than one, or one that names no host";
+            return (Reply::bad_request(line), None);
+        }
         let path = request.uri().path();
         let route = self.route(path);
         if !matches!(route, Route::Healthy | Route::Ready)
             && let Some(gate) = &self.gate
         {
-            match gate.ask(request.headers()).await {
+            match gate.ask(request.headers(), client).await {
                 Entry::Open => {}
                 Entry::TooMany => return (Reply::too_many_requests(), None),
                 Entry::Unauthorized => return (Reply::unauthorized(), None),
@@ -499,8 +543,8 @@ impl App {
         match route {
             Route::Healthy => (Reply::line(StatusCode::OK, "connmon is healthy"), None),
             Route::Ready => (self.readiness().await, None),
-            Route::Telemetry => self.scrape(Want::Metrics { gzip }, METRICS).await,
-            Route::Summary => self.scrape(Want::Summary { gzip }, JSON).await,
+            Route::Telemetry => self.scrape(Want::Metrics { gzip }, METRICS, watch).await,
+            Route::Summary => self.scrape(Want::Summary { gzip }, JSON, watch).await,
             Route::Page => (self.page(path, gzip), None),
         }
     }
@@ -526,10 +570,11 @@ impl App {
         &self,
         want: Want,
         content_type: &'static str,
+        watch: &Watch,
     ) -> (Reply, Option<OwnedSemaphorePermit>) {
         let permit = match &self.permits {
             None => None,
-            Some(permits) => match self.permit(permits).await {
+            Some(permits) => match self.permit(permits, watch).await {
                 Some(permit) => Some(permit),
                 None => {
                     let line = format!(
@@ -553,11 +598,15 @@ impl App {
 
     /// A place among the scrapes in flight, if need be that of a client that
     /// has been reading its answer for too long.
-    async fn permit(&self, permits: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    async fn permit(
+        &self,
+        permits: &Arc<Semaphore>,
+        watch: &Watch,
+    ) -> Option<OwnedSemaphorePermit> {
         if let Ok(permit) = Arc::clone(permits).try_acquire_owned() {
             return Some(permit);
         }
-        if !self.connections.cut_slowest_reader() {
+        if !self.connections.cut_slow_reader(watch.client()) {
             return None;
         }
         // It lets go as soon as its task is polled.
@@ -591,4 +640,62 @@ impl App {
 
 fn waiting_for(what: &str) -> Reply {
     Reply::unavailable(format_args!("not ready yet: waiting for {what}"))
+}
+
+/// Whether the request has the `Host` that RFC 9112, 3.2 asks for: exactly
+/// one, if only an empty one, and over HTTP/1.0 and HTTP/2 at most one.
+fn names_one_host(request: &Request<Incoming>) -> bool {
+    let mut hosts = request.headers().get_all(HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (None, _) => request.version() != Version::HTTP_11,
+        (Some(host), None) => host.to_str().is_ok_and(is_host),
+        (Some(_), Some(_)) => false,
+    }
+}
+
+/// `uri-host [ ":" port ]` of RFC 9110, or nothing.
+fn is_host(text: &str) -> bool {
+    text.is_empty()
+        || text.parse::<Authority>().is_ok_and(|authority| {
+            let port = text.strip_prefix(authority.host());
+            port.is_some_and(|port| match port.strip_prefix(':') {
+                Some(digits) => digits.bytes().all(|digit| digit.is_ascii_digit()),
+                None => port.is_empty(),
+            })
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_host;
+
+    #[test]
+    fn hosts_are_names_or_addresses_with_a_port_or_none() {
+        for text in [
+            "",
+            "localhost",
+            "my_host.example",
+            "node-1:19910",
+            "node-1:",
+            "127.0.0.1:19910",
+            "[::1]",
+            "[2001:db8::1]:19910",
+        ] {
+            assert!(is_host(text), "{text}");
+        }
+        for text in [
+            "a b",
+            "a/b",
+            "user@host",
+            "user:password@host:80",
+            "host:port",
+            "host:80:80",
+            "::1",
+            "[::1",
+            "h<st",
+            "http://host/",
+        ] {
+            assert!(!is_host(text), "{text}");
+        }
+    }
 }

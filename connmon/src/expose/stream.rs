@@ -19,15 +19,44 @@ const CHUNK: usize = 128 * 1024;
 /// flushed as far as can be seen here.
 const FRAME: usize = 16 * 1024;
 
-/// A stream whose every sign of life is noted.
+/// A stream that reports what is read and flushed.
 pub(crate) struct Watched<S> {
     stream: S,
     watch: Watch,
+    /// Whether only responses of the handler are written.
+    only_responses: bool,
+    /// Whether something else was not written for that reason.
+    withheld: bool,
 }
 
 impl<S> Watched<S> {
     pub(crate) fn new(stream: S, watch: Watch) -> Self {
-        Self { stream, watch }
+        Self {
+            stream,
+            watch,
+            only_responses: false,
+            withheld: false,
+        }
+    }
+
+    /// Writes only responses of the handler. All that hyper writes beside them
+    /// over HTTP/1 is its answer to a request that it cannot parse, which has
+    /// none of the headers that every response here has.
+    pub(crate) fn only_responses(stream: S, watch: Watch) -> Self {
+        Self {
+            only_responses: true,
+            ..Self::new(stream, watch)
+        }
+    }
+
+    /// The stream, if an answer was withheld and another is to be sent.
+    pub(crate) fn unanswered(self) -> Option<S> {
+        self.withheld.then_some(self.stream)
+    }
+
+    fn withholds(&mut self) -> bool {
+        self.withheld |= self.only_responses && !self.watch.is_responding();
+        self.withheld
     }
 }
 
@@ -52,9 +81,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
-        self.watch.bytes_written();
-        Poll::Ready(Ok(written))
+        if self.withholds() {
+            return Poll::Ready(Ok(bytes.len()));
+        }
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -62,9 +92,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, slices))?;
-        self.watch.bytes_written();
-        Poll::Ready(Ok(written))
+        if self.withholds() {
+            return Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()));
+        }
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -78,6 +109,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.withheld {
+            return Poll::Ready(Ok(()));
+        }
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

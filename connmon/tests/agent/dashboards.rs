@@ -3,7 +3,7 @@
 //! agent.
 
 use std::collections::BTreeSet;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
@@ -344,10 +344,10 @@ impl Prometheus {
             ),
         )
         .unwrap();
-        // A port that was free a moment ago.
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = free.local_addr().unwrap();
-        drop(free);
+        // An address of this process alone: one that was only free a moment
+        // ago, another test may have taken.
+        let [_, _, high, low] = std::process::id().to_be_bytes();
+        let address = SocketAddr::from((Ipv4Addr::new(127, 90, high, low), 9090));
         let child = Command::new("prometheus")
             .arg(format!("--config.file={}", config.display()))
             .arg(format!(

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::harness::{Agent, Scrape};
-use crate::load::alone;
+use crate::load::{alone, inconclusive};
 use crate::namespaces::Namespace;
 use crate::stand_ins::Nobody;
 use crate::support;
@@ -190,64 +190,95 @@ fn refused_are_failures(args: &[&str]) {
     agent.stop();
 }
 
+/// How many, at full speed.
+const COUNT: usize = 100_000;
+
+/// Room for every record of all of them, should nobody drain the ring.
+const RING_FOR_ALL: &str = "128MiB";
+
+/// A machine that gives the agent no time for as long as its ring takes to
+/// fill loses events; the agent has counted them then, which this checks, and
+/// the exact count is shown with a ring that holds all events.
 #[test]
 fn a_hundred_thousand_connections_at_full_speed_are_counted_exactly() {
     let Some(mut args) = ebpf() else { return };
     let _alone = alone();
     args.extend(["--netns", "host"]);
-    alone_in_a_namespace(|| a_hundred_thousand(&args));
+    alone_in_a_namespace(|| {
+        let lost = a_hundred_thousand(&args);
+        if lost.ring == 0.0 && lost.runs == 0.0 {
+            return;
+        }
+        inconclusive(
+            "a hundred thousand connections at full speed, the ring of its default size",
+            &format!("lost and counted: {lost:?}"),
+        );
+        args.extend(["--ebpf.ring-buffer-size", RING_FOR_ALL]);
+        let lost = a_hundred_thousand(&args);
+        assert_eq!(lost.ring, 0.0, "the ring holds all events");
+        if lost.runs > 0.0 {
+            inconclusive(
+                "a hundred thousand connections at full speed",
+                &format!("left out by the kernel and counted: {lost:?}"),
+            );
+        }
+    });
 }
 
-/// A machine that gives the agent no time for as long as its ring takes to
-/// fill loses events, and an interrupt in the midst of both programs a change;
-/// such a try has told its losses, and says nothing about the counting.
-fn a_hundred_thousand(args: &[&str]) {
-    const TRIES: usize = 3;
-    let mut lost = Vec::new();
-    while lost.len() < TRIES {
-        match a_hundred_thousand_once(args) {
-            0.0 => return println!("exact, after tries that lost {lost:?}"),
-            events => lost.push(events),
+/// What an agent counted as lost.
+#[derive(Debug)]
+struct Lost {
+    /// Events without room in the ring.
+    ring: f64,
+    /// Runs of the state program that the kernel left out. A kretprobe's lose
+    /// owners, no connections.
+    runs: f64,
+}
+
+impl Lost {
+    fn of(scrape: &Scrape) -> Self {
+        let state = [("probe", "inet_sock_set_state")];
+        Self {
+            ring: scrape.sum("connmon_events_dropped_total", &[]),
+            runs: scrape.sum("connmon_probe_missed_runs_total", &state),
         }
     }
-    panic!("no try without a loss: {lost:?} events");
 }
 
-/// Exact, or how many events the agent says it lost.
-fn a_hundred_thousand_once(args: &[&str]) -> f64 {
+/// Every opening and closing is counted, but for what the agent says it lost:
+/// an opening that was lost costs the count of the closing as well.
+fn a_hundred_thousand(args: &[&str]) -> Lost {
     let agent = Agent::start(args);
     let server = Server::new(Family::V4);
     let port = server.port();
-    const COUNT: usize = 100_000;
     at_full_speed(&server, COUNT);
     drop(server);
-    let lost = |scrape: &Scrape| {
-        // A kretprobe's missed runs lose owners, no connections.
-        let state = [("probe", "inet_sock_set_state")];
-        scrape.sum("connmon_events_dropped_total", &[])
-            + scrape.sum("connmon_probe_missed_runs_total", &state)
-    };
-    // Where a RST was lost, the other end lingers as an orphan for a minute:
-    // what the kernel still has is not closed, all else is.
-    let scrape = agent.until("every close but those of orphans", |scrape| {
-        let exact = [("inbound", "sport"), ("outbound", "dport")]
-            .into_iter()
-            .all(|(direction, side)| {
-                let closed = scrape.port(CLOSED, port, direction);
-                assert!(closed <= COUNT as f64, "{direction}: {closed}");
-                closed == (COUNT - ss_open(side, port)) as f64
-            });
-        exact || lost(scrape) > 0.0
-    });
-    if lost(&scrape) == 0.0 {
-        for direction in ["inbound", "outbound"] {
+    let all = COUNT as f64;
+    let scrape = agent.until("every opening and closing but the lost ones", |scrape| {
+        let lost = Lost::of(scrape);
+        let most = 2.0 * (lost.ring + lost.runs);
+        ["inbound", "outbound"].iter().all(|direction| {
             let opened = scrape.port(OPENED, port, direction);
-            assert_eq!(opened, COUNT as f64, "{direction}");
-            assert_eq!(scrape.connections(port, direction), 0.0, "{direction}");
-        }
-    }
+            let closed = scrape.port(CLOSED, port, direction);
+            assert!(
+                opened <= all && closed <= all,
+                "{direction}: {opened}, {closed}"
+            );
+            // Where a RST was lost, the other end lingers as an orphan for a
+            // minute: what the kernel still has is not closed, all else is.
+            let side = if *direction == "inbound" {
+                "sport"
+            } else {
+                "dport"
+            };
+            let orphans = ss_open(side, port) as f64;
+            all - opened <= most
+                && (0.0..=most).contains(&(all - orphans - closed))
+                && scrape.connections(port, direction) == 0.0
+        })
+    });
     agent.stop();
-    lost(&scrape)
+    Lost::of(&scrape)
 }
 
 /// Opens and closes so many, half of them by RST.
@@ -294,24 +325,20 @@ fn what_the_classic_tracepoint_loses_is_told_and_healed() {
         let both = |scrape: &Scrape, family: &str| {
             scrape.port(family, port, "inbound") + scrape.port(family, port, "outbound")
         };
-        let scrape = agent.until("none is open", |scrape| {
-            both(scrape, "connmon_port_connections") == 0.0
+        let scrape = agent.until("every opening and closing but the lost ones", |scrape| {
+            let state = [("probe", "inet_sock_set_state")];
+            let missed = scrape.get("connmon_probe_missed_runs_total", &state);
+            missed.expect("it is counted on every kernel");
+            let lost = Lost::of(scrape);
+            // Of a connection whose opening was missed the close is not
+            // counted either, unless an audit found it meanwhile.
+            let counted = both(scrape, OPENED) + both(scrape, CLOSED);
+            let orphans = (ss_open("sport", port) + ss_open("dport", port)) as f64;
+            let short = 4.0 * COUNT as f64 - counted - orphans;
+            let most = 2.0 * (lost.ring + lost.runs);
+            both(scrape, "connmon_port_connections") == 0.0 && (0.0..=most).contains(&short)
         });
-        let state = [("probe", "inet_sock_set_state")];
-        let missed = scrape.get("connmon_probe_missed_runs_total", &state);
-        let missed = missed.expect("it is told on every kernel")
-            + scrape.sum("connmon_events_dropped_total", &[]);
-        // Of a connection whose opening was missed the close is not counted
-        // either, unless an audit found it meanwhile.
-        let all = 4.0 * COUNT as f64;
-        let counted = both(&scrape, OPENED) + both(&scrape, CLOSED);
-        let orphans = (ss_open("sport", port) + ss_open("dport", port)) as f64;
-        let short = all - counted - orphans;
-        println!("{missed} changes missed, {short} of {all} openings and closes not counted");
-        assert!(
-            (0.0..=2.0 * missed).contains(&short),
-            "{short} not counted, {missed} missed"
-        );
+        println!("{:?}", Lost::of(&scrape));
         agent.stop();
     });
 }
@@ -377,7 +404,7 @@ fn a_taken_port_and_a_bad_database_are_one_clear_line() {
     assert_eq!(said.lines().count(), 1, "{said}");
 
     let (code, said) = refusal(&["--geoip.database", "/no/such.mmdb"]);
-    assert_eq!(code, Some(2), "{said}");
+    assert_eq!(code, Some(1), "{said}");
     assert!(
         said.contains("--geoip.database") && said.contains("/no/such.mmdb"),
         "{said}"

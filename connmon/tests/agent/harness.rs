@@ -254,7 +254,7 @@ impl Agent {
 
     /// Scrapes until `good` holds, and fails with the last scrape. It waits
     /// for some audits at least, however the agent stretched their interval.
-    pub fn until(&self, what: &str, good: impl Fn(&Scrape) -> bool) -> Scrape {
+    pub fn until(&self, what: &str, mut good: impl FnMut(&Scrape) -> bool) -> Scrape {
         let asked = Instant::now();
         let mut patience = PATIENCE;
         loop {

@@ -29,6 +29,12 @@ pub fn alone() -> MutexGuard<'static, ()> {
     guard
 }
 
+/// Reports what a test could not judge on this machine, and why. It is counted
+/// and shown; the test shows its statement in another way.
+pub fn inconclusive(what: &str, reason: &str) {
+    println!("inconclusive: {what}: {reason}");
+}
+
 /// The short form of a figure, or the long one.
 pub fn scale<T>(short: T, long: T) -> T {
     if std::env::var_os("CONNMON_STORM").is_some_and(|storm| storm == "long") {

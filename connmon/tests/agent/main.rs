@@ -6,6 +6,7 @@ mod bytes;
 mod crowds;
 mod dashboards;
 mod e2e;
+mod files;
 mod floods;
 mod harness;
 mod held;
@@ -18,9 +19,11 @@ mod namespaces;
 mod page;
 mod privileges;
 mod stand_ins;
+mod stderr;
 mod storm;
 #[path = "../support/mod.rs"]
 mod support;
+mod terminal;
 mod tools;
 mod traffic;
 #[expect(dead_code, reason = "the page's own tests use more of it")]

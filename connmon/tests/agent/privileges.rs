@@ -4,9 +4,10 @@
 
 use std::collections::BTreeMap;
 use std::fs::Permissions;
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -413,7 +414,6 @@ fn the_threads_that_check_passwords_are_closed_in_too() {
     let hash = bcrypt::hash("secret", 4).unwrap();
     std::fs::write(&file, format!("basic_auth_users:\n  amy: {hash}\n")).unwrap();
     let mut agent = Agent::start(&["--web.config.file", file.to_str().unwrap()]);
-    let before = threads(agent.pid()).len();
     for (password, status) in [("wrong", "401"), ("secret", "200")] {
         let credentials =
             base64::engine::general_purpose::STANDARD.encode(format!("amy:{password}"));
@@ -431,18 +431,17 @@ fn the_threads_that_check_passwords_are_closed_in_too() {
             "{answer}"
         );
     }
-    let after = closed_in(agent.pid());
-    assert!(
-        after > before,
-        "{before} threads before the login, {after} after"
-    );
+    closed_in(agent.pid());
+    let threads = threads(agent.pid());
+    let pool = threads.iter().any(|(name, ..)| name == "tokio-rt-worker");
+    assert!(pool, "{threads:?}");
     // Scrapes need the password: the laws are for others to check.
     agent.signal(15);
     assert!(agent.wait().success(), "{}", agent.log());
 }
 
-/// Checks every thread of an agent; how many there are.
-fn closed_in(main: u32) -> usize {
+/// Checks every thread of an agent.
+fn closed_in(main: u32) {
     let walker_needs =
         CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH;
     wait_until(|| threads(main).iter().all(|(.., seccomp)| seccomp == "2"));
@@ -461,7 +460,149 @@ fn closed_in(main: u32) -> usize {
         }
     }
     assert_eq!(walkers, 1, "{threads:?}");
-    threads.len()
+}
+
+/// Of a process, on a thread of another.
+type Attempt = fn(i32) -> std::io::Result<()>;
+
+/// What a process tries that wants the memory of another. Named by thread,
+/// since the kernel compares the capabilities of threads.
+const ATTEMPTS: [(&str, Attempt); 4] = [
+    ("open mem", |task| {
+        let path = format!("/proc/{task}/mem");
+        let open = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path);
+        open.map(drop)
+    }),
+    ("process_vm_readv", |task| {
+        let mut byte = 0u8;
+        let local = libc::iovec {
+            iov_base: (&raw mut byte).cast(),
+            iov_len: 1,
+        };
+        // An address that nothing is at: EFAULT for who may read.
+        let remote = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 1,
+        };
+        #[expect(unsafe_code, reason = "no wrapper")]
+        // SAFETY: `local` is one byte of this function's.
+        let read = unsafe { libc::process_vm_readv(task, &local, 1, &remote, 1, 0) };
+        match std::io::Error::last_os_error() {
+            error if read < 0 && error.raw_os_error() != Some(libc::EFAULT) => Err(error),
+            _ => Ok(()),
+        }
+    }),
+    ("ptrace", |task| {
+        #[expect(unsafe_code, reason = "no wrapper")]
+        // SAFETY: PTRACE_SEIZE touches no memory of the caller's.
+        let seized = unsafe { libc::ptrace(libc::PTRACE_SEIZE, task, 0, 0) };
+        if seized < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(())
+    }),
+    ("name a descriptor", |task| {
+        std::fs::read_link(format!("/proc/{task}/fd/0")).map(drop)
+    }),
+];
+
+/// Whether a process of this user without any capability succeeds.
+fn attempt(user: u32, task: i32, what: Attempt) -> std::io::Result<()> {
+    let mut command = Command::new("true");
+    command.uid(user).gid(user);
+    let inside = move || {
+        rustix::thread::set_capabilities(
+            None,
+            rustix::thread::CapabilitySets {
+                effective: CapabilitySet::empty(),
+                permitted: CapabilitySet::empty(),
+                inheritable: CapabilitySet::empty(),
+            },
+        )?;
+        what(task)
+    };
+    #[expect(unsafe_code, reason = "the only way into a child of another user")]
+    // SAFETY: nothing else of this process runs in the child; glibc's malloc,
+    // which the path's text needs, works after fork (its atfork handlers).
+    unsafe {
+        command.pre_exec(inside);
+    }
+    assert!(command.spawn()?.wait()?.success());
+    Ok(())
+}
+
+/// No process of this user that has no capability gets into this one; how
+/// many threads it has.
+pub fn not_open(pid: u32, user: u32) -> usize {
+    let mut tasks = 0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let task = task.unwrap().file_name().into_string().unwrap();
+        for (what, attempted) in ATTEMPTS {
+            let result = attempt(user, task.parse().unwrap(), attempted);
+            let error = result.expect_err(what);
+            assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{what}: {error}");
+        }
+        tasks += 1;
+    }
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let core = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max core file size"));
+    let core: Vec<&str> = core.unwrap().split_whitespace().collect();
+    assert_eq!(core[..2], ["0", "0"], "{limits}");
+    tasks
+}
+
+fn cannot_be_opened(agent: &Agent, user: u32) {
+    let pid = agent.pid();
+    wait_until(|| threads(pid).iter().all(|(.., seccomp)| seccomp == "2"));
+    assert!(not_open(pid, user) >= 4);
+}
+
+#[test]
+fn a_process_of_the_same_user_cannot_open_the_agent() {
+    if !runnable("opening the agent from a process of its user") {
+        return;
+    }
+    let everyones = Everyones::new();
+    let nobody = NOBODY.parse().unwrap();
+    // What would be found: a process that can be opened.
+    for user in [nobody, 0] {
+        let mut sleeping = Command::new("setpriv");
+        let user_id = user.to_string();
+        sleeping.args(["--reuid", &user_id, "--regid", &user_id, "--clear-groups"]);
+        sleeping.args(["--inh-caps=-all", "--bounding-set=-all", "sleep", "60"]);
+        let mut sleeping = sleeping.spawn().unwrap();
+        let task = sleeping.id().cast_signed();
+        wait_until(|| {
+            let name = std::fs::read_to_string(format!("/proc/{task}/comm"));
+            name.is_ok_and(|name| name == "sleep\n")
+        });
+        for (what, attempted) in ATTEMPTS {
+            attempt(user, task, attempted).expect(what);
+        }
+        sleeping.kill().unwrap();
+        sleeping.wait().unwrap();
+    }
+    let agent = Agent::start(&["--filter.loopback", "include"]);
+    cannot_be_opened(&agent, 0);
+    let missed = "connmon_probe_missed_runs_total";
+    let told = agent.scrape().has(missed);
+    agent.stop();
+    for set in ["", COUNT, NAMES, DIAG] {
+        let agent = everyones.start(set, &["--proc.interval", "1s"]);
+        cannot_be_opened(&agent, nobody);
+        // What it reads of itself it still reads.
+        let scrape = agent.scrape();
+        for family in ["process_open_fds", "process_resident_memory_bytes"] {
+            assert!(scrape.has(family), "{set}: {family}");
+        }
+        assert_eq!(scrape.has(missed), told && !set.is_empty(), "{set}");
+        agent.stop();
+    }
 }
 
 #[test]

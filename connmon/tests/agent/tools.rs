@@ -10,17 +10,15 @@ use std::time::{Duration, Instant};
 use connmon_host::sandbox::{CapabilitySet, held};
 use serde_json::Value;
 
-use crate::harness::{Agent, PATIENCE};
+use crate::harness::Agent;
 use crate::namespaces;
-use crate::privileges::threads;
-use crate::support;
+use crate::privileges::{not_open, threads};
 use crate::traffic::{Family, Pair, Server};
 use crate::world::World;
 
 /// Ports that no world has a server on, nor any other test.
 const SERVED: u16 = 6000;
 const CLOSED: u16 = 6001;
-const WATCHED: u16 = 6003;
 
 fn lines(output: &[u8]) -> Vec<Value> {
     String::from_utf8_lossy(output)
@@ -299,6 +297,7 @@ fn the_tools_give_up_what_they_do_not_need() {
             assert!(!kept.contains(CapabilitySet::SYS_ADMIN), "{name}: {kept:?}");
         }
     }
+    not_open(trace.child.id(), 0);
     trace.signal("-INT");
     trace.end();
     let trace = Trace::start(&["--duration", "60", "--sandbox", "off"]);
@@ -367,120 +366,4 @@ fn list_ends_quietly_when_its_reader_does() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
     assert_eq!(said, "");
-}
-
-/// A terminal of its own.
-struct Screen(String);
-
-impl Screen {
-    fn tmux(&self, args: &[&str]) -> String {
-        let output = Command::new("tmux")
-            .args(["-L", &self.0, "-f", "/dev/null"])
-            .args(args)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "tmux {args:?}: {said}");
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    }
-
-    fn until(&self, what: &str, good: impl Fn(&str) -> bool) -> String {
-        let until = Instant::now() + PATIENCE;
-        loop {
-            let screen = self.tmux(&["capture-pane", "-p"]);
-            if good(&screen) {
-                return screen;
-            }
-            assert!(Instant::now() < until, "{what} never came:\n{screen}");
-            sleep(Duration::from_millis(100));
-        }
-    }
-
-    /// Facts of the pane, by tmux's names.
-    fn facts(&self, format: &str) -> String {
-        let said = self.tmux(&["display-message", "-p", format]);
-        said.trim_end().to_owned()
-    }
-}
-
-impl Drop for Screen {
-    fn drop(&mut self) {
-        let _ = Command::new("tmux")
-            .args(["-L", &self.0, "kill-server"])
-            .status();
-    }
-}
-
-/// In namespaces of its own, so that nothing else on this machine counts.
-#[test]
-fn top_shows_switches_resizes_and_leaves_the_terminal_as_it_was() {
-    if !namespaces::may_run("top in a terminal") {
-        return;
-    }
-    if Command::new("tmux").arg("-V").output().is_err() {
-        support::skipped("top in a terminal", "tmux is missing");
-        return;
-    }
-    let world = World::new();
-    let listener = world.listen(WATCHED);
-    let held = world.outbound("JP", WATCHED, 9);
-    let accepted: Vec<_> = (0..9).map(|_| listener.accept().unwrap()).collect();
-    let directory = tempfile::tempdir().unwrap();
-    let stty = |when: &str| format!("stty -g > {}", directory.path().join(when).display());
-    let screen = Screen(format!("connmon-top-{}", std::process::id()));
-    screen.tmux(&["new-session", "-d", "-x", "100", "-y", "40", "sh"]);
-    let command = format!(
-        "{}; {} top --geoip.database {}; echo back with $?; {}",
-        stty("before"),
-        env!("CARGO_BIN_EXE_connmon"),
-        world.database().display(),
-        stty("after"),
-    );
-    screen.tmux(&["send-keys", &command, "Enter"]);
-    // NOW of the line that starts so.
-    let now = |text: &str, start: &str| -> Option<String> {
-        let line = text.lines().find_map(|line| line.strip_prefix(start))?;
-        Some(line.split_whitespace().next()?.to_owned())
-    };
-    screen.until("countries", |text| {
-        text.contains("COUNTRY") && now(text, "JP ").as_deref() == Some("9")
-    });
-    screen.tmux(&["send-keys", "p"]);
-    let inbound = format!("{WATCHED} in ");
-    screen.until("ports", |text| {
-        text.contains("PORT") && now(text, &inbound).as_deref() == Some("9")
-    });
-    screen.tmux(&["resize-window", "-x", "60", "-y", "12"]);
-    screen.until("a smaller screen", |text| {
-        screen.facts("#{pane_width}x#{pane_height}") == "60x12"
-            && text.starts_with("connmon top")
-            && text.contains("PORT")
-            && text.lines().all(|line| line.chars().count() <= 60)
-    });
-    // Both at once: neither may get lost.
-    screen.tmux(&[
-        "resize-window",
-        "-x",
-        "100",
-        "-y",
-        "30",
-        ";",
-        "send-keys",
-        "r",
-    ]);
-    screen.until("processes, wide again", |text| {
-        text.contains("PROCESS") && text.contains("SENT/s") && text.contains(&process_name())
-    });
-    screen.tmux(&["send-keys", "C-c"]);
-    screen.until("the shell", |text| text.contains("back with 0"));
-    drop((held, accepted));
-    let until = Instant::now() + PATIENCE;
-    let read =
-        |when: &str| std::fs::read_to_string(directory.path().join(when)).unwrap_or_default();
-    while read("after").is_empty() {
-        assert!(Instant::now() < until, "no stty");
-        sleep(Duration::from_millis(50));
-    }
-    assert_eq!(read("before"), read("after"), "stty -g");
-    assert_eq!(screen.facts("#{alternate_on}#{cursor_flag}"), "01");
 }

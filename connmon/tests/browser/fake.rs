@@ -61,34 +61,35 @@ impl Content for Pages {
 impl Agent {
     /// On a free port.
     pub fn start(report: Report) -> Result<Self> {
-        Self::start_at("/metrics", report)
+        Self::start_with(&[], report)
     }
 
     /// With another telemetry path.
     pub fn start_at(telemetry_path: &str, report: Report) -> Result<Self> {
-        Self::start_on(
-            SocketAddr::from(([127, 0, 0, 1], 0)),
-            telemetry_path,
-            report,
-        )
+        let path = ("web.telemetry-path", telemetry_path.to_owned());
+        Self::start_with(&[path], report)
     }
 
     /// On a given address.
     pub fn start_on(address: SocketAddr, telemetry_path: &str, report: Report) -> Result<Self> {
-        let config = config::load(
-            &[
-                ("web.listen-address", address.to_string()),
-                ("web.telemetry-path", telemetry_path.to_owned()),
-            ],
-            [],
-        )?
-        .config;
+        let address = ("web.listen-address", address.to_string());
+        let path = ("web.telemetry-path", telemetry_path.to_owned());
+        Self::start_with(&[address, path], report)
+    }
+
+    /// With these flags, on a free port unless they name one.
+    pub fn start_with(flags: &[(&'static str, String)], report: Report) -> Result<Self> {
+        let mut flags = flags.to_vec();
+        if flags.iter().all(|(name, _)| *name != "web.listen-address") {
+            flags.push(("web.listen-address", "127.0.0.1:0".to_owned()));
+        }
+        let config = config::load(&flags, [])?.config;
         let server = Server::bind(&config)?;
         let address = *server.addresses().first().context("no address")?;
         let shared = Arc::new(Shared(Mutex::new(Some(Arc::new(report)))));
         let reporter: Arc<dyn Reporter> = Arc::clone(&shared) as _;
         let pages = Pages {
-            page: Page::new(telemetry_path),
+            page: Page::new(&config.telemetry_path),
             metrics: Metrics::new(),
         };
         let (stop, stopped) = oneshot::channel();

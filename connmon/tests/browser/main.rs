@@ -278,7 +278,11 @@ fn figure(by: &Value, direction: &str) -> u64 {
 }
 
 fn open(browser: &Browser, agent: &Agent) -> Result<()> {
-    browser.open(&agent.url())?;
+    open_at(browser, &agent.url())
+}
+
+fn open_at(browser: &Browser, url: &str) -> Result<()> {
+    browser.open(url)?;
     browser.wait_for(
         "the first answer",
         "document.querySelectorAll('#agent dd').length > 5",
@@ -417,6 +421,24 @@ fn it_loads_little_and_only_from_its_own_server() -> Result<()> {
     }
     println!("over the wire: {wire} bytes in {} answers", bodies.len());
     assert!(wire < WIRE_BYTES_MAX, "{wire} bytes over the wire");
+    Ok(())
+}
+
+/// As browsers let one log in.
+#[test]
+fn it_works_with_credentials_in_its_address() -> Result<()> {
+    let (_one, browser) = browser_or_skip!();
+    let directory = tempfile::tempdir()?;
+    let web_config = directory.path().join("web.yml");
+    let hash = bcrypt::hash("pass:word", 4)?;
+    std::fs::write(&web_config, format!("basic_auth_users:\n  user: {hash}\n"))?;
+    let agent = Agent::start_with(
+        &[("web.config.file", web_config.to_string_lossy().into_owned())],
+        world(),
+    )?;
+    let url = format!("http://user:pass%3Aword@{}/", agent.address());
+    open_at(&browser, &url)?;
+    assert_eq!(complaints(&browser)?, Vec::<String>::new());
     Ok(())
 }
 

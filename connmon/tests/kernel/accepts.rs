@@ -340,12 +340,17 @@ fn fast_open_ends(
     lives
 }
 
-/// Long enough for a thread to wake up and accept, on any machine.
-const LATE: &str = "1000ms";
+/// A child by Fast Open whose handshake has not ended, and cannot end before
+/// `silence` is dropped: the client is elsewhere, and nothing that we send
+/// reaches it. Our SYN-ACK is sent again for a minute.
+struct Early {
+    listening: Server,
+    client: TcpStream,
+    child: TcpStream,
+    silence: Qdisc,
+}
 
-/// A child by Fast Open whose handshake takes long: the client is elsewhere,
-/// and what we send to it is late.
-fn late_child(world: &mut World<'_>) -> Result<(Server, TcpStream, TcpStream), String> {
+fn early_child(world: &mut World<'_>) -> Result<Early, String> {
     world.network.routed.clone()?;
     let on = Sysctl::set("ipv4/tcp_fastopen", "519")?;
     let listener = TcpListener::bind((OURS, 0)).unwrap();
@@ -353,7 +358,7 @@ fn late_child(world: &mut World<'_>) -> Result<(Server, TcpStream, TcpStream), S
     let listening = Server { listener, address };
     raw::set_tcp(&listening.listener, raw::TCP_FASTOPEN, 16)
         .map_err(|error| format!("TCP_FASTOPEN: {error}"))?;
-    let late = Qdisc::add(&["delay", LATE])?;
+    let silence = Qdisc::add(&["loss", "100%"])?;
     let before = fast_opened();
     let client = world.network.at_router(move || {
         let _on = Sysctl::set("ipv4/tcp_fastopen", "519")?;
@@ -368,23 +373,25 @@ fn late_child(world: &mut World<'_>) -> Result<(Server, TcpStream, TcpStream), S
     let (mut child, _) = listening.listener.accept().unwrap();
     child.read_exact(&mut [0; 5]).unwrap();
     assert_eq!(fast_opened(), before + 1, "the data came with the SYN");
-    assert_eq!(in_syn_recv(listening.port()), 1, "accepted late");
-    drop((late, on));
-    Ok((listening, client, child))
-}
-
-/// Sockets in SYN_RECV that are no request sockets.
-fn in_syn_recv(port: u16) -> usize {
-    crate::traffic::ss("syn-recv", "sport", port)
+    assert_eq!(raw::tcp_info(&child).unwrap().state, SYN_RECV);
+    drop(on);
+    Ok(Early {
+        listening,
+        client,
+        child,
+        silence,
+    })
 }
 
 /// Accepted before its handshake ended, it has waited for nothing.
 pub fn fast_open_early(world: &mut World<'_>) -> Outcome {
-    let (listening, mut client, mut child) = match late_child(world) {
-        Ok(made) => made,
+    let early = match early_child(world) {
+        Ok(early) => early,
         Err(reason) => return Outcome::NotApplicable(reason),
     };
-    let port = listening.port();
+    let (mut client, mut child) = (early.client, early.child);
+    let port = early.listening.port();
+    drop(early.silence);
     world.gauges(port, 1, 1);
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(child.read(&mut [0; 16]).unwrap(), 0);
@@ -405,12 +412,14 @@ pub fn fast_open_early(world: &mut World<'_>) -> Outcome {
 /// the FIN at once, or else as soon as the handshake ends ("tcp: defer
 /// shutdown(SEND_SHUTDOWN) for TCP_SYN_RECV sockets", 6.9 and stable kernels).
 pub fn fast_open_closed(world: &mut World<'_>) -> Outcome {
-    let (listening, mut client, child) = match late_child(world) {
-        Ok(made) => made,
+    let early = match early_child(world) {
+        Ok(early) => early,
         Err(reason) => return Outcome::NotApplicable(reason),
     };
-    let port = listening.port();
-    drop(child);
+    let mut client = early.client;
+    let port = early.listening.port();
+    drop(early.child);
+    drop(early.silence);
     assert_eq!(client.read(&mut [0; 16]).unwrap(), 0);
     drop(client);
     let lives = world.lives(port, 1);

@@ -1,7 +1,10 @@
 //! What the host lacks, and what the agent then says and does.
 
+use std::io::{BufRead as _, BufReader};
+use std::net::TcpListener;
 use std::panic::resume_unwind;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use connmon_core::probe::Probe;
 use connmon_host::kernel::kernel_version;
@@ -10,6 +13,7 @@ use rustix::thread::UnshareFlags;
 use serde_json::Value;
 
 use crate::harness::Agent;
+use crate::raw;
 use crate::scenarios::listen;
 use crate::traffic::{Family, Server};
 use crate::world::{CLOSED, OPENED, Outcome, Rung, World, in_guest};
@@ -313,4 +317,47 @@ fn strict() {
         said.contains("--sandbox strict") && said.contains("landlock"),
         "{said}"
     );
+}
+
+/// Runs [`without_first_thread`] in a process of its own.
+pub const WITHOUT_FIRST_THREAD: &str = "--without-first-thread";
+
+/// Listens on a later thread, says where, and ends the first.
+pub fn without_first_thread() -> ! {
+    std::thread::spawn(|| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        println!("{}", listener.local_addr().unwrap().port());
+        std::thread::sleep(Duration::from_secs(600));
+        std::process::exit(1);
+    });
+    raw::end_thread()
+}
+
+/// `/proc/<pid>/fd` is empty once the first thread of a process has ended; the
+/// others show its descriptors.
+pub fn first_thread_ended(world: &mut World<'_>) -> Outcome {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .arg(WITHOUT_FIRST_THREAD)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
+    let port = said.next().unwrap().unwrap();
+    let pid = child.id().to_string();
+    let shown = format!("/proc/{pid}/fd");
+    let until = Instant::now() + Duration::from_secs(10);
+    while std::fs::read_dir(&shown).unwrap().count() > 0 {
+        assert!(Instant::now() < until, "its first thread has not ended");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let agent = Agent::start(&world.rung.args());
+    agent.until("the listener's owner", |scrape| {
+        let labels = [("port", port.as_str()), ("pid", pid.as_str())];
+        scrape.sum("connmon_listening_socket_info", &labels) == 1.0
+    });
+    assert!(child.try_wait().unwrap().is_none(), "it goes on");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    agent.stop();
+    Outcome::Held
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use connmon_common::state::{CLOSE, SYN_SENT};
-use connmon_core::event::{Event, Owner, SocketId, Tuple};
+use connmon_core::event::{Event, Owner, SocketId, Traffic, Tuple};
 
 /// One socket from its first event to its close.
 #[derive(Clone, Debug)]
@@ -22,6 +22,10 @@ pub struct Life {
     pub accepted_by: Option<Owner>,
     /// A deferred SYN was reported.
     pub sent_later: bool,
+    /// Opened elsewhere and restored here.
+    pub restored: bool,
+    /// Figures at the close.
+    pub traffic: Option<Traffic>,
     /// `sk_err` at the close.
     pub error: u32,
     /// Segments sent, at the close.
@@ -78,6 +82,13 @@ pub fn lives(events: &[Event], port: u16) -> Vec<Life> {
                 lives[at].netns.push(socket.netns);
                 lives[at].changes.push((*old, *new));
             }
+            Event::Restore { socket, tuple } => {
+                if let Some(at) = current.get(&socket.id) {
+                    lives[*at].restored = true;
+                    lives[*at].tuple = *tuple;
+                    lives[*at].netns.push(socket.netns);
+                }
+            }
             Event::Change {
                 socket, old, new, ..
             } => {
@@ -91,6 +102,7 @@ pub fn lives(events: &[Event], port: u16) -> Vec<Life> {
                 old,
                 error,
                 segments_out,
+                traffic,
                 ..
             } => {
                 accepts.remove(&socket.id);
@@ -100,6 +112,7 @@ pub fn lives(events: &[Event], port: u16) -> Vec<Life> {
                     life.netns.push(socket.netns);
                     life.error = *error;
                     life.segments = *segments_out;
+                    life.traffic = *traffic;
                     life.closed = true;
                 }
             }
@@ -141,6 +154,8 @@ impl Life {
             connected_by: None,
             accepted_by: None,
             sent_later: false,
+            restored: false,
+            traffic: None,
             error: 0,
             segments: None,
             closed: false,

@@ -5,7 +5,8 @@
 //! every rung must be there.
 //!
 //! A scenario that failed while the kernel left out runs of the programs is
-//! tried again, see [`World::excuse`]. Prints `PASS|FAIL|NA <release> <rung> <scenario> …`.
+//! retried, see [`World::excuse`], which a line `retried: …` reports. Prints
+//! `PASS|FAIL|NA <release> <rung> <scenario> …`.
 
 mod accepts;
 mod figures;
@@ -31,6 +32,7 @@ mod support;
 mod traffic;
 mod world;
 
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -44,11 +46,16 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(host::WITHOUT_FIRST_THREAD) {
+        host::without_first_thread();
+    }
     let args = parse();
     if !rustix::process::geteuid().is_root() {
         support::skipped("state scenarios", "need root");
         return tally(0, 0);
     }
+    // As libtest begins, for whoever counts.
+    println!("\nrunning {} scenarios", scenarios::ALL.len());
     let network = network::Network::enter();
     let (mut passed, mut failed) = (0, 0);
     for rung in args.rungs {
@@ -93,32 +100,42 @@ fn run(mut world: World<'_>, filter: Option<&str>) -> (u64, u64) {
     let (mut passed, mut failed) = (0, 0);
     let release = release();
     let rung = world.rung.name();
+    let is_asked =
+        |name: &str| filter.is_none_or(|filter| filter.split(',').any(|part| name.contains(part)));
     for &(name, on, scenario) in scenarios::ALL {
-        if !on.includes(world.rung) || filter.is_some_and(|filter| !name.contains(filter)) {
+        if !on.includes(world.rung) || !is_asked(name) {
             continue;
         }
         let started = Instant::now();
-        let mut tries = 0;
+        let mut excused = Vec::new();
         let came_to = loop {
-            tries += 1;
+            let tries = excused.len() + 1;
             let came_to = catch_unwind(AssertUnwindSafe(|| {
                 world.begin();
                 let outcome = scenario(&mut world);
                 world.check_laws();
                 outcome
             }));
-            if came_to.is_ok() || tries == TRIES {
+            let Err(panic) = &came_to else {
+                break came_to;
+            };
+            if tries == TRIES {
                 break came_to;
             }
+            let said = message(panic.as_ref());
             match catch_unwind(AssertUnwindSafe(|| world.excuse(tries))) {
-                Ok(Some(excuse)) => println!("again: {release} {rung} {name}: {excuse}"),
+                Ok(Some(excuse)) => excused.push(format!("{excuse}: {said}")),
                 _ => break came_to,
             }
         };
         let took = started.elapsed().as_millis();
+        let excused = excused.join("; ");
         match came_to {
             Ok(Outcome::Held) => {
                 passed += 1;
+                if !excused.is_empty() {
+                    println!("retried: {release} {rung} {name}: {excused}");
+                }
                 println!("PASS {release} {rung} {name} {took} ms");
             }
             Ok(Outcome::NotApplicable(reason)) => {
@@ -129,28 +146,32 @@ fn run(mut world: World<'_>, filter: Option<&str>) -> (u64, u64) {
             }
             Err(panic) => {
                 failed += 1;
-                let message = panic
-                    .downcast_ref::<String>()
-                    .map(String::as_str)
-                    .or_else(|| panic.downcast_ref::<&str>().copied())
-                    .unwrap_or("no message");
-                let line = message.lines().collect::<Vec<_>>().join(" | ");
-                println!("FAIL {release} {rung} {name} {line}");
+                let said = message(panic.as_ref());
+                match excused.is_empty() {
+                    true => println!("FAIL {release} {rung} {name} {said}"),
+                    false => println!("FAIL {release} {rung} {name} {said}; before: {excused}"),
+                }
             }
         }
     }
     if let Err(error) = catch_unwind(AssertUnwindSafe(|| world.end())) {
         failed += 1;
-        let message = error.downcast_ref::<String>().cloned().unwrap_or_default();
-        println!(
-            "FAIL {release} {rung} end {}",
-            message.lines().next().unwrap_or_default()
-        );
+        println!("FAIL {release} {rung} end {}", message(error.as_ref()));
     } else {
         passed += 1;
         println!("PASS {release} {rung} end 0 ms");
     }
     (passed, failed)
+}
+
+/// What a panic said, on one line.
+fn message(panic: &(dyn Any + Send)) -> String {
+    let message = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    message.lines().collect::<Vec<_>>().join(" | ")
 }
 
 fn release() -> String {

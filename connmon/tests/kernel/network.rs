@@ -19,6 +19,11 @@ pub const ROUTER: &str = "10.77.0.2";
 /// Behind the router, which knows no way.
 pub const BEYOND: &str = "10.99.0.1";
 
+/// Addresses of both ends: each knows the other without asking, so that a
+/// link that loses everything loses no ARP.
+const OUR_MAC: &str = "02:00:0a:4d:00:01";
+const ROUTER_MAC: &str = "02:00:0a:4d:00:02";
+
 /// Both namespaces; deleted when dropped.
 pub struct Network {
     own: String,
@@ -68,12 +73,21 @@ impl Network {
 }
 
 fn route(own: &str, router: &str) -> Result<(), String> {
-    let link = ["link", "add", "k0", "type", "veth", "peer", "name", "r0"];
-    ip(&[&["-n", own][..], &link, &["netns", router]].concat())?;
+    let link = ["link", "add", "k0", "address", OUR_MAC, "type", "veth"];
+    let peer = ["peer", "name", "r0", "address", ROUTER_MAC, "netns", router];
+    ip(&[&["-n", own][..], &link, &peer].concat())?;
     ip(&["-n", own, "address", "add", "10.77.0.1/24", "dev", "k0"])?;
     ip(&["-n", router, "address", "add", "10.77.0.2/24", "dev", "r0"])?;
     ip(&["-n", own, "link", "set", "k0", "up"])?;
     ip(&["-n", router, "link", "set", "r0", "up"])?;
+    for (namespace, device, address, mac) in [
+        (own, "k0", ROUTER, ROUTER_MAC),
+        (router, "r0", OURS, OUR_MAC),
+    ] {
+        let neighbour = ["neighbour", "replace", address, "lladdr", mac];
+        let known = ["nud", "permanent", "dev", device];
+        ip(&[&["-n", namespace][..], &neighbour, &known].concat())?;
+    }
     ip(&["-n", own, "route", "add", "default", "via", "10.77.0.2"])?;
     let forward = "echo 1 > /proc/sys/net/ipv4/ip_forward";
     ip(&["netns", "exec", router, "sh", "-c", forward])
@@ -107,14 +121,41 @@ fn run(program: &str, args: &[&str]) -> Result<(), String> {
     ))
 }
 
-/// What netem does to all that we send over our link, until dropped.
+/// What a queueing discipline does to all that we send over our link, until
+/// dropped.
 pub struct Qdisc(());
 
 impl Qdisc {
-    /// `Err` where this kernel lacks it.
+    /// netem; `Err` where this kernel lacks it.
     pub fn add(netem: &[&str]) -> Result<Self, String> {
-        let add = ["qdisc", "add", "dev", "k0", "root", "netem"];
-        run("tc", &[&add[..], netem].concat()).map(|()| Self(()))
+        Self::of("netem", netem)
+    }
+
+    /// `Err` where this kernel lacks it.
+    pub fn of(kind: &str, args: &[&str]) -> Result<Self, String> {
+        let add = ["qdisc", "add", "dev", "k0", "root", kind];
+        run("tc", &[&add[..], args].concat()).map(|()| Self(()))
+    }
+}
+
+/// A filter of our namespace that drops one in so many packets to a port as
+/// they leave, until dropped.
+pub struct PacketFilter(());
+
+impl PacketFilter {
+    /// `Err` where nft or the kernel's part of it is missing.
+    pub fn add(port: u16, one_in: u32) -> Result<Self, String> {
+        let rules = format!(
+            "table ip kernel_test {{ chain out {{ type filter hook output priority 0; \
+             tcp dport {port} numgen random mod {one_in} == 0 drop; }}; }}"
+        );
+        run("nft", &[&rules]).map(|()| Self(()))
+    }
+}
+
+impl Drop for PacketFilter {
+    fn drop(&mut self) {
+        let _ = run("nft", &["delete table ip kernel_test"]);
     }
 }
 

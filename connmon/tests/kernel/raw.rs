@@ -37,10 +37,15 @@ pub fn set_tcp(socket: &impl AsRawFd, option: i32, value: i32) -> io::Result<()>
 
 /// What is used of `struct tcp_info`.
 pub struct TcpInfo {
+    /// State of the socket.
+    pub state: u8,
     /// Smoothed round-trip time.
     pub rtt_us: u32,
     /// Segments sent again, all in all.
     pub total_retrans: u32,
+    /// Payload bytes of first transmissions; those that our own queue or a
+    /// filter dropped are transmitted anew.
+    pub first_sent_bytes: u64,
 }
 
 /// `TCP_INFO`.
@@ -48,7 +53,9 @@ pub fn tcp_info(socket: &impl AsRawFd) -> io::Result<TcpInfo> {
     // Eight bytes, then words (include/uapi/linux/tcp.h).
     const RTT: usize = 17;
     const TOTAL_RETRANS: usize = 25;
-    let mut info = [0u32; TOTAL_RETRANS + 1];
+    const BYTES_SENT: usize = 50;
+    const BYTES_RETRANS: usize = 52;
+    let mut info = [0u32; BYTES_RETRANS + 2];
     let mut length = size_of_val(&info) as libc::socklen_t;
     // SAFETY: the descriptor is borrowed from its owner, and the kernel writes
     // at most `length` bytes to `info`, which outlives the call.
@@ -65,10 +72,89 @@ pub fn tcp_info(socket: &impl AsRawFd) -> io::Result<TcpInfo> {
         return Err(io::Error::last_os_error());
     }
     assert_eq!(length as usize, size_of_val(&info));
+    let wide = |at: usize| u64::from(info[at]) | u64::from(info[at + 1]) << 32;
     Ok(TcpInfo {
+        state: info[0].to_ne_bytes()[0],
         rtt_us: info[RTT],
         total_retrans: info[TOTAL_RETRANS],
+        first_sent_bytes: wide(BYTES_SENT) - wide(BYTES_RETRANS),
     })
+}
+
+/// A connection of this host without its socket: what `TCP_REPAIR` takes out
+/// of one and puts into another.
+pub struct Dumped {
+    local: SocketAddr,
+    remote: SocketAddr,
+    /// Next sequence number to receive, and to send.
+    sequences: [i32; 2],
+}
+
+/// `TCP_RECV_QUEUE` and `TCP_SEND_QUEUE` of include/uapi/linux/tcp.h.
+const QUEUES: [i32; 2] = [1, 2];
+
+impl Dumped {
+    /// Closes a socket of which the peer learns nothing.
+    pub fn take(stream: TcpStream) -> io::Result<Self> {
+        set_tcp(&stream, libc::TCP_REPAIR, 1)?;
+        let mut sequences = [0; 2];
+        for (queue, sequence) in QUEUES.into_iter().zip(&mut sequences) {
+            set_tcp(&stream, libc::TCP_REPAIR_QUEUE, queue)?;
+            *sequence = get_tcp(&stream, libc::TCP_QUEUE_SEQ)?;
+        }
+        Ok(Self {
+            local: stream.local_addr()?,
+            remote: stream.peer_addr()?,
+            sequences,
+        })
+    }
+
+    /// The same connection on another socket, in repair until
+    /// [`end_repair`].
+    pub fn restore(&self) -> io::Result<TcpStream> {
+        let socket = Socket::new(Domain::for_address(self.local), Type::STREAM, None)?;
+        set_tcp(&socket, libc::TCP_REPAIR, 1)?;
+        for (queue, sequence) in QUEUES.into_iter().zip(self.sequences) {
+            set_tcp(&socket, libc::TCP_REPAIR_QUEUE, queue)?;
+            set_tcp(&socket, libc::TCP_QUEUE_SEQ, sequence)?;
+        }
+        socket.bind(&self.local.into())?;
+        socket.connect(&self.remote.into())?;
+        Ok(socket.into())
+    }
+}
+
+/// From here on a restored connection is one like others.
+pub fn end_repair(stream: &TcpStream) -> io::Result<()> {
+    set_tcp(stream, libc::TCP_REPAIR, 0)
+}
+
+fn get_tcp(socket: &impl AsRawFd, option: i32) -> io::Result<i32> {
+    let mut value = 0i32;
+    let mut length = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the descriptor is borrowed from its owner, and the kernel writes
+    // at most `length` bytes to `value`, which outlives the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            option,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(value)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Ends the calling thread alone, the first one of a process too.
+pub fn end_thread() -> ! {
+    // SAFETY: no pointers; nothing of this thread's is used any more.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
+    unreachable!("a thread that ended");
 }
 
 /// connect() to AF_UNSPEC: dissolves the association.

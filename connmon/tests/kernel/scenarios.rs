@@ -12,7 +12,7 @@ use connmon_common::state::{
 };
 use socket2::{Domain, Socket, Type};
 
-use crate::harness::Scrape;
+use crate::harness::{Agent, Scrape};
 use crate::lives::{Life, active, passive};
 use crate::network::{BEYOND, NOBODY, Sysctl};
 use crate::raw;
@@ -52,6 +52,7 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("socket-walk", On::Kernel, sockets::walk),
     ("socket-walk-churn", On::Kernel, sockets::churn),
     ("sandbox", On::Kernel, host::sandbox),
+    ("first-thread-ended", On::Kernel, host::first_thread_ended),
     ("blocked-accepts", On::Every, accepts::blocked_accepts),
     ("many-accepts", On::Every, accepts::many_accepts),
     ("io-uring", On::Every, accepts::io_uring),
@@ -76,6 +77,8 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("network-unreachable", On::Every, network_unreachable),
     ("no-free-port", On::Every, no_free_port),
     ("disconnect", On::Every, disconnect),
+    ("restored", On::Traced, restored),
+    ("process-name", On::Traced, process_name),
     ("mptcp", On::Every, mptcp),
     ("sctp", On::Every, sctp),
     ("v4-mapped", On::Every, v4_mapped),
@@ -86,6 +89,8 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("idle-close", On::Every, idle_close),
     ("bytes", On::Every, figures::bytes),
     ("bytes-live", On::Kernel, figures::bytes_live),
+    ("sent-queue-drops", On::Traced, figures::queue_drops),
+    ("sent-filter-drops", On::Traced, figures::filter_drops),
     ("rtt", On::Traced, figures::rtt),
     ("retransmits", On::Every, figures::retransmits),
     ("many", On::Every, many),
@@ -527,6 +532,101 @@ fn disconnect(world: &mut World<'_>) -> Outcome {
     let ids: Vec<_> = active(&lives).map(|life| life.id).collect();
     assert!(ids.windows(2).all(|pair| pair[0] == pair[1]), "{ids:?}");
     world.settled(port, Counts::both(2), &[]);
+    Outcome::Held
+}
+
+/// A connection that is taken out of its sockets and put into others
+/// (`TCP_REPAIR`) is not opened again: it is there, as one from before start.
+fn restored(world: &mut World<'_>) -> Outcome {
+    const DURATION: &str = "connmon_connection_duration_seconds_count";
+    const CORRECTIONS: &str = "connmon_reconcile_corrections_total";
+    let mut args = world.rung.args();
+    args.extend(["--reconcile.interval", "1s"]);
+    let agent = Agent::start(&args);
+    let base = agent.scrape();
+    let listening = listen(world, Family::V4);
+    let port = listening.port();
+    let pair = listening.pair();
+    let client_port = pair.client.local_addr().unwrap().port();
+    let [client, server] = match [pair.client, pair.server].map(raw::Dumped::take) {
+        [Ok(client), Ok(server)] => [client, server],
+        [Err(error), _] | [_, Err(error)] => {
+            return Outcome::NotApplicable(format!("TCP_REPAIR: {error}"));
+        }
+    };
+    let mut pair = Pair {
+        client: client.restore().unwrap(),
+        server: server.restore().unwrap(),
+    };
+    raw::end_repair(&pair.client).unwrap();
+    raw::end_repair(&pair.server).unwrap();
+    pair.exchange(1000, 500);
+    let both = |scrape: &Scrape, family: &str, count: f64| {
+        ["inbound", "outbound"]
+            .iter()
+            .all(|direction| scrape.port(family, port, direction) == count)
+    };
+    // The listener tells what an audit cannot see.
+    let is_there = |scrape: &Scrape| {
+        both(scrape, "connmon_port_connections", 1.0) && both(scrape, OPENED, 1.0)
+    };
+    agent.until("the restored connection", is_there);
+    pair.close();
+    let is_over = |scrape: &Scrape| {
+        both(scrape, "connmon_port_connections", 0.0) && both(scrape, CLOSED, 2.0)
+    };
+    let scrape = agent.until("its end", is_over);
+    assert!(both(&scrape, OPENED, 1.0));
+    // Nor did the server's end connect to its client's port.
+    for family in [OPENED, CLOSED] {
+        assert_eq!(scrape.port(family, client_port, "outbound"), 0.0);
+    }
+    if in_guest() {
+        let risen = |family: &str| scrape.sum(family, &[]) - base.sum(family, &[]);
+        // Nobody knows since when it was open. (Scrapes are connections too,
+        // and one from before the start may end meanwhile.)
+        let without = risen(CLOSED) - risen(DURATION);
+        assert!(without >= 2.0, "{without} closes without a duration");
+        let seeded = [("action", "seeded")];
+        let seeded = scrape.sum(CORRECTIONS, &seeded) - base.sum(CORRECTIONS, &seeded);
+        assert_eq!(seeded, 2.0);
+    }
+    agent.check_laws();
+    agent.stop();
+    let lives = world.lives(port, 3);
+    let restored: Vec<_> = lives.iter().filter(|life| life.restored).collect();
+    assert_eq!(restored.len(), 1, "{lives:#?}");
+    assert_eq!(restored[0].changes, [&[CONNECT], &FIN_FIRST[..]].concat());
+    let traffic = restored[0].traffic.unwrap();
+    assert_eq!((traffic.sent_bytes, traffic.received_bytes), (1000, 500));
+    Outcome::Held
+}
+
+/// Whatever thread listens, connects and accepts: the name is the process's.
+fn process_name(world: &mut World<'_>) -> Outcome {
+    let process = std::fs::read_to_string("/proc/self/comm").unwrap();
+    let process = process.trim_ascii_end();
+    let named = || {
+        let thread = std::fs::read_to_string("/proc/thread-self/comm").unwrap();
+        assert_ne!(thread.trim_ascii_end(), process);
+        let listening = listen(world, Family::V4);
+        let pair = listening.pair();
+        (listening, pair)
+    };
+    let (listening, pair) = std::thread::scope(|scope| {
+        let builder = std::thread::Builder::new().name("thread".into());
+        builder.spawn_scoped(scope, named).unwrap().join().unwrap()
+    });
+    let port = listening.port();
+    let name = port.to_string();
+    world.until("the listener's process", |scrape| {
+        let labels = [("port", name.as_str()), ("process", process)];
+        scrape.sum("connmon_listening_socket_info", &labels) == 1.0
+    });
+    pair.close();
+    // The owners are compared with this process there.
+    let lives = world.lives(port, 2);
+    accepts::each_known(world, &lives);
     Outcome::Held
 }
 

@@ -11,6 +11,7 @@ use connmon_host::kernel::{SocketWalk, Tracer, TracerOptions};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rustix::thread::UnshareFlags;
 
+use crate::harness::PATIENCE;
 use crate::network::{Sysctl, ip};
 use crate::scenarios::listen;
 use crate::traffic::{Family, Server};
@@ -29,8 +30,8 @@ pub fn walk(world: &mut World<'_>) -> Outcome {
         if ports.contains(&server.port()) {
             assert_eq!(socket.state, ESTABLISHED);
             let traffic = socket.traffic.unwrap();
-            let moved = (traffic.sent_bytes, traffic.received_bytes);
             let is_server = ports[0] == server.port();
+            let moved = (traffic.sent_payload(!is_server), traffic.received_bytes);
             assert_eq!(moved, if is_server { (500, 1000) } else { (1000, 500) });
             found.push(format!("{:?}", socket.tuple));
         }
@@ -38,7 +39,7 @@ pub fn walk(world: &mut World<'_>) -> Outcome {
     assert_eq!(found.len(), 2);
     pair.close();
     let mut closed = Vec::new();
-    let until = Instant::now() + Duration::from_secs(5);
+    let until = Instant::now() + PATIENCE;
     while closed.len() < 2 && Instant::now() < until {
         tracer.drain(usize::MAX, |event| {
             if let Event::Close { tuple, .. } = event

@@ -278,10 +278,19 @@ impl<'a> World<'a> {
         self.agent.stop();
     }
 
-    fn drain(&mut self) {
-        if let Some(tracer) = &mut self.tracer {
-            while !tracer.drain(1000, |event| self.events.push(event)).empty {}
-        }
+    /// Takes what lies in the ring of our own tracer. Whoever waits does so
+    /// all the while: scrapes are connections too, and would fill it.
+    pub fn drain(&mut self) {
+        drain(&mut self.tracer, &mut self.events);
+    }
+
+    /// Reports what a scenario could not judge on this machine, and why.
+    pub fn inconclusive(&self, what: &str) {
+        println!(
+            "inconclusive: {} {}: {what}",
+            crate::release(),
+            self.rung.name()
+        );
     }
 
     /// When polling, waits until a poll has met this listener.
@@ -316,6 +325,7 @@ impl<'a> World<'a> {
         let before = self.missed.agent;
         let state = Probe::SetState.label();
         self.agent.until(what, |scrape| {
+            drain(&mut self.tracer, &mut self.events);
             let good = good(scrape);
             let missed = scrape.get("connmon_probe_missed_runs_total", &[("probe", state)]);
             assert!(
@@ -466,6 +476,12 @@ impl<'a> World<'a> {
     /// Whether accepts are told of on this rung.
     pub fn accepts_known(&self) -> bool {
         self.tracer.as_ref().is_some_and(Tracer::accepts_known)
+    }
+}
+
+fn drain(tracer: &mut Option<Tracer>, events: &mut Vec<Event>) {
+    if let Some(tracer) = tracer {
+        while !tracer.drain(1000, |event| events.push(event)).empty {}
     }
 }
 

@@ -120,11 +120,11 @@ pub fn enter(namespace: &File) {
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
 }
 
-/// Waits for up to 5 s.
+/// Waits, for a minute at most.
 pub fn wait_until(mut condition: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(5);
+    let until = Instant::now() + Duration::from_secs(60);
     while !condition() {
-        assert!(Instant::now() < until, "waited 5 s");
+        assert!(Instant::now() < until, "waited a minute");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -91,6 +91,7 @@ fn snapshot(size: Size) -> Snapshot {
             updated: 12,
         },
         drift: Some(13),
+        drift_suspected: Some(4),
         hidden_loopback: 0,
         hidden_excluded: 0,
         traffic_known: true,
@@ -194,7 +195,7 @@ fn listener(index: u16) -> ListenerRow {
         pid: 1_000 + u32::from(index),
         sockets: 1 + u32::from(index % 4),
         queue_length: 0,
-        queue_limit: 4_096,
+        queue_limit: Some(4_096),
     }
 }
 

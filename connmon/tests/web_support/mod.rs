@@ -84,6 +84,7 @@ pub fn report(number: u64, waiting_for: Option<&str>) -> Report {
             unattributed: 0,
             corrections: Corrections::default(),
             drift: None,
+            drift_suspected: None,
             hidden_loopback: 0,
             hidden_excluded: 0,
             traffic_known: false,

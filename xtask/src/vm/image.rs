@@ -12,16 +12,19 @@ use super::fetch::{Unpacked, find};
 use crate::exec;
 
 /// Programs of the host that the tests call; with their libraries.
-const PROGRAMS: [&str; 3] = ["ip", "ss", "tc"];
+const PROGRAMS: [&str; 4] = ["ip", "ss", "tc", "nft"];
 
 /// Modules the scenarios need, where they are not built in; their
 /// dependencies come along.
-const MODULES: [&str; 6] = [
+const MODULES: [&str; 9] = [
     "veth",
     "tcp_diag",
     "inet_diag",
     "sctp",
     "sch_netem",
+    "sch_tbf",
+    "nf_tables",
+    "nft_numgen",
     "mptcp_diag",
 ];
 

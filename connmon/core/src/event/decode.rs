@@ -10,7 +10,7 @@ use connmon_common::wire::{
     kind,
 };
 
-use super::{Cookie, Event, Owner, Socket, Traffic, Tuple};
+use super::{Cookie, Event, Owner, Socket, SocketId, Traffic, Tuple};
 
 /// Why bytes are no record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +71,7 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
     let expected = match kind {
         kind::CONNECT => size(size_of::<Connect<EndsV4>>(), size_of::<Connect<EndsV6>>()),
         kind::OPEN => size(size_of::<Open<EndsV4>>(), size_of::<Open<EndsV6>>()),
-        kind::CHANGE | kind::UNLISTEN => {
+        kind::CHANGE | kind::UNLISTEN | kind::RESTORE => {
             size(size_of::<Change<EndsV4>>(), size_of::<Change<EndsV6>>())
         }
         kind::CLOSE => size(size_of::<Close<EndsV4>>(), size_of::<Close<EndsV6>>()),
@@ -122,6 +122,10 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
             tuple: bytes.ends(offset_of!(Change<EndsV4>, ends), v6),
             old,
             new,
+        },
+        kind::RESTORE => Event::Restore {
+            socket,
+            tuple: bytes.ends(offset_of!(Change<EndsV4>, ends), v6),
         },
         kind::CLOSE => {
             let figures = offset_of!(Close<EndsV4>, figures);
@@ -175,6 +179,8 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
 pub struct LiveSocket {
     /// Its TCP state; SYN_RECV for a request socket as well.
     pub state: u8,
+    /// Address of the kernel's `struct sock`, or of the request socket.
+    pub id: SocketId,
     /// Cookie.
     pub cookie: Cookie,
     /// Endpoints.
@@ -218,6 +224,7 @@ pub fn decode_live(place: &[u8]) -> Result<LiveSocket, Undecodable> {
     let figures = offset_of!(Live<EndsV4>, figures);
     Ok(LiveSocket {
         state: new,
+        id: bytes.u64(offset_of!(Head, id)),
         cookie: bytes.u64(offset_of!(Head, cookie)),
         tuple: bytes.ends(offset_of!(Live<EndsV4>, ends), v6),
         traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(figures)),
@@ -282,7 +289,7 @@ impl Bytes<'_> {
     fn owner(&self, at: usize) -> Owner {
         Owner {
             pid: self.u32(at + offset_of!(wire::Owner, pid)),
-            comm: self.array(at + offset_of!(wire::Owner, comm)),
+            comm: name(self.array(at + offset_of!(wire::Owner, comm))),
             cgroup: self.u64(at + offset_of!(wire::Owner, cgroup)),
         }
     }
@@ -295,6 +302,15 @@ impl Bytes<'_> {
             srtt_us: self.u32(at + offset_of!(Figures, srtt_us)),
         }
     }
+}
+
+/// A name ends at its first NUL: the kernel leaves what follows as it was, and
+/// one process is to have one name.
+fn name(mut comm: [u8; 16]) -> [u8; 16] {
+    if let Some(end) = comm.iter().position(|&byte| byte == 0) {
+        comm[end..].fill(0);
+    }
+    comm
 }
 
 #[cfg(test)]
@@ -325,9 +341,10 @@ mod tests {
             self
         }
 
+        /// With bytes after the end of the name, as they come on 6.1.
         fn owner(mut self) -> Self {
             self.0.extend(7_u64.to_ne_bytes());
-            self.0.extend(b"curl\0\0\0\0\0\0\0\0\0\0\0\0");
+            self.0.extend(b"curl\0\0\0@\0-1\0\0\0\0\xff");
             self.u32(4321).u32(0)
         }
 
@@ -410,6 +427,14 @@ mod tests {
                 tuple: tuple_v4(),
                 old: 1,
                 new: 8,
+            })
+        );
+        let restore = Record::new(kind::RESTORE, 0, 2, 1).v4();
+        assert_eq!(
+            decode(&restore.0),
+            Ok(Event::Restore {
+                socket: SOCKET,
+                tuple: tuple_v4(),
             })
         );
         let unlisten = Record::new(kind::UNLISTEN, 0, 10, 7).v4();
@@ -550,7 +575,7 @@ mod tests {
 
         #[test]
         fn any_kind_flags_and_length_decode_or_are_refused(
-            kind in 0_u8..10, flags in 0_u8..8, old in 0_u8..14, new in 0_u8..14,
+            kind in 0_u8..12, flags in 0_u8..8, old in 0_u8..14, new in 0_u8..14,
             tail in prop::collection::vec(any::<u8>(), 0..=MAX_RECORD_BYTES),
         ) {
             let mut record = Record::new(kind, flags, old, new).0;

@@ -2,14 +2,14 @@
 
 use connmon_common::state::{CLOSE, ESTABLISHED, LISTEN, SYN_RECV, SYN_SENT};
 
-use crate::event::{Event, Socket, SocketId, Traffic, Tuple};
-use crate::geo::{Country, Locate};
-
 use super::Fold;
+use super::failures::is_unwritten;
 use super::key::Key;
 use super::ledger::{Ledger, Place};
 use super::snapshot::Direction;
 use super::table::{Flags, Slot};
+use crate::event::{Event, SYN_BYTES, Socket, SocketId, Traffic, Tuple};
+use crate::geo::{Country, Locate};
 
 /// Whether a socket in this state has completed its handshake.
 pub(super) fn is_open_state(state: u8) -> bool {
@@ -43,6 +43,7 @@ impl Fold {
                 old,
                 new,
             } => self.open(now_ns, socket, at_ns, tuple, old, new, geo),
+            Event::Restore { socket, ref tuple } => self.restore(now_ns, socket, tuple, geo),
             Event::Change {
                 socket,
                 ref tuple,
@@ -58,7 +59,16 @@ impl Fold {
                 segments_out,
                 ref traffic,
             } => {
-                if self.close(now_ns, socket, at_ns, tuple, old, traffic.as_ref()) {
+                // A pending entry goes with its close.
+                let pending = match old {
+                    SYN_SENT => self.table.find_id(socket.id),
+                    _ => None,
+                };
+                let lasted_ns =
+                    pending.map(|slot| at_ns.saturating_sub(self.table.entry(slot).since_ns));
+                if self.close(now_ns, socket, at_ns, tuple, old, traffic.as_ref())
+                    && !is_unwritten(tuple.local_port, error, segments_out, lasted_ns)
+                {
                     let country = country_of(tuple, geo);
                     self.ledger
                         .failed(now_ns, country, tuple.remote_port, error, segments_out);
@@ -98,10 +108,9 @@ impl Fold {
         self.table.bind_id(slot, socket.id);
         self.table.set_remote_key(slot, key);
         let entry = self.table.entry_mut(slot);
-        entry.cookie = socket.cookie;
+        entry.set_cookie(socket.cookie);
         entry.since_ns = at_ns;
         entry.set_direction(Direction::Outbound);
-        entry.set_state(SYN_SENT);
         self.touch(slot);
     }
 
@@ -148,9 +157,7 @@ impl Fold {
             (Direction::Inbound, tuple.local_port)
         };
         let key = self.table.hasher().key(tuple, socket.netns);
-        if let Some(seed) = self.table.replaced_by_open(&key) {
-            self.finish(now_ns, seed, at_ns, None, false);
-        }
+        self.table.suspect_twins(&key);
         let country = country_of(tuple, geo);
         let place = self.ledger.place(now_ns, country, direction, port);
         self.ledger.opened(now_ns, place);
@@ -178,11 +185,14 @@ impl Fold {
         self.table.bind_key(slot, key);
         let entry = self.table.entry_mut(slot);
         entry.flags.set(Flags::OPENED | Flags::BASELINE);
+        if direction == Direction::Outbound {
+            entry.advance_sent(SYN_BYTES);
+        }
         if early {
             entry.flags.set(Flags::ACCEPTED);
         }
         if socket.cookie != 0 {
-            entry.cookie = socket.cookie;
+            entry.set_cookie(socket.cookie);
         }
         entry.since_ns = at_ns;
         self.settle_in(now_ns, slot, place, new);
@@ -195,6 +205,15 @@ impl Fold {
         let entry = self.table.entry(slot);
         let remote = self.table.hasher().remote_key(tuple, socket.netns);
         entry.is_pending() && entry.key().matches(&remote) && !entry.contradicts(socket.cookie)
+    }
+
+    /// Whether `slot`, found by this socket's kernel address, is its entry. A
+    /// cookie that only a row told may be that of another socket with the same
+    /// endpoints: [`Fold::learn`] puts it right.
+    fn is_own(&self, slot: Slot, socket: &Socket, key: &Key) -> bool {
+        let entry = self.table.entry(slot);
+        let same_cookie = !entry.contradicts(socket.cookie) || entry.flags.has(Flags::ROW_COOKIE);
+        entry.key().matches(key) && same_cookie
     }
 
     /// Takes up a place: the entry is open from now on, in `state`.
@@ -225,15 +244,16 @@ impl Fold {
         let key = self.table.hasher().key(tuple, socket.netns);
         let mut direction = Direction::Unknown;
         if let Some(slot) = self.table.find_id(socket.id) {
-            let entry = self.table.entry(slot);
-            if entry.is_pending() {
+            if self.table.entry(slot).is_pending() {
                 // Its open was lost; that it was active is still known.
                 if self.is_own_pending(slot, &socket, tuple) {
                     direction = Direction::Outbound;
                 }
                 self.table.remove(slot);
-            } else if entry.key().matches(&key) && !entry.contradicts(socket.cookie) {
-                self.set_state(now_ns, slot, new);
+            } else if self.is_own(slot, &socket, &key) {
+                if is_open_state(new) {
+                    self.set_state(now_ns, slot, new);
+                }
                 self.learn(slot, &socket);
                 return;
             } else {
@@ -243,7 +263,7 @@ impl Fold {
         if self.filter.hides(tuple).is_some() || !is_open_state(old) || !is_open_state(new) {
             return;
         }
-        if let Some(slot) = self.table.find_adoptable(&key, socket.cookie) {
+        if let Some(slot) = self.table.find_adoptable(&key, socket.cookie, old) {
             self.table.rebind_id(slot, socket.id);
             self.set_state(now_ns, slot, new);
             self.learn(slot, &socket);
@@ -281,12 +301,7 @@ impl Fold {
                 .ledger
                 .place(now_ns, country, direction, tuple.remote_port),
             _ if self.started => self.ledger.place(now_ns, country, direction, 0),
-            _ => {
-                let entry = self.table.entry_mut(slot);
-                entry.flags.set(Flags::UNDECIDED);
-                entry.set_ports(tuple);
-                Ledger::unsettled_place(country)
-            }
+            _ => self.undecided_place(slot, country),
         };
         if self.started {
             self.corrections.added += 1;
@@ -295,6 +310,36 @@ impl Fold {
         }
         self.settle_in(now_ns, slot, place, state);
         self.learn(slot, &socket);
+    }
+
+    /// A connection that was opened elsewhere goes on here. It is taken in as a
+    /// seed, and the next audit finds its direction.
+    fn restore(&mut self, now_ns: u64, socket: Socket, tuple: &Tuple, geo: &mut impl Locate) {
+        if let Some(slot) = self.table.find_id(socket.id) {
+            self.supersede(now_ns, slot, now_ns);
+        }
+        if self.filter.hides(tuple).is_some() {
+            return;
+        }
+        let Some(slot) = self.table.allocate() else {
+            self.untracked += 1;
+            return;
+        };
+        let key = self.table.hasher().key(tuple, socket.netns);
+        self.table.bind_id(slot, socket.id);
+        self.table.bind_key(slot, key);
+        let place = self.undecided_place(slot, country_of(tuple, geo));
+        // Its counters begin here.
+        self.table.entry_mut(slot).flags.set(Flags::BASELINE);
+        self.corrections.seeded += 1;
+        self.settle_in(now_ns, slot, place, ESTABLISHED);
+        self.learn(slot, &socket);
+    }
+
+    /// The place of an entry whose direction only a walk can tell.
+    fn undecided_place(&mut self, slot: Slot, country: Country) -> Place {
+        self.table.entry_mut(slot).flags.set(Flags::UNDECIDED);
+        Ledger::unsettled_place(country)
     }
 
     /// A socket reached CLOSE; true if that is a failed active open.
@@ -316,8 +361,7 @@ impl Fold {
         let handshake = matches!(old, SYN_SENT | SYN_RECV);
         let mut key = None;
         if let Some(slot) = self.table.find_id(socket.id) {
-            let entry = self.table.entry(slot);
-            if entry.is_pending() {
+            if self.table.entry(slot).is_pending() {
                 let own = self.is_own_pending(slot, &socket, tuple);
                 self.table.remove(slot);
                 if handshake && own {
@@ -326,8 +370,7 @@ impl Fold {
                 // Its open was lost, or its close and the address is reused.
             } else {
                 let own = self.table.hasher().key(tuple, socket.netns);
-                let same = entry.key().matches(&own) && !entry.contradicts(socket.cookie);
-                if same && !handshake {
+                if !handshake && self.is_own(slot, &socket, &own) {
                     self.learn(slot, &socket);
                     self.finish(now_ns, slot, at_ns, traffic, true);
                     return false;
@@ -347,7 +390,7 @@ impl Fold {
             return true;
         }
         let key = key.unwrap_or_else(|| self.table.hasher().key(tuple, socket.netns));
-        if let Some(slot) = self.table.find_adoptable(&key, socket.cookie) {
+        if let Some(slot) = self.table.find_adoptable(&key, socket.cookie, old) {
             self.learn(slot, &socket);
             self.finish(now_ns, slot, at_ns, traffic, true);
         } else {
@@ -407,7 +450,7 @@ impl Fold {
         }
         self.ledger.closed(now_ns, place);
         self.tombstones
-            .close(self.table.hasher(), entry.key(), entry.cookie, at_ns);
+            .close(self.table.hasher(), entry.key(), entry.cookie(), at_ns);
         self.forget(now_ns, slot);
     }
 
@@ -451,8 +494,6 @@ impl Fold {
     fn learn(&mut self, slot: Slot, socket: &Socket) {
         self.touch(slot);
         self.table.learn_netns(slot, socket.netns);
-        if socket.cookie != 0 {
-            self.table.entry_mut(slot).cookie = socket.cookie;
-        }
+        self.table.learn_cookie(slot, socket.cookie);
     }
 }

@@ -1,9 +1,12 @@
 //! Which connections are left out, decided alike for events, seeds and polls.
+//! An IPv4 address behind NAT64 (64:ff9b::/96) is that address, as it is for
+//! the country.
 
 use std::net::IpAddr;
 
 use super::{Network, RemoteFilter};
 use crate::event::Tuple;
+use crate::geo::embedded_v4;
 
 /// Why a connection is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,14 +57,16 @@ impl Filter {
         if self.exclude_loopback && is_loopback(tuple) {
             return Some(Hidden::Loopback);
         }
+        let in_v4 = |remote| {
+            let remote = u32::from(remote);
+            self.v4.iter().any(|&(net, mask)| remote & mask == net)
+        };
         let excluded = match tuple.remote {
-            IpAddr::V4(remote) => {
-                let remote = u32::from(remote);
-                self.v4.iter().any(|&(net, mask)| remote & mask == net)
-            }
+            IpAddr::V4(remote) => in_v4(remote),
             IpAddr::V6(remote) => {
-                let remote = u128::from(remote);
-                self.v6.iter().any(|&(net, mask)| remote & mask == net)
+                let bits = u128::from(remote);
+                self.v6.iter().any(|&(net, mask)| bits & mask == net)
+                    || embedded_v4(remote).is_some_and(in_v4)
             }
         };
         excluded.then_some(Hidden::Excluded)
@@ -75,7 +80,13 @@ impl Filter {
 
 /// 127.0.0.0/8, ::1, or local address = remote address.
 pub(super) fn is_loopback(tuple: &Tuple) -> bool {
-    tuple.local == tuple.remote || tuple.remote.to_canonical().is_loopback()
+    tuple.local == tuple.remote
+        || match tuple.remote {
+            IpAddr::V4(remote) => remote.is_loopback(),
+            IpAddr::V6(remote) => {
+                remote.is_loopback() || embedded_v4(remote).is_some_and(|v4| v4.is_loopback())
+            }
+        }
 }
 
 #[cfg(test)]
@@ -105,6 +116,8 @@ mod tests {
             hides(&filter, "::ffff:127.0.0.1", "::ffff:127.0.0.1"),
             hidden
         );
+        assert_eq!(hides(&filter, "::2", "64:ff9b::127.0.0.1"), hidden);
+        assert_eq!(hides(&filter, "::2", "64:ff9b::10.0.0.1"), None);
         assert_eq!(hides(&filter, "10.0.0.1", "10.0.0.2"), None);
         assert!(filter.hides_listener("127.0.0.53".parse().unwrap()));
         assert!(!filter.hides_listener("0.0.0.0".parse().unwrap()));
@@ -133,6 +146,15 @@ mod tests {
         assert_eq!(hides(&filter, "10.0.0.1", "198.51.100.6"), None);
         assert_eq!(hides(&filter, "::2", "2001:db8:ffff::1"), hidden);
         assert_eq!(hides(&filter, "::2", "2001:db9::1"), None);
+        assert_eq!(hides(&filter, "::2", "64:ff9b::192.0.2.255"), hidden);
+        assert_eq!(hides(&filter, "::2", "64:ff9b::192.0.3.0"), None);
+        assert_eq!(hides(&filter, "::2", "64:ff9b:1::192.0.2.255"), None);
+        let nat64 = Filter::new(&RemoteFilter {
+            exclude_loopback: false,
+            exclude: vec![network("64:ff9b::", 96)],
+        });
+        assert_eq!(hides(&nat64, "::2", "64:ff9b::192.0.2.255"), hidden);
+        assert_eq!(hides(&nat64, "10.0.0.1", "192.0.2.255"), None);
         let all = Filter::new(&RemoteFilter {
             exclude_loopback: false,
             exclude: vec![network("0.0.0.0", 0)],

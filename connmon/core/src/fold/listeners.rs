@@ -14,6 +14,7 @@ use std::net::IpAddr;
 use super::snapshot::ListenerRow;
 use crate::event::{NetnsId, Owner};
 use crate::scan::Row;
+use crate::text::process_name;
 
 /// (namespace, address, port)
 type Group = (NetnsId, IpAddr, u16);
@@ -32,7 +33,8 @@ struct Sockets {
     pid: u32,
     comm: [u8; 16],
     queue_length: u64,
-    queue_limit: u64,
+    /// `None` until a table has told it.
+    queue_limit: Option<u64>,
 }
 
 impl Sockets {
@@ -190,12 +192,13 @@ impl Listeners {
             state.next.count += 1;
             state.next.add_owner(&row.owner);
             state.next.queue_length += u64::from(row.receive_queue);
-            state.next.queue_limit += u64::from(row.send_queue);
+            *state.next.queue_limit.get_or_insert(0) += u64::from(row.send_queue);
         }
     }
 
-    /// All rows of a namespace are in.
-    pub(super) fn end_namespace(&mut self, netns: NetnsId, complete: bool) {
+    /// All rows of a namespace are in; `limits`: they told the accept queues'
+    /// limits.
+    pub(super) fn end_namespace(&mut self, netns: NetnsId, complete: bool, limits: bool) {
         let lowest = IpAddr::from([0u8; 4]);
         let first = (netns, lowest, 0);
         let mut gone = Vec::new();
@@ -216,7 +219,7 @@ impl Listeners {
             }
             state.missed = false;
             state.now.queue_length = next.queue_length;
-            state.now.queue_limit = next.queue_limit;
+            state.now.queue_limit = next.queue_limit.filter(|_| limits);
             if !state.touched {
                 state.now.count = next.count;
                 if next.pid != 0 {
@@ -317,7 +320,7 @@ impl Listeners {
                 host: netns == self.host,
                 address: address.to_string(),
                 port,
-                process: process_text(&state.now.comm),
+                process: process_name(&state.now.comm).unwrap_or_else(|| "unknown".to_owned()),
                 pid: state.now.pid,
                 sockets: state.now.count,
                 queue_length: state.now.queue_length,
@@ -325,25 +328,6 @@ impl Listeners {
             })
             .collect()
     }
-}
-
-/// A `comm` as a label value: any process can set any bytes there, so invalid
-/// UTF-8 and control characters are replaced.
-fn process_text(comm: &[u8; 16]) -> String {
-    let end = comm.iter().position(|&byte| byte == 0).unwrap_or(16);
-    if end == 0 {
-        return "unknown".to_owned();
-    }
-    String::from_utf8_lossy(&comm[..end])
-        .chars()
-        .map(|c| {
-            if c.is_control() {
-                char::REPLACEMENT_CHARACTER
-            } else {
-                c
-            }
-        })
-        .collect()
 }
 
 #[cfg(test)]
@@ -372,6 +356,7 @@ mod tests {
             },
             cookie: 0,
             inode: 1,
+            id: 0,
             receive_queue: queue.0,
             send_queue: queue.1,
             traffic: None,
@@ -384,7 +369,7 @@ mod tests {
         for row in rows {
             listeners.row(netns, false, row);
         }
-        listeners.end_namespace(netns, true);
+        listeners.end_namespace(netns, true, true);
         listeners.end(|other| other == netns, true);
     }
 
@@ -409,12 +394,32 @@ mod tests {
         assert_eq!(rows.len(), 2);
         assert_eq!(rows[0].address, "0.0.0.0");
         assert_eq!((rows[0].pid, rows[0].sockets), (20, 2));
-        assert_eq!((rows[0].queue_length, rows[0].queue_limit), (3, 256));
+        assert_eq!((rows[0].queue_length, rows[0].queue_limit), (3, Some(256)));
         assert!(rows[0].host);
         assert_eq!(
             (rows[1].address.as_str(), rows[1].process.as_str()),
             ("::", "other")
         );
+    }
+
+    #[test]
+    fn a_queue_limit_is_known_once_a_table_told_it() {
+        let mut listeners = Listeners::new(true, 10, 1);
+        let limit = |listeners: &Listeners| listeners.snapshot()[0].queue_limit;
+        listeners.listen(1, ANY, 80, &owner(1, b"a"));
+        assert_eq!(limit(&listeners), None, "no table was read");
+        // /proc does not tell it.
+        listeners.begin();
+        listeners.row(1, false, &row("0.0.0.0", 80, (0, 0), owner(1, b"a")));
+        listeners.end_namespace(1, true, false);
+        assert_eq!(limit(&listeners), None);
+        // sock_diag does, and 0 is a limit.
+        walk(
+            &mut listeners,
+            1,
+            &[row("0.0.0.0", 80, (0, 0), owner(1, b"a"))],
+        );
+        assert_eq!(limit(&listeners), Some(0));
     }
 
     #[test]
@@ -424,7 +429,7 @@ mod tests {
         listeners.begin();
         listeners.unlisten(1, ANY, 80);
         listeners.row(1, false, &row("0.0.0.0", 80, (0, 1), owner(1, b"a")));
-        listeners.end_namespace(1, true);
+        listeners.end_namespace(1, true, true);
         assert!(listeners.snapshot().is_empty());
     }
 
@@ -452,7 +457,7 @@ mod tests {
         for row in rows {
             listeners.row(stand_in, true, row);
         }
-        listeners.end_namespace(stand_in, true);
+        listeners.end_namespace(stand_in, true, true);
         listeners.end(|other| other == stand_in, true);
     }
 
@@ -494,7 +499,7 @@ mod tests {
         listeners.begin();
         for stand_in in [4_000_000_000, 4_000_000_001] {
             listeners.row(stand_in, true, &rows[0]);
-            listeners.end_namespace(stand_in, true);
+            listeners.end_namespace(stand_in, true, true);
         }
         listeners.end(|other| other != 7, true);
         listeners.unlisten(7, ANY, 80);
@@ -509,7 +514,7 @@ mod tests {
             listeners.begin();
             for &stand_in in stand_ins {
                 listeners.row(stand_in, true, &rows[0]);
-                listeners.end_namespace(stand_in, true);
+                listeners.end_namespace(stand_in, true, true);
             }
             listeners.end(|other| stand_ins.contains(&other), true);
         };
@@ -536,7 +541,7 @@ mod tests {
         listeners.begin();
         listeners.row(4_000_000_000, true, &rows[0]);
         listeners.listen(7, ANY, 80, &owner(20, b"nginx"));
-        listeners.end_namespace(4_000_000_000, true);
+        listeners.end_namespace(4_000_000_000, true, true);
         listeners.end(|other| other != 7, true);
         assert_eq!(listeners.snapshot().len(), 2, "it may be another's");
         walk_stand_in(&mut listeners, 4_000_000_000, &rows);
@@ -572,7 +577,7 @@ mod tests {
         }
         // A namespace read in part says nothing of what it did not show.
         listeners.begin();
-        listeners.end_namespace(1, false);
+        listeners.end_namespace(1, false, true);
         listeners.end(|_| true, true);
         walk(&mut listeners, 1, &rows);
         assert_eq!(listeners.overflow, 3);
@@ -601,11 +606,20 @@ mod tests {
     }
 
     #[test]
-    fn process_names_are_made_harmless() {
-        assert_eq!(
-            process_text(&owner(1, b"a\nb\x1b\xff").comm),
-            "a\u{fffd}b\u{fffd}\u{fffd}"
-        );
-        assert_eq!(process_text(&[b'x'; 16]), "x".repeat(16));
+    fn process_names_in_the_inventory_are_printable() {
+        let mut listeners = Listeners::new(true, 10, 1);
+        let names = ["a\n\u{1b}", "b\u{202e}c", "d\u{200b}\u{ad}e", ""];
+        for (name, port) in names.iter().zip(1..) {
+            listeners.listen(1, ANY, port, &owner(7, name.as_bytes()));
+        }
+        let rows = listeners.snapshot();
+        let shown: Vec<&str> = rows.iter().map(|row| row.process.as_str()).collect();
+        let expected = [
+            "a\u{fffd}\u{fffd}",
+            "b\u{fffd}c",
+            "d\u{fffd}\u{fffd}e",
+            "unknown",
+        ];
+        assert_eq!(shown, expected);
     }
 }

@@ -8,29 +8,33 @@
 //! stay, unless events were lost: then they are evicted, since nothing could
 //! ever correct them.
 //!
-//! Direction of what is taken in: inbound if its local port listens in its
-//! namespace, outbound if not and the port is ephemeral, else unknown. A row
-//! that comes before its namespace's LISTEN rows waits for them.
+//! Where several sockets of a namespace have the same endpoints (VRFs, bound
+//! devices), each row takes an entry of its own. Which one is a guess until an
+//! event names kernel address and cookie together; then the entries exchange
+//! what the rows told.
+//!
+//! Direction of what is taken in: see [`Listening`]. A row that comes before
+//! its namespace's LISTEN rows waits for them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use connmon_common::state::{
     CLOSE, CLOSE_WAIT, ESTABLISHED, LISTEN, NEW_SYN_RECV, SYN_SENT, TIME_WAIT,
 };
 
-use crate::event::{NetnsId, Tuple};
-use crate::geo::Locate;
-use crate::scan::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
-
 use super::Fold;
+use super::direction::Listening;
 use super::events::{country_of, is_open_state};
 use super::filter::Hidden;
 use super::key::Key;
 use super::ledger::{Ledger, Place};
 use super::ports::PortSet;
 use super::snapshot::{AUDITED_STATES, Direction};
-use super::table::{Flags, Slot};
+use super::table::{Flags, Slot, walk_identity};
 use super::tombstones::Verdict;
+use crate::event::{Cookie, NetnsId, Tuple};
+use crate::geo::Locate;
+use crate::scan::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
 
 /// Slots looked at by one [`Fold::settle`]: about 100 µs.
 const SLICE: Slot = 8192;
@@ -75,13 +79,14 @@ pub(super) struct Progress {
     pass: u8,
     t0_ns: u64,
     ephemeral: (u16, u16),
-    /// Ports listening in the namespace being read.
-    listening: PortSet,
+    /// What listens in the namespace being read.
+    listening: Listening,
     /// Ports listening anywhere.
     listening_anywhere: PortSet,
     covered: HashMap<NetnsId, Coverage>,
-    /// Entries that wait for the LISTEN rows of their namespace.
-    undecided: Vec<Slot>,
+    /// Entries that wait for the LISTEN rows of their namespace, with their
+    /// endpoints.
+    undecided: Vec<(Slot, Tuple)>,
     /// Events were lost before: evict what is not covered.
     evict: bool,
     drift: u64,
@@ -95,6 +100,9 @@ pub(super) struct Progress {
     untracked_before: u64,
     /// Entries absent for the first time.
     suspects: u64,
+    /// Namespaces of entries that stay although the walk did not name theirs;
+    /// at most [`NAMESPACES_MAX`].
+    unlisted: HashSet<NetnsId>,
     /// Next slot of the scan for absent entries, once the rows are in.
     scan: Option<Slot>,
     /// Every namespace was read to its end.
@@ -118,13 +126,14 @@ impl Progress {
             pass: 0,
             t0_ns: 0,
             ephemeral: (0, 0),
-            listening: PortSet::new(),
+            listening: Listening::default(),
             listening_anywhere: PortSet::new(),
             covered: HashMap::new(),
             undecided: Vec::new(),
             evict,
             drift: 0,
             suspects: 0,
+            unlisted: HashSet::new(),
             states: [0; AUDITED_STATES.len()],
             hidden_loopback: 0,
             hidden_excluded: 0,
@@ -163,15 +172,24 @@ impl Progress {
         met
     }
 
-    fn direction(&self, local_port: u16, remote_port: u16) -> (Direction, u16) {
-        let listening = self.listening.contains(local_port);
-        let direction = seed_direction(listening, local_port, self.ephemeral);
+    /// Direction and service port of a connection that a row shows.
+    fn direction(&self, tuple: &Tuple) -> (Direction, u16) {
+        let direction = self.listening.direction(tuple, self.ephemeral);
         let port = match direction {
-            Direction::Inbound => local_port,
-            Direction::Outbound => remote_port,
+            Direction::Inbound => tuple.local_port,
+            Direction::Outbound => tuple.remote_port,
             Direction::Unknown => 0,
         };
         (direction, port)
+    }
+
+    /// What tells the socket of a row from others with the same endpoints;
+    /// 0 where nothing does.
+    fn identity(&self, row: &Row) -> Cookie {
+        match row.cookie {
+            0 if row.id == 0 && self.audits() => walk_identity(self.ordinal, row.inode),
+            cookie => cookie,
+        }
     }
 
     fn coverage(&self, netns: NetnsId) -> Coverage {
@@ -185,19 +203,6 @@ impl Progress {
             },
             None => Coverage::Unlisted,
         }
-    }
-}
-
-/// The direction of a connection whose birth nobody saw: inbound if its local
-/// port was listening in its namespace, outbound if not and the port is
-/// ephemeral (`net.ipv4.ip_local_port_range`, inclusive), else unknown.
-pub fn seed_direction(listening: bool, local_port: u16, ephemeral: (u16, u16)) -> Direction {
-    if listening {
-        Direction::Inbound
-    } else if (ephemeral.0..=ephemeral.1).contains(&local_port) {
-        Direction::Outbound
-    } else {
-        Direction::Unknown
     }
 }
 
@@ -268,7 +273,6 @@ impl Fold {
         while self.scan_slice(now_ns) {}
         self.epoch = self.epoch.checked_add(1).unwrap_or(1);
         self.tombstones.start();
-        self.table.forget_sights();
         self.ledger.forget_close_wait();
         self.listeners.begin();
         let seeding = !self.started && (walk.audit || walk.trigger == Trigger::Startup);
@@ -308,32 +312,32 @@ impl Fold {
         let verdict =
             self.tombstones
                 .verdict(self.table.hasher(), &key, row.cookie, progress.t0_ns);
-        // Under a stand-in any namespace's entry matches: each only once.
-        let sight = if progress.key_netns == 0 && row.cookie == 0 {
-            progress.ordinal
-        } else {
-            0
-        };
-        let found = match self.table.find_key(&key, row.cookie, sight) {
-            // A socket that was closed and connected again keeps its cookie.
-            Some(slot) if verdict == Verdict::Alive => Some(slot),
-            Some(slot) if row.cookie != 0 && self.table.entry(slot).cookie == row.cookie => {
-                Some(slot)
-            }
-            _ => None,
-        };
+        let identity = progress.identity(row);
+        let established = row.state == ESTABLISHED;
+        let found = self
+            .table
+            .find_row(&key, row.id, identity, self.epoch, established);
+        // A socket that was closed and connected again keeps its cookie.
+        let known = |slot| row.cookie != 0 && self.table.entry(slot).cookie() == row.cookie;
         let slot = match found {
-            Some(slot) => {
-                self.sighted(now_ns, progress, slot, row);
-                self.table.mark_sighted(slot, sight);
+            Some((slot, alone)) if verdict == Verdict::Alive || known(slot) => {
+                self.sighted(now_ns, progress, slot, row, alone);
                 slot
             }
-            None if verdict == Verdict::Dead || !progress.audits() => return,
-            None => match self.take_in(now_ns, progress, row, key, geo) {
-                Some(slot) => {
-                    self.table.mark_sighted(slot, sight);
-                    slot
+            Some((slot, _)) if verdict == Verdict::MayBeDead => {
+                // Not of what opened meanwhile; of what was there before, it
+                // may be one of several, of which another closed.
+                let entry = self.table.entry_mut(slot);
+                if entry.epoch == self.epoch {
+                    return;
                 }
+                entry.epoch = self.epoch;
+                entry.flags.clear(Flags::BY_EVENT | Flags::MISSED);
+                slot
+            }
+            _ if verdict != Verdict::Alive || !progress.audits() => return,
+            _ => match self.take_in(now_ns, progress, row, key, geo) {
+                Some(slot) => slot,
                 None => return,
             },
         };
@@ -346,7 +350,7 @@ impl Fold {
 
     fn listen_row(&mut self, now_ns: u64, progress: &mut Progress, row: &Row) {
         let port = row.tuple.local_port;
-        progress.listening.insert(port);
+        progress.listening.insert(row.tuple.local, port);
         if progress.pass == 0 {
             let stand_in = progress.netns != progress.key_netns;
             self.listeners.row(progress.netns, stand_in, row);
@@ -357,24 +361,31 @@ impl Fold {
         }
     }
 
-    /// A live entry's own row.
-    fn sighted(&mut self, now_ns: u64, progress: &mut Progress, slot: Slot, row: &Row) {
+    /// A live entry's own row; with others that have its endpoints, not
+    /// `alone`, it may be one of theirs.
+    fn sighted(
+        &mut self,
+        now_ns: u64,
+        progress: &mut Progress,
+        slot: Slot,
+        row: &Row,
+        alone: bool,
+    ) {
         let epoch = self.epoch;
         self.table.learn_netns(slot, progress.key_netns);
+        self.table.learn_id(slot, row.id);
         let entry = self.table.entry_mut(slot);
         let newer = entry.epoch == epoch && entry.flags.has(Flags::BY_EVENT);
-        if entry.cookie == 0 {
-            entry.cookie = row.cookie;
-        }
+        entry.learn_identity(progress.identity(row));
         entry.flags.clear(Flags::MISSED | Flags::SUSPECT);
         let undecided = entry.flags.has(Flags::UNDECIDED);
         // What this walk took in waits already.
         if undecided
-            && progress.seeding
-            && entry.flags.has(Flags::BY_EVENT)
+            && progress.audits()
+            && (entry.epoch != epoch || entry.flags.has(Flags::BY_EVENT))
             && progress.undecided.len() < UNDECIDED_MAX
         {
-            progress.undecided.push(slot);
+            progress.undecided.push((slot, row.tuple));
         }
         if newer {
             return;
@@ -385,7 +396,10 @@ impl Fold {
             self.corrections.updated += 1;
             progress.drift += 1;
         }
-        if let Some(traffic) = &row.traffic {
+        let entry = self.table.entry(slot);
+        // Else its close tells all that it moved.
+        let own = alone || row.id != 0 || !entry.flags.has(Flags::ROW_COOKIE) || entry.is_unbound();
+        if let Some(traffic) = row.traffic.as_ref().filter(|_| own) {
             self.sample_traffic(now_ns, slot, row.state, traffic);
         }
     }
@@ -413,21 +427,23 @@ impl Fold {
             return None;
         };
         self.table.bind_key(slot, key);
+        self.table.learn_id(slot, row.id);
         let country = country_of(&row.tuple, geo);
         let entry = self.table.entry_mut(slot);
-        entry.cookie = row.cookie;
+        entry.learn_identity(progress.identity(row));
         entry.epoch = self.epoch;
-        entry.set_ports(&row.tuple);
         entry.flags.set(Flags::UNDECIDED);
         self.settle_in(now_ns, slot, Ledger::unsettled_place(country), row.state);
         // Polls are read from /proc, which lists each family's LISTEN rows
         // first; and what is counted as opened cannot be moved.
-        let certain = progress.listening.contains(row.tuple.local_port)
+        let certain = progress
+            .listening
+            .accepts(row.tuple.local, row.tuple.local_port)
             || self.config.polling && !progress.seeding;
         if certain || progress.undecided.len() >= UNDECIDED_MAX {
-            self.decide(now_ns, progress, slot);
+            self.decide(now_ns, progress, slot, &row.tuple);
         } else {
-            progress.undecided.push(slot);
+            progress.undecided.push((slot, row.tuple));
         }
         if progress.seeding {
             self.corrections.seeded += 1;
@@ -463,18 +479,17 @@ impl Fold {
         geo: &mut impl Locate,
     ) {
         self.table_overflow += 1;
-        let (direction, port) = progress.direction(tuple.local_port, tuple.remote_port);
+        let (direction, port) = progress.direction(tuple);
         let country = country_of(tuple, geo);
         let place = self.ledger.place(now_ns, country, direction, port);
         self.ledger.opened(now_ns, place);
     }
 
     /// Gives an undecided entry its direction and rows.
-    fn decide(&mut self, now_ns: u64, progress: &Progress, slot: Slot) {
+    fn decide(&mut self, now_ns: u64, progress: &Progress, slot: Slot, tuple: &Tuple) {
         let entry = self.table.entry_mut(slot);
         entry.flags.clear(Flags::UNDECIDED);
-        let (local_port, remote_port) = entry.ports();
-        let (direction, port) = progress.direction(local_port, remote_port);
+        let (direction, port) = progress.direction(tuple);
         let before = Place::of(entry);
         let established = entry.state() == ESTABLISHED;
         let place = self.ledger.place(now_ns, before.country, direction, port);
@@ -498,14 +513,13 @@ impl Fold {
         access: Access,
         complete: bool,
     ) {
-        for slot in std::mem::take(&mut progress.undecided) {
+        for (slot, tuple) in std::mem::take(&mut progress.undecided) {
             let entry = self.table.entry(slot);
-            // The slot may be another connection's by now, of a namespace that
-            // other ports listen in.
-            let of = entry.key().netns;
-            let here = of == progress.key_netns || of == 0 || progress.key_netns == 0;
-            if here && entry.is_used() && entry.flags.has(Flags::UNDECIDED) {
-                self.decide(now_ns, progress, slot);
+            // The slot may be another connection's by now.
+            let key = self.table.hasher().key(&tuple, progress.key_netns);
+            let same = entry.is_used() && entry.key().matches(&key);
+            if same && entry.flags.has(Flags::UNDECIDED) {
+                self.decide(now_ns, progress, slot, &tuple);
                 let entry = self.table.entry(slot);
                 if progress.audits() && entry.state() == CLOSE_WAIT {
                     self.ledger.saw_close_wait(Place::of(entry));
@@ -528,14 +542,14 @@ impl Fold {
             progress.all_complete = false;
             progress.listed = false;
         }
+        let complete = coverage == Coverage::Complete;
         self.listeners
-            .end_namespace(netns, coverage == Coverage::Complete);
+            .end_namespace(netns, complete, access == Access::Diag);
     }
 
     /// The rows are in: publishes what the audit counted.
     fn end_rows(&mut self, progress: &mut Progress, summary: &WalkSummary) {
         self.tombstones.stop();
-        self.table.forget_sights();
         // A walk that names no namespace at all has not found out which there
         // are: its own is always there.
         progress.listed &= !summary.unlisted && !progress.covered.is_empty();
@@ -592,7 +606,8 @@ impl Fold {
         }
         if progress.walk.audit {
             self.drift = Some(progress.drift);
-            self.suspects = progress.suspects + self.tombstones.forgotten();
+            self.drift_suspected = Some(progress.suspects);
+            self.unlisted_namespaces = progress.unlisted.len() as u32;
         }
         false
     }
@@ -608,12 +623,15 @@ impl Fold {
             }
             return;
         }
+        entry.forget_identity();
         if entry.epoch == epoch {
             return;
         }
         // No later epoch may take an old stamp for its own.
         entry.epoch = 0;
-        let gone = match progress.coverage(entry.key().netns) {
+        let netns = entry.key().netns;
+        let coverage = progress.coverage(netns);
+        let gone = match coverage {
             Coverage::Complete if polling || entry.flags.has(Flags::MISSED) => true,
             Coverage::Complete => {
                 entry.flags.set(Flags::MISSED);
@@ -626,6 +644,10 @@ impl Fold {
             Coverage::Unlisted => (progress.evict || polling) && progress.listed,
         };
         if !gone {
+            let is_unlisted = coverage == Coverage::Unlisted && progress.listed && netns != 0;
+            if is_unlisted && progress.unlisted.len() < NAMESPACES_MAX {
+                progress.unlisted.insert(netns);
+            }
             return;
         }
         if polling {

@@ -8,6 +8,7 @@ mod accepts;
 mod countries;
 mod cross;
 mod dimension;
+mod direction;
 mod events;
 mod failures;
 mod filter;
@@ -24,10 +25,10 @@ mod tests;
 mod tombstones;
 mod traffic;
 
+pub use direction::Listening;
 pub use events::country_of;
-pub use failures::failure_reason;
+pub use failures::{failure_reason, is_unwritten};
 pub use filter::{Filter, Hidden};
-pub use merge::seed_direction;
 pub use snapshot::*;
 
 use std::net::IpAddr;
@@ -135,7 +136,8 @@ pub struct Fold {
     unattributed: u64,
     corrections: Corrections,
     drift: Option<u64>,
-    suspects: u64,
+    drift_suspected: Option<u64>,
+    unlisted_namespaces: u32,
     audited_states: [u64; AUDITED_STATES.len()],
     hidden_loopback: u64,
     hidden_excluded: u64,
@@ -164,8 +166,9 @@ impl Fold {
             unattributed: 0,
             corrections: Corrections::default(),
             drift: None,
+            drift_suspected: None,
             audited_states: [0; AUDITED_STATES.len()],
-            suspects: 0,
+            unlisted_namespaces: 0,
             hidden_loopback: 0,
             hidden_excluded: 0,
             config,
@@ -209,7 +212,13 @@ impl Fold {
     /// remove, if it does not find them either, and closes it forgot for want
     /// of room: with any, another audit is due soon.
     pub fn suspects(&self) -> u64 {
-        self.suspects
+        self.drift_suspected.unwrap_or(0) + self.tombstones.forgotten()
+    }
+
+    /// Network namespaces that hold connections by what events told, and that
+    /// the last audit could not find: nothing leads there but the sockets.
+    pub fn unlisted_namespaces(&self) -> u32 {
+        self.unlisted_namespaces
     }
 
     /// Active opens that were not kept while they were pending, for want of
@@ -253,6 +262,7 @@ impl Fold {
             unattributed: self.unattributed,
             corrections: self.corrections,
             drift: self.drift,
+            drift_suspected: self.drift_suspected,
             hidden_loopback: self.hidden_loopback,
             hidden_excluded: self.hidden_excluded,
             traffic_known: self.config.traffic,

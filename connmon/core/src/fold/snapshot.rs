@@ -208,8 +208,9 @@ pub struct ListenerRow {
     pub sockets: u32,
     /// Accept queue length, summed.
     pub queue_length: u64,
-    /// Accept queue limit, summed.
-    pub queue_limit: u64,
+    /// Accept queue limit, summed; `None` until a table has told it, which
+    /// /proc does not.
+    pub queue_limit: Option<u64>,
 }
 
 /// States beside ESTABLISHED, counted at the last audit, in this order.
@@ -283,6 +284,8 @@ pub struct Snapshot {
     pub corrections: Corrections,
     /// `connmon_drift_connections`; `None` before the first audit.
     pub drift: Option<u64>,
+    /// `connmon_drift_suspected_connections`; `None` before the first audit.
+    pub drift_suspected: Option<u64>,
     /// Loopback connections hidden by the filter, at the last walk.
     pub hidden_loopback: u64,
     /// Connections hidden by `--filter.exclude`, at the last walk.

@@ -4,12 +4,13 @@
 //! Everything included a connection costs 64 bytes of slab and, at the load
 //! factors of hashbrown, 5 to 11 bytes in each index.
 
+use connmon_common::state::{ESTABLISHED, SYN_SENT};
 use hashbrown::HashTable;
 
 use super::dimension::NO_ROW;
 use super::key::{Hasher, Key};
 use super::snapshot::Direction;
-use crate::event::{Cookie, SocketId, Tuple};
+use crate::event::{Cookie, SocketId};
 use crate::geo::Country;
 
 /// Place of an entry in the slab.
@@ -18,6 +19,17 @@ pub(super) type Slot = u32;
 /// Entries per slab chunk: 64 KiB, so that an idle agent stays small and
 /// growing never copies.
 const CHUNK: usize = 1024;
+
+/// Set in what tells apart the sockets of rows without a cookie: with it the
+/// number of the namespace in the walk and the inode, 0 where no process holds
+/// the socket. It holds for the walk that read the row; no cookie is so large.
+const WALK_ONLY: u64 = 1 << 63;
+
+/// What tells the socket of a row without a cookie from others with the same
+/// endpoints, within a walk; `ordinal` numbers its namespaces.
+pub(super) fn walk_identity(ordinal: u16, inode: u32) -> Cookie {
+    WALK_ONLY | u64::from(ordinal) << 32 | u64::from(inode)
+}
 
 /// The low 48 bits of a byte counter.
 const LOW_48: u64 = (1 << 48) - 1;
@@ -28,8 +40,9 @@ const LOW_48: u64 = (1 << 48) - 1;
 pub(super) struct Flags(u16);
 
 impl Flags {
-    /// An active open that has not completed; in no count and no gauge.
-    pub(super) const PENDING: Self = Self(1);
+    /// Its cookie comes from a row: where several sockets have its endpoints,
+    /// it may be another one's, and an event of either puts that right.
+    pub(super) const ROW_COOKIE: Self = Self(1);
     /// Opened before our eyes: has a start time and started at zero bytes.
     pub(super) const OPENED: Self = Self(1 << 1);
     /// The byte baselines are valid.
@@ -43,11 +56,13 @@ impl Flags {
     /// Its accept was observed.
     pub(super) const ACCEPTED: Self = Self(1 << 6);
     /// Direction and port are not settled yet: waits for the listening
-    /// sockets of its namespace (`since_ns` holds its ports), or was met in
-    /// an event before the startup walk came to it.
+    /// sockets of its namespace, or was met in an event before the startup
+    /// walk came to it.
     pub(super) const UNDECIDED: Self = Self(1 << 7);
     /// A later open has the same endpoints under another kernel address, so
-    /// its close was probably missed; rows are joined to it last.
+    /// its close was probably missed; rows are joined to it last. Not gone,
+    /// since with VRFs or bound devices several sockets can have the same
+    /// endpoints.
     pub(super) const SUSPECT: Self = Self(1 << 9);
     /// Slot in use.
     const USED: Self = Self(1 << 8);
@@ -62,6 +77,10 @@ impl Flags {
 
     pub(super) fn clear(&mut self, flag: Self) {
         self.0 &= !flag.0;
+    }
+
+    fn put(&mut self, flag: Self, on: bool) {
+        if on { self.set(flag) } else { self.clear(flag) }
     }
 }
 
@@ -80,7 +99,7 @@ impl std::ops::BitOr for Flags {
 pub(super) struct Entry {
     /// Kernel address; 0 while no event has named it.
     id: SocketId,
-    pub(super) cookie: Cookie,
+    cookie: Cookie,
     /// Both endpoints, or for a pending entry the remote end alone.
     key: Key,
     /// Pending: start of the handshake; opened: its end.
@@ -132,18 +151,61 @@ impl Entry {
         self.flags.has(Flags::USED)
     }
 
+    /// An active open that has not completed; in no count and no gauge.
     pub(super) fn is_pending(&self) -> bool {
-        self.flags.has(Flags::PENDING)
+        self.state() == SYN_SENT
     }
 
-    /// Whether no event has named its kernel address yet.
+    /// Whether no kernel address is known of it yet.
     pub(super) fn is_unbound(&self) -> bool {
         self.id == 0
     }
 
+    /// Its cookie, 0 where it is not known.
+    pub(super) fn cookie(&self) -> Cookie {
+        if self.cookie & WALK_ONLY == 0 {
+            self.cookie
+        } else {
+            0
+        }
+    }
+
+    /// The cookie that an event told for a new entry, or 0.
+    pub(super) fn set_cookie(&mut self, cookie: Cookie) {
+        self.cookie = cookie;
+    }
+
+    /// Takes from a row what tells its socket from others, unless that is
+    /// known better.
+    pub(super) fn learn_identity(&mut self, identity: Cookie) {
+        let inode_known = self.cookie & WALK_ONLY != 0 && self.cookie as u32 != 0;
+        let known = self.cookie() != 0 || inode_known && identity & WALK_ONLY != 0;
+        if identity != 0 && !known {
+            self.cookie = identity;
+            self.flags.set(Flags::ROW_COOKIE);
+        }
+    }
+
+    /// The walk is over, and with it what only held for it.
+    pub(super) fn forget_identity(&mut self) {
+        self.cookie = self.cookie();
+    }
+
     /// Whether both cookies are known and differ: then it is another socket.
+    /// The same for what stands for a cookie within a walk.
     pub(super) fn contradicts(&self, cookie: Cookie) -> bool {
-        self.cookie != 0 && cookie != 0 && self.cookie != cookie
+        if self.cookie == 0 || cookie == 0 || self.cookie == cookie {
+            return false;
+        }
+        match (self.cookie & WALK_ONLY != 0, cookie & WALK_ONLY != 0) {
+            (false, false) => true,
+            (true, true) => {
+                let inodes = (self.cookie as u32, cookie as u32);
+                let elsewhere = self.cookie >> 32 != cookie >> 32;
+                elsewhere || inodes.0 != 0 && inodes.1 != 0 && inodes.0 != inodes.1
+            }
+            _ => false,
+        }
     }
 
     pub(super) fn direction(&self) -> Direction {
@@ -164,16 +226,6 @@ impl Entry {
 
     pub(super) fn set_state(&mut self, state: u8) {
         self.flags.0 = self.flags.0 & 0x0fff | u16::from(state) << 12;
-    }
-
-    /// Keeps the ports of an undecided entry where a start time would be.
-    pub(super) fn set_ports(&mut self, tuple: &Tuple) {
-        self.since_ns = u64::from(tuple.local_port) << 16 | u64::from(tuple.remote_port);
-    }
-
-    /// Local and remote port of an undecided entry.
-    pub(super) fn ports(&self) -> (u16, u16) {
-        ((self.since_ns >> 16) as u16, self.since_ns as u16)
     }
 
     /// Moves the baseline of received bytes to `now` and returns how far it
@@ -214,9 +266,6 @@ pub(super) struct Table {
     by_id: HashTable<Slot>,
     by_key: HashTable<Slot>,
     hasher: Hasher,
-    /// By slot, which namespace of the walk under way showed the entry; grown
-    /// only where stand-ins make that a question, two bytes a connection.
-    sights: Vec<u16>,
     /// First free slot of a list linked through `since_ns`; `Slot::MAX` ends it.
     free: Slot,
     used: usize,
@@ -253,7 +302,6 @@ impl Table {
             by_id: HashTable::new(),
             by_key: HashTable::new(),
             hasher,
-            sights: Vec::new(),
             free: Slot::MAX,
             used: 0,
             pending: 0,
@@ -291,58 +339,106 @@ impl Table {
             .copied()
     }
 
-    /// The entry with these endpoints that best fits `cookie`: one with the
-    /// same cookie, else one that does not contradict it, a suspect last.
-    /// With a `sight` other than 0, one that was marked with another is none.
-    pub(super) fn find_key(&self, key: &Key, cookie: Cookie, sight: u16) -> Option<Slot> {
-        let mut found = None;
-        let mut suspect = None;
+    /// The entry that a row is of, by what tells its socket from others
+    /// (cookie or [`walk_identity`]), and whether no other has these endpoints.
+    ///
+    /// That with the same kernel address or identity, else one that does not
+    /// contradict them. Of several, those come last whose state differs in
+    /// being ESTABLISHED, so that no state is corrected that was right; then
+    /// suspects; then those that `epoch` stamped already, so that each row
+    /// takes another. The last two change places where no cookie remains when
+    /// the walk is over: a stamped one needs no row.
+    pub(super) fn find_row(
+        &self,
+        key: &Key,
+        id: SocketId,
+        identity: Cookie,
+        epoch: u8,
+        established: bool,
+    ) -> Option<(Slot, bool)> {
+        let mut best: Option<(u8, Slot)> = None;
+        let mut count = 0;
         for &slot in self.by_key.iter_hash(self.hasher.hash_key(key)) {
             let entry = &self.chunks[slot];
-            if !entry.key.matches(key)
-                || entry.contradicts(cookie)
-                || self.is_sighted_elsewhere(slot, sight)
-            {
+            if !entry.key.matches(key) {
                 continue;
             }
-            if cookie != 0 && entry.cookie == cookie {
-                return Some(slot);
+            count += 1;
+            let same_id = id != 0 && entry.id == id;
+            let other_id = id != 0 && entry.id != 0 && !same_id;
+            if other_id || entry.contradicts(identity) {
+                continue;
             }
-            if entry.flags.has(Flags::SUSPECT) {
-                suspect.get_or_insert(slot);
-            } else {
-                found.get_or_insert(slot);
+            let unlike = !same_id && (identity == 0 || entry.cookie != identity);
+            let lasting = identity & WALK_ONLY == 0;
+            // An event since is newer than the row, and takes nothing from it.
+            let newer = entry.epoch == epoch && entry.flags.has(Flags::BY_EVENT);
+            let unlike_state = (lasting || !newer) && (entry.state() == ESTABLISHED) != established;
+            let suspect = u8::from(entry.flags.has(Flags::SUSPECT));
+            let stamped = u8::from(entry.epoch == epoch);
+            let rank = u8::from(unlike) << 3
+                | u8::from(unlike_state) << 2
+                | if lasting {
+                    suspect << 1 | stamped
+                } else {
+                    stamped << 1 | suspect
+                };
+            if best.is_none_or(|(least, _)| rank < least) {
+                best = Some((rank, slot));
             }
         }
-        found.or(suspect)
+        best.map(|(_, slot)| (slot, count == 1))
     }
 
-    fn is_sighted_elsewhere(&self, slot: Slot, sight: u16) -> bool {
-        let marked = self.sights.get(slot as usize).copied().unwrap_or(0);
-        sight != 0 && marked != 0 && marked != sight
-    }
-
-    /// Notes which namespace of the walk under way showed an entry; 0 none.
-    pub(super) fn mark_sighted(&mut self, slot: Slot, sight: u16) {
-        if sight == 0 {
-            return;
+    /// An event tells the cookie of the socket at `slot`. Where a row gave it
+    /// to another entry with the same endpoints, the two exchange theirs; what
+    /// a row counted goes along if the other one is known by that row alone.
+    pub(super) fn learn_cookie(&mut self, slot: Slot, cookie: Cookie) {
+        let entry = &self.chunks[slot];
+        if cookie != 0 && entry.cookie != cookie {
+            let key = entry.key;
+            let same = self.by_key.iter_hash(self.hasher.hash_key(&key));
+            let other = same.copied().find(|&other| {
+                let entry = &self.chunks[other];
+                other != slot && entry.cookie == cookie && entry.key.matches(&key)
+            });
+            if let Some(other) = other {
+                self.exchange(slot, other);
+            }
+            self.chunks[slot].cookie = cookie;
         }
-        if self.sights.len() <= slot as usize {
-            self.sights.resize(self.end() as usize, 0);
+        if cookie != 0 {
+            self.chunks[slot].flags.clear(Flags::ROW_COOKIE);
         }
-        self.sights[slot as usize] = sight;
     }
 
-    /// A walk begins or is over.
-    pub(super) fn forget_sights(&mut self) {
-        self.sights = Vec::new();
+    /// Two entries with the same endpoints exchange their cookies.
+    fn exchange(&mut self, slot: Slot, other: Slot) {
+        const COUNTED: [Flags; 2] = [Flags::BASELINE, Flags::RTT];
+        let (mut one, mut two) = (self.chunks[slot], self.chunks[other]);
+        std::mem::swap(&mut one.cookie, &mut two.cookie);
+        two.flags.set(Flags::ROW_COOKIE);
+        if two.id == 0 {
+            std::mem::swap(&mut one.received_low, &mut two.received_low);
+            std::mem::swap(&mut one.received_high, &mut two.received_high);
+            std::mem::swap(&mut one.sent_low, &mut two.sent_low);
+            std::mem::swap(&mut one.sent_high, &mut two.sent_high);
+            std::mem::swap(&mut one.retransmitted, &mut two.retransmitted);
+            for flag in COUNTED {
+                let (had_one, had_two) = (one.flags.has(flag), two.flags.has(flag));
+                one.flags.put(flag, had_two);
+                two.flags.put(flag, had_one);
+            }
+        }
+        (self.chunks[slot], self.chunks[other]) = (one, two);
     }
 
     /// The entry that a socket under an unknown kernel address can be: one
     /// with its endpoints that no event has named and whose cookie does not
-    /// contradict, or one with its very cookie, then named wrongly.
-    pub(super) fn find_adoptable(&self, key: &Key, cookie: Cookie) -> Option<Slot> {
-        let mut found = None;
+    /// contradict, or one with its very cookie, then named wrongly. Of several
+    /// one that is in ESTABLISHED or not as the event's old state.
+    pub(super) fn find_adoptable(&self, key: &Key, cookie: Cookie, old: u8) -> Option<Slot> {
+        let mut found: Option<Slot> = None;
         for &slot in self.by_key.iter_hash(self.hasher.hash_key(key)) {
             let entry = &self.chunks[slot];
             if !entry.key.matches(key) {
@@ -351,29 +447,25 @@ impl Table {
             if cookie != 0 && entry.cookie == cookie {
                 return Some(slot);
             }
-            if entry.is_unbound() && !entry.contradicts(cookie) {
-                found.get_or_insert(slot);
+            if entry.id == 0 && !entry.contradicts(cookie) {
+                let like = (entry.state() == ESTABLISHED) == (old == ESTABLISHED);
+                if like || found.is_none() {
+                    found = Some(slot);
+                }
             }
         }
         found
     }
 
-    /// A socket opens with these endpoints: the entry that no event has named
-    /// and that it must have replaced, whatever its cookie. Others with these
-    /// endpoints are suspect from now on; not gone, since with VRFs or bound
-    /// devices two sockets can have the same endpoints.
-    pub(super) fn replaced_by_open(&mut self, key: &Key) -> Option<Slot> {
-        let mut replaced = None;
+    /// A socket opens with these endpoints: entries that have them too are
+    /// suspect from now on.
+    pub(super) fn suspect_twins(&mut self, key: &Key) {
         for &slot in self.by_key.iter_hash(self.hasher.hash_key(key)) {
             let entry = &mut self.chunks[slot];
             if entry.key.matches(key) {
-                if entry.is_unbound() {
-                    replaced = Some(slot);
-                }
                 entry.flags.set(Flags::SUSPECT);
             }
         }
-        replaced
     }
 
     /// A fresh entry in no index, or `None` at the cap.
@@ -387,9 +479,6 @@ impl Table {
         let slot = self.free;
         let entry = &mut self.chunks[slot];
         self.free = entry.since_ns as Slot;
-        if let Some(sight) = self.sights.get_mut(slot as usize) {
-            *sight = 0;
-        }
         *entry = Entry::FREE;
         entry.flags.set(Flags::USED);
         self.used += 1;
@@ -403,16 +492,17 @@ impl Table {
             return None;
         }
         let slot = self.allocate()?;
-        self.chunks[slot].flags.set(Flags::PENDING);
+        self.chunks[slot].set_state(SYN_SENT);
         self.pending += 1;
         Some(slot)
     }
 
-    /// An active open completed: its entry is a connection's from now on.
+    /// An active open completed: its entry is a connection's from now on, in
+    /// the state that it enters next.
     pub(super) fn complete(&mut self, slot: Slot) {
         let entry = &mut self.chunks[slot];
         if entry.is_pending() {
-            entry.flags.clear(Flags::PENDING);
+            entry.set_state(0);
             self.pending -= 1;
         }
     }
@@ -436,6 +526,14 @@ impl Table {
         self.by_id.insert_unique(hasher.hash_id(id), slot, |&slot| {
             hasher.hash_id(chunks[slot].id)
         });
+    }
+
+    /// Takes from a row the kernel address of an entry that has none, unless
+    /// another one has it: then the row is older.
+    pub(super) fn learn_id(&mut self, slot: Slot, id: SocketId) {
+        if id != 0 && self.entry(slot).is_unbound() && self.find_id(id).is_none() {
+            self.bind_id(slot, id);
+        }
     }
 
     /// Names an entry anew.
@@ -532,13 +630,13 @@ mod tests {
         assert!(table.is_full() && table.allocate().is_none());
         for (n, &slot) in (0u32..).zip(&slots) {
             assert_eq!(table.find_id(u64::from(n) + 1), Some(slot));
-            assert_eq!(table.find_key(&key(n), 0, 0), Some(slot));
+            assert_eq!(table.find_row(&key(n), 0, 0, 1, true), Some((slot, true)));
         }
         for &slot in &slots {
             table.remove(slot);
         }
         assert_eq!(table.find_id(1), None);
-        assert_eq!(table.find_key(&key(0), 0, 0), None);
+        assert_eq!(table.find_row(&key(0), 0, 0, 1, true), None);
         assert!(table.allocate().is_some());
     }
 
@@ -551,11 +649,11 @@ mod tests {
             table.bind_key(slot, key(5));
             slot
         });
-        assert_eq!(table.find_key(&key(5), 7, 0), Some(seven));
-        assert_eq!(table.find_key(&key(5), 8, 0), Some(none));
+        assert_eq!(table.find_row(&key(5), 0, 7, 1, true), Some((seven, false)));
+        assert_eq!(table.find_row(&key(5), 0, 8, 1, true), Some((none, false)));
         table.bind_id(none, 99);
-        assert_eq!(table.find_adoptable(&key(5), 8), None);
-        assert_eq!(table.find_adoptable(&key(5), 0), Some(seven));
+        assert_eq!(table.find_adoptable(&key(5), 8, ESTABLISHED), None);
+        assert_eq!(table.find_adoptable(&key(5), 0, ESTABLISHED), Some(seven));
         table.rebind_id(none, 98);
         assert_eq!((table.find_id(99), table.find_id(98)), (None, Some(none)));
     }
@@ -566,13 +664,13 @@ mod tests {
         let stale = table.allocate().unwrap();
         table.bind_id(stale, 1);
         table.bind_key(stale, key(5));
-        assert_eq!(table.replaced_by_open(&key(5)), None);
+        table.suspect_twins(&key(5));
         let newer = table.allocate().unwrap();
         table.bind_id(newer, 2);
         table.bind_key(newer, key(5));
-        assert_eq!(table.find_key(&key(5), 7, 0), Some(newer));
+        assert_eq!(table.find_row(&key(5), 0, 7, 1, true), Some((newer, false)));
         table.remove(newer);
-        assert_eq!(table.find_key(&key(5), 7, 0), Some(stale));
+        assert_eq!(table.find_row(&key(5), 0, 7, 1, true), Some((stale, true)));
     }
 
     #[test]

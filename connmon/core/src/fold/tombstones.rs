@@ -46,7 +46,10 @@ pub(super) struct Tombstones {
 pub(super) enum Verdict {
     /// Nothing with these endpoints closed.
     Alive,
-    /// This socket closed after the row was read, or may have.
+    /// One with these endpoints closed, and no cookie tells whether it is this
+    /// one.
+    MayBeDead,
+    /// This socket closed after the row was read.
     Dead,
 }
 
@@ -131,15 +134,20 @@ impl Tombstones {
         if self.table.is_empty() {
             return Verdict::Alive;
         }
-        let dead = self.table.iter_hash(hasher.hash_key(key)).any(|other| {
-            other.key.matches(key)
-                && if other.cookie != 0 && cookie != 0 {
-                    other.cookie == cookie
-                } else {
-                    other.at_ns >= t0_ns.saturating_sub(SLACK_NS)
+        let mut verdict = Verdict::Alive;
+        for other in self.table.iter_hash(hasher.hash_key(key)) {
+            if !other.key.matches(key) {
+                continue;
+            }
+            if other.cookie == 0 || cookie == 0 {
+                if other.at_ns >= t0_ns.saturating_sub(SLACK_NS) {
+                    verdict = Verdict::MayBeDead;
                 }
-        });
-        if dead { Verdict::Dead } else { Verdict::Alive }
+            } else if other.cookie == cookie {
+                return Verdict::Dead;
+            }
+        }
+        verdict
     }
 }
 
@@ -168,8 +176,8 @@ mod tests {
         let verdict = |cookie, t0| tombstones.verdict(&hasher, &KEY, cookie, t0);
         assert_eq!(verdict(7, 200 + SLACK_NS), Verdict::Dead);
         assert_eq!(verdict(8, 50), Verdict::Alive);
-        assert_eq!(verdict(0, 100), Verdict::Dead);
-        assert_eq!(verdict(0, 100 + SLACK_NS), Verdict::Dead);
+        assert_eq!(verdict(0, 100), Verdict::MayBeDead);
+        assert_eq!(verdict(0, 100 + SLACK_NS), Verdict::MayBeDead);
         assert_eq!(verdict(0, 101 + SLACK_NS), Verdict::Alive);
         let elsewhere = Key { netns: 4, ..KEY };
         assert_eq!(
@@ -214,7 +222,10 @@ mod tests {
             b: MAX as u32 - 1,
             ..KEY
         };
-        assert_eq!(tombstones.verdict(&hasher, &last, 0, late), Verdict::Dead);
+        assert_eq!(
+            tombstones.verdict(&hasher, &last, 0, late),
+            Verdict::MayBeDead
+        );
         tombstones.close(&hasher, KEY, 0, late);
         assert!(tombstones.overflowed());
         assert_eq!(tombstones.overflow, 2);

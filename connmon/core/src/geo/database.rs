@@ -1,7 +1,6 @@
 //! One country database: checked, then only read.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -9,6 +8,7 @@ use maxminddb::{LookupResult, PathElement, Reader, WithinOptions};
 
 use super::Country;
 use crate::report::DatabaseInfo;
+use crate::text::printable;
 
 /// DB-IP Lite country, CC BY 4.0; see `data/NOTICE`.
 static EMBEDDED: &[u8] = include_bytes!("../../../data/dbip-country-lite.mmdb");
@@ -41,6 +41,8 @@ pub struct Database {
     reader: Reader<Cow<'static, [u8]>>,
     source: DatabaseSource,
     database_type: String,
+    /// Size of the file.
+    bytes: usize,
 }
 
 impl Database {
@@ -53,7 +55,7 @@ impl Database {
         let reader = Reader::from_source(Cow::Borrowed(EMBEDDED)).map_err(|error| {
             InvalidDatabase(format!("the embedded country database is damaged: {error}"))
         })?;
-        Ok(Self::new(reader, DatabaseSource::Embedded))
+        Ok(Self::new(reader, DatabaseSource::Embedded, EMBEDDED.len()))
     }
 
     /// Checks and opens the bytes of a file. The check asks `may_go_on` every
@@ -69,9 +71,10 @@ impl Database {
         if bytes.is_empty() {
             return Err(InvalidDatabase("the file is empty".to_owned()));
         }
+        let length = bytes.len();
         let reader = Reader::from_source(Cow::Owned(bytes))
             .map_err(|error| InvalidDatabase(format!("no valid MMDB file: {error}")))?;
-        let database = Self::new(reader, DatabaseSource::File);
+        let database = Self::new(reader, DatabaseSource::File, length);
         let names_country = database
             .check(may_go_on)
             .map_err(|problem| InvalidDatabase(format!("damaged MMDB file: {problem}")))?;
@@ -84,12 +87,15 @@ impl Database {
         Ok(database)
     }
 
-    fn new(reader: Reader<Cow<'static, [u8]>>, source: DatabaseSource) -> Self {
-        let database_type = printable(&reader.metadata().database_type);
+    fn new(reader: Reader<Cow<'static, [u8]>>, source: DatabaseSource, bytes: usize) -> Self {
+        let database_type = &reader.metadata().database_type;
+        let start: String = database_type.chars().take(MAX_TYPE_CHARS).collect();
+        let database_type = printable(start);
         Self {
             reader,
             source,
             database_type,
+            bytes,
         }
     }
 
@@ -152,7 +158,7 @@ impl Database {
         // A tree of n nodes has n + 1 leaves, a few times that with aliases
         // of its IPv4 part; a cycle yields more, or ends in an error itself.
         let most = self.reader.metadata().node_count as usize * 3 + 3;
-        let mut seen = HashSet::new();
+        let mut checked = Offsets::below(self.bytes);
         let mut names_country = false;
         for (index, network) in networks.enumerate() {
             let network = network.map_err(text)?;
@@ -162,7 +168,10 @@ impl Database {
             if index % 1_024 == 0 && !may_go_on() {
                 return Err("the check takes too long".to_owned());
             }
-            if network.offset().is_some_and(|offset| seen.insert(offset)) {
+            if network
+                .offset()
+                .is_some_and(|offset| checked.insert(offset))
+            {
                 network.decode::<serde::de::IgnoredAny>().map_err(text)?;
                 names_country = names_country || Record(network).names_country();
             }
@@ -177,6 +186,24 @@ impl fmt::Debug for Database {
             .field("source", &self.source)
             .field("database_type", &self.database_type)
             .finish_non_exhaustive()
+    }
+}
+
+/// A set of offsets, one bit for each: a file can name as many records as it
+/// has bytes, and a hash set of them all would be many times its size.
+struct Offsets(Vec<u64>);
+
+impl Offsets {
+    fn below(end: usize) -> Self {
+        Self(vec![0; end.div_ceil(64)])
+    }
+
+    /// Whether it was not among them yet.
+    fn insert(&mut self, offset: usize) -> bool {
+        let (word, bit) = (offset / 64, 1 << (offset % 64));
+        let new = self.0[word] & bit == 0;
+        self.0[word] |= bit;
+        new
     }
 }
 
@@ -222,15 +249,4 @@ impl std::error::Error for InvalidDatabase {}
 
 fn text(error: impl fmt::Display) -> String {
     error.to_string()
-}
-
-fn printable(text: &str) -> String {
-    let replace = |c: char| {
-        if c.is_control() {
-            char::REPLACEMENT_CHARACTER
-        } else {
-            c
-        }
-    };
-    text.chars().take(MAX_TYPE_CHARS).map(replace).collect()
 }

@@ -122,7 +122,7 @@ fn special_v6(address: Ipv6Addr) -> Option<Special> {
 
 /// The IPv4 address inside `::ffff:0:0/96` (RFC 4291) and `64:ff9b::/96`
 /// (RFC 6052).
-fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
+pub(crate) fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
     match address.segments() {
         [0x64, 0xff9b, 0, 0, 0, 0, high, low] => {
             Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)))

@@ -12,6 +12,7 @@ mod locator;
 pub use country::Country;
 pub use database::{Database, DatabaseSource, InvalidDatabase};
 pub use locator::Locator;
+pub(crate) use locator::embedded_v4;
 
 use std::net::IpAddr;
 

@@ -152,13 +152,20 @@ impl<'a> Btf<'a> {
     /// types; `path` has dots between nested structures, anonymous ones are
     /// looked through.
     pub fn offset(&self, container: &str, path: &str) -> Result<u32, BtfError> {
+        match self.bit_offset(container, path) {
+            // A bit field has no address.
+            Ok(bits) if bits % 8 != 0 => Err(no_member(container, path)),
+            bits => bits.map(|bits| bits / 8),
+        }
+    }
+
+    /// As [`Btf::offset`], in bits, for a member that may be a bit field. The
+    /// lowest bit of a byte comes first, as on every little-endian machine.
+    pub fn bit_offset(&self, container: &str, path: &str) -> Result<u32, BtfError> {
         self.ids(KIND_STRUCT, container)
             .filter_map(|id| self.get(id))
             .find_map(|this| self.walk(this, path))
-            .ok_or_else(|| BtfError::NoMember {
-                container: container.to_owned(),
-                path: path.to_owned(),
-            })
+            .ok_or_else(|| no_member(container, path))
     }
 
     fn ids(&self, kind: u32, name: &str) -> impl Iterator<Item = u32> {
@@ -178,11 +185,7 @@ impl<'a> Btf<'a> {
                 return None;
             }
             let (bits, type_id) = self.member(current, name.as_bytes(), 0, &mut steps)?;
-            // A bit field has no address.
-            if bits % 8 != 0 {
-                return None;
-            }
-            offset = offset.checked_add(bits / 8)?;
+            offset = offset.checked_add(bits)?;
             if names.peek().is_some() {
                 current = self.composite(type_id)?;
             }
@@ -273,6 +276,13 @@ impl<'a> Btf<'a> {
         let tail = self.strings.get(offset as usize..).unwrap_or_default();
         let end = tail.iter().position(|byte| *byte == 0);
         &tail[..end.unwrap_or(tail.len())]
+    }
+}
+
+fn no_member(container: &str, path: &str) -> BtfError {
+    BtfError::NoMember {
+        container: container.to_owned(),
+        path: path.to_owned(),
     }
 }
 
@@ -415,6 +425,9 @@ pub(super) mod tests {
         ] {
             assert!(btf.offset(container, path).is_err(), "{container}.{path}");
         }
+        assert_eq!(btf.bit_offset("bits", "flag"), Ok(3));
+        assert_eq!(btf.bit_offset("net", "y"), Ok(96));
+        assert!(btf.bit_offset("net", "nope").is_err());
     }
 
     #[test]

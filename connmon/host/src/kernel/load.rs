@@ -1,10 +1,8 @@
 //! From the embedded object to maps and programs ready to be loaded: offsets
 //! resolved, globals filled in.
 
-use std::borrow::Cow;
-
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader, Endianness};
-use connmon_common::tuning::{self, FIELDS, TABLE_FIELDS, global, sock_common};
+use connmon_common::tuning::{self, BITS, FIELDS, TABLE_FIELDS, global, sock_common};
 
 use super::btf::{self, BtfError, KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, Wanted};
 use super::{TracerOptions, sys};
@@ -37,16 +35,23 @@ const WANTED: &[Wanted] = &[
     (KIND_STRUCT, "task_struct"),
     (KIND_STRUCT, "nsproxy"),
     (KIND_STRUCT, "inet_hashinfo"),
+    TASK_FUNC,
 ];
 const STATE_TYPEDEF: Wanted = (KIND_TYPEDEF, "btf_trace_inet_sock_set_state");
 const CONNECT_FUNC: Wanted = (KIND_FUNC, "tcp_connect");
 const ACCEPT_FUNC: Wanted = (KIND_FUNC, "inet_csk_accept");
+/// A helper that programs use where the kernel has it.
+const TASK_FUNC: Wanted = (KIND_FUNC, "bpf_get_current_task_btf");
 
 /// What the agent takes from the kernel's BTF.
 #[derive(Debug)]
 pub struct KernelTypes {
     /// One per [`FIELDS`].
     offsets: Vec<u32>,
+    /// One per [`BITS`].
+    bits: Vec<u32>,
+    /// Whether there is [`TASK_FUNC`].
+    task_btf: bool,
     /// For aya: the types that programs attach to, under their kernel ids.
     pub attach: Btf,
     /// One per [`TABLE_FIELDS`], or why there is none.
@@ -83,6 +88,10 @@ impl KernelTypes {
             .iter()
             .map(|field| types.offset(field.container, field.path))
             .collect::<Result<_, _>>()?;
+        let bits = BITS
+            .iter()
+            .map(|field| types.bit_offset(field.container, field.path))
+            .collect::<Result<_, _>>()?;
         let attach = attach_types(&types)?;
         let table = TABLE_FIELDS
             .iter()
@@ -90,6 +99,8 @@ impl KernelTypes {
             .collect();
         Ok(Self {
             offsets,
+            bits,
+            task_btf: types.id(TASK_FUNC.0, TASK_FUNC.1).is_some(),
             attach,
             table,
         })
@@ -179,6 +190,10 @@ pub fn prepare(options: &TracerOptions, types: Option<&KernelTypes>) -> Result<E
         (global::OWNERS, u32::from(options.owners)),
         (global::TRAFFIC, u32::from(options.traffic)),
         (global::OFFSETS_KNOWN, u32::from(types.is_some())),
+        (
+            global::TASK_BTF,
+            u32::from(types.is_some_and(|types| types.task_btf)),
+        ),
     ];
     let log_level = if logs(options) {
         aya_log::Level::Debug as u8
@@ -196,12 +211,12 @@ pub fn prepare(options: &TracerOptions, types: Option<&KernelTypes>) -> Result<E
     for (name, value) in &switches {
         loader.override_global(name, value, true);
     }
-    let offsets: Cow<'_, [u32]> = match types {
-        Some(types) => Cow::Borrowed(&types.offsets),
-        None => Cow::Owned(vec![0; FIELDS.len()]),
+    let (offsets, bits): (&[u32], &[u32]) = match types {
+        Some(types) => (&types.offsets, &types.bits),
+        None => (&[0; FIELDS.len()], &[0; BITS.len()]),
     };
     let table = types.and_then(|types| types.table.as_ref().ok());
-    let known = FIELDS.iter().zip(offsets.iter());
+    let known = FIELDS.iter().zip(offsets).chain(BITS.iter().zip(bits));
     let table = TABLE_FIELDS.iter().zip(table.into_iter().flatten());
     for (field, offset) in known.chain(table) {
         loader.override_global(field.global, offset, true);
@@ -246,9 +261,17 @@ mod tests {
         let mut b = btf::tests::Builder::new();
         let int = b.add("int", 1, 0, 4, &[32]);
         let inner = b.composite("ns_common", KIND_STRUCT, &[("inum", int, 64)]);
-        for container in ["sock_common", "net", "sock", "inet_sock", "tcp_sock"] {
+        for container in [
+            "sock_common",
+            "net",
+            "sock",
+            "inet_sock",
+            "tcp_sock",
+            "task_struct",
+        ] {
             let mut members: Vec<(&str, u32, u32)> = FIELDS
                 .iter()
+                .chain(BITS)
                 .filter(|field| field.container == container)
                 .zip(1..)
                 .map(|(field, at)| match field.path.split_once('.') {
@@ -271,6 +294,7 @@ mod tests {
     fn a_member_that_moved_is_refused() {
         let types = KernelTypes::resolve(&kernel_types("none")).unwrap();
         assert_eq!(types.offsets[0], 128 + 8, "net.ns.inum");
+        assert_eq!(types.bits[0] % 1024, 0, "tcp_sock.repair, in bits");
         for (member, offset) in sock_common::ASSERTED {
             let expected = *offset as u32;
             assert_eq!(

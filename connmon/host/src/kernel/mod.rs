@@ -193,6 +193,19 @@ impl Tracer {
         })
     }
 
+    /// Closes the maps that only loading needs: the programs hold them. After
+    /// this nothing more can be loaded.
+    pub fn close_maps(&mut self) {
+        let names: Vec<String> = self
+            .programs
+            .maps()
+            .map(|(name, _)| name.to_owned())
+            .collect();
+        for name in names {
+            drop(self.programs.take_map(&name));
+        }
+    }
+
     /// Where each probe ended up, in the order of [`Probe::ALL`].
     pub fn rungs(&self) -> &[Rung] {
         &self.rungs

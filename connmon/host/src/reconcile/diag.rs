@@ -13,10 +13,11 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use connmon_common::state;
-use connmon_core::event::{Owner, Traffic, Tuple};
-use connmon_core::scan::Row;
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
+
+use connmon_core::event::{Owner, SYN_BYTES, Traffic, Tuple};
+use connmon_core::scan::Row;
 
 /// Which sockets a dump asks for: a bit `1 << state` each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -544,12 +545,14 @@ fn row(payload: &[u8]) -> Option<Message> {
             remote: address(24)?,
             remote_port: port(6)?,
         },
+        id: 0,
         // INET_DIAG_NOCOOKIE
         cookie: if cookie == u64::MAX { 0 } else { cookie },
         receive_queue: read_u32(message, 56)?,
         send_queue: read_u32(message, 60)?,
         inode: read_u32(message, 68)?,
-        traffic: attribute(attributes, INET_DIAG_INFO).and_then(|info| traffic(state, info)),
+        traffic: attribute(attributes, INET_DIAG_INFO)
+            .and_then(|info| traffic(state, read_u32(message, 60)?, info)),
         owner: Owner::default(),
     }))
 }
@@ -567,23 +570,44 @@ fn attribute(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     }
 }
 
-/// `struct tcp_info` → payload figures.
+/// `struct tcp_info` → payload figures; `queued` is `idiag_wqueue`, what was
+/// written and not acknowledged.
+///
+/// Sent is what was acknowledged and what is on its way (`snd_nxt - snd_una`),
+/// as at CLOSE: bytes_sent counts a segment again that our own queue or a
+/// filter has dropped. A FIN has been sent where nothing is left to send in the
+/// states that one leads to, and then it is among both. The kernel reads the
+/// queue before it takes the socket's lock and the rest after
+/// (`tcp_diag_get_info`), so what is acknowledged in between would count twice:
+/// nothing is on its way without a packet, and no more was sent than
+/// transmitted.
 ///
 /// bytes_received counts the peer's FIN as one. CLOSE_WAIT, LAST_ACK and
 /// CLOSING are entered by `tcp_fin` alone, which is what sets SOCK_DONE, so
 /// there it is taken off just as at CLOSE; FIN_WAIT1, FIN_WAIT2 and
 /// ESTABLISHED have not seen a FIN.
-fn traffic(row_state: u8, info: &[u8]) -> Option<Traffic> {
-    let fin = match row_state {
-        state::ESTABLISHED | state::FIN_WAIT1 | state::FIN_WAIT2 => 0,
-        state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING => 1,
+fn traffic(row_state: u8, queued: u32, info: &[u8]) -> Option<Traffic> {
+    let (fin_received, fin_written) = match row_state {
+        state::ESTABLISHED => (0, 0),
+        state::FIN_WAIT1 | state::FIN_WAIT2 => (0, 1),
+        state::CLOSE_WAIT => (1, 0),
+        state::LAST_ACK | state::CLOSING => (1, 1),
         _ => return None,
     };
-    let sent = read_u64(info, TCPI_BYTES_SENT)?;
-    let again = read_u64(info, TCPI_BYTES_RETRANS)?;
+    let unsent = read_u32(info, TCPI_NOTSENT_BYTES)?;
+    let on_its_way = match read_u32(info, TCPI_UNACKED)? {
+        0 => 0,
+        _ => queued.saturating_sub(unsent),
+    };
+    let fin_sent = if unsent == 0 { fin_written } else { 0 };
+    let sent = read_u64(info, TCPI_BYTES_ACKED)?
+        .saturating_add(on_its_way.into())
+        .saturating_sub(fin_sent);
+    let transmitted =
+        read_u64(info, TCPI_BYTES_SENT)?.saturating_sub(read_u64(info, TCPI_BYTES_RETRANS)?);
     Some(Traffic {
-        received_bytes: read_u64(info, TCPI_BYTES_RECEIVED)?.saturating_sub(fin),
-        sent_bytes: sent.saturating_sub(again),
+        received_bytes: read_u64(info, TCPI_BYTES_RECEIVED)?.saturating_sub(fin_received),
+        sent_bytes: sent.min(transmitted.saturating_add(SYN_BYTES)),
         retransmitted_segments: read_u32(info, TCPI_TOTAL_RETRANS)?,
         srtt_us: read_u32(info, TCPI_RTT)?,
     })
@@ -642,9 +666,12 @@ const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
 
 // Offsets in `struct tcp_info`, include/uapi/linux/tcp.h.
+const TCPI_UNACKED: usize = 24;
 const TCPI_RTT: usize = 68;
 const TCPI_TOTAL_RETRANS: usize = 100;
+const TCPI_BYTES_ACKED: usize = 120;
 const TCPI_BYTES_RECEIVED: usize = 128;
+const TCPI_NOTSENT_BYTES: usize = 144;
 const TCPI_BYTES_SENT: usize = 200;
 const TCPI_BYTES_RETRANS: usize = 208;
 
@@ -739,8 +766,13 @@ mod tests {
         payload
     }
 
-    fn info(received: u64, sent: u64, again: u64, segments: u32, rtt: u32) -> Vec<u8> {
+    /// Of a socket without anything on its way.
+    fn info(received: u64, acked: u64, segments: u32, rtt: u32) -> Vec<u8> {
+        let (sent, again) = (acked + 10_000, 1_000_u64);
         let mut info = vec![0xaa; 248];
+        info[TCPI_UNACKED..][..4].fill(0);
+        info[TCPI_NOTSENT_BYTES..][..4].fill(0);
+        info[TCPI_BYTES_ACKED..][..8].copy_from_slice(&acked.to_ne_bytes());
         info[TCPI_BYTES_RECEIVED..][..8].copy_from_slice(&received.to_ne_bytes());
         info[TCPI_BYTES_SENT..][..8].copy_from_slice(&sent.to_ne_bytes());
         info[TCPI_BYTES_RETRANS..][..8].copy_from_slice(&again.to_ne_bytes());
@@ -771,7 +803,8 @@ mod tests {
                 .filter(|row| row.tuple.local_port == port && row.state == state)
                 .map(|row| {
                     let traffic = row.traffic.unwrap();
-                    (traffic.received_bytes, traffic.sent_bytes)
+                    let active = state != state::CLOSE_WAIT && port != 8080;
+                    (traffic.received_bytes, traffic.sent_payload(active))
                 })
                 .collect()
         };
@@ -789,7 +822,7 @@ mod tests {
 
     #[test]
     fn figures_come_from_their_offsets_and_only_when_all_are_there() {
-        let full = info(1_000, 5_000, 1_448, 3, 250);
+        let full = info(1_000, 3_552, 3, 250);
         let figures = |state, info: &[u8]| match parse_message(&with_info(state, info)) {
             Message::Row(row) => row.traffic,
             other => panic!("{other:?}"),
@@ -800,18 +833,22 @@ mod tests {
             retransmitted_segments: 3,
             srtt_us: 250,
         };
-        for state in [1, 4, 5] {
-            assert_eq!(figures(state, &full), Some(expected));
-        }
-        for state in [8, 9, 11] {
-            let received_bytes = 999;
-            assert_eq!(
-                figures(state, &full),
-                Some(Traffic {
-                    received_bytes,
-                    ..expected
-                })
-            );
+        // Whether the peer's FIN is among what was received, and ours among
+        // what was sent.
+        for (state, theirs, ours) in [
+            (1, 0, 0),
+            (4, 0, 1),
+            (5, 0, 1),
+            (8, 1, 0),
+            (9, 1, 1),
+            (11, 1, 1),
+        ] {
+            let expected = Traffic {
+                received_bytes: 1_000 - theirs,
+                sent_bytes: 3_552 - ours,
+                ..expected
+            };
+            assert_eq!(figures(state, &full), Some(expected), "{state}");
         }
         for state in [2, 3, 10] {
             assert_eq!(figures(state, &full), None);
@@ -820,6 +857,27 @@ mod tests {
             assert_eq!(figures(1, &full[..length]), None, "{length}");
         }
         assert_eq!(figures(1, &full[..TCPI_BYTES_RETRANS + 8]), Some(expected));
+    }
+
+    #[test]
+    fn sent_is_what_was_acknowledged_and_what_is_on_its_way() {
+        let sent = |state, queued: u32, unsent: u32, unacked: u32, transmitted: u64| {
+            let mut info = info(0, 10_000, 0, 0);
+            info[TCPI_NOTSENT_BYTES..][..4].copy_from_slice(&unsent.to_ne_bytes());
+            info[TCPI_UNACKED..][..4].copy_from_slice(&unacked.to_ne_bytes());
+            info[TCPI_BYTES_SENT..][..8].copy_from_slice(&transmitted.to_ne_bytes());
+            info[TCPI_BYTES_RETRANS..][..8].fill(0);
+            traffic(state, queued, &info).unwrap().sent_bytes
+        };
+        // A queue of ours dropped half of what was transmitted.
+        assert_eq!(sent(1, 5_000, 2_000, 3, 26_000), 13_000);
+        // A FIN waits behind what is not sent, or has been sent.
+        assert_eq!(sent(4, 5_000, 2_000, 3, 26_000), 13_000);
+        assert_eq!(sent(4, 3_001, 0, 3, 26_000), 13_000);
+        // All was acknowledged after the queue was read.
+        assert_eq!(sent(1, 5_000, 0, 0, 26_000), 10_000);
+        // Some was, and nothing was dropped: at most that and a SYN.
+        assert_eq!(sent(1, 5_000, 0, 1, 11_000), 11_001);
     }
 
     #[test]

@@ -92,7 +92,21 @@ impl Default for Roots {
 pub const MAX_HANDLES: usize = 3;
 
 /// Threads that are looked at when the first one of a process has ended.
-const MAX_THREADS: usize = 8;
+pub const MAX_THREADS: usize = 8;
+
+/// Threads that one walk looks at for namespaces in which no process is as a
+/// whole: about 2 µs each. The next walk goes on where this one ended.
+const MAX_LOOKS: usize = 4096;
+
+/// What is known of namespaces that only a later thread of a process is in.
+#[derive(Debug, Default)]
+pub struct ThreadSearch {
+    /// Process and thread that lead there; at most [`MAX_NAMESPACES`].
+    found: HashMap<NetnsId, (u32, u32)>,
+    /// Process and thread that the last search ended with; it goes on after
+    /// them, and in the end begins anew.
+    last: (u32, u32),
+}
 
 impl Roots {
     /// The calling process's namespace.
@@ -148,15 +162,17 @@ impl Roots {
 
     /// Every namespace some process is in or some mount holds. Processes
     /// that end meanwhile are nothing special. `home` is the way back from
-    /// namespaces that only entering tells apart, see [`within`].
+    /// namespaces that only entering tells apart, see [`within`]. Threads that
+    /// went elsewhere are looked for where `search` says so, and remembered.
     ///
     /// # Errors
     /// Without a readable `/proc`.
-    pub fn find(&self, home: &File) -> io::Result<Found> {
+    pub fn find(&self, home: &File, threads: &mut ThreadSearch, search: bool) -> io::Result<Found> {
         let mut finder = Finder::default();
         finder.note(self.own()?, false, Handle::Own);
         let mut unreadable = Vec::new();
-        for pid in self.pids()? {
+        let pids = self.pids()?;
+        for &pid in &pids {
             match self.living(pid, |task| namespace_link(&task.join("ns/net"))) {
                 Ok((task, id)) => finder.note(id, false, Handle::Process(task)),
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -181,10 +197,85 @@ impl Roots {
                 }
             }
         }
+        self.note_threads(threads, &mut finder);
+        if search {
+            unreadable.extend(self.search_threads(&pids, threads, &mut finder));
+        }
         if !unreadable.is_empty() {
             self.note_unreadable(&unreadable, home, &mut finder);
         }
         Ok(finder.found)
+    }
+
+    /// Notes what earlier searches have found and is still there.
+    fn note_threads(&self, threads: &mut ThreadSearch, finder: &mut Finder) {
+        threads.found.retain(|&id, &mut (pid, tid)| {
+            let stays = namespace_link(&self.thread(pid, tid).join("ns/net")).ok() == Some(id);
+            if stays {
+                finder.note(id, false, Handle::Process(tid));
+            }
+            stays
+        });
+    }
+
+    /// Looks at the next threads that are not the first of their process.
+    /// Gives those whose namespace may not be read.
+    fn search_threads(
+        &self,
+        pids: &[u32],
+        threads: &mut ThreadSearch,
+        finder: &mut Finder,
+    ) -> Vec<u32> {
+        let mut unreadable = Vec::new();
+        let mut looks = MAX_LOOKS;
+        let last = threads.last;
+        let from = pids.partition_point(|&pid| pid < last.0);
+        for &pid in &pids[from..] {
+            for tid in self.later_threads(pid) {
+                if (pid, tid) <= last {
+                    continue;
+                }
+                if looks == 0 {
+                    return unreadable;
+                }
+                looks -= 1;
+                threads.last = (pid, tid);
+                match namespace_link(&self.thread(pid, tid).join("ns/net")) {
+                    Ok(id) if finder.places.contains_key(&(id, false)) => {}
+                    Ok(id) => {
+                        finder.note(id, false, Handle::Process(tid));
+                        if threads.found.len() < MAX_NAMESPACES {
+                            threads.found.insert(id, (pid, tid));
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                        unreadable.push(tid);
+                    }
+                    Err(_) => {}
+                }
+            }
+        }
+        threads.last = (0, 0);
+        unreadable
+    }
+
+    /// The threads of a process but the first, ascending.
+    pub fn later_threads(&self, pid: u32) -> Vec<u32> {
+        let tasks = self.process(pid).join("task");
+        // 2 and the number of threads (`proc_task_getattr`): most processes
+        // have one, and reading a directory costs more.
+        if fs::metadata(&tasks).is_ok_and(|tasks| tasks.nlink() == 3) {
+            return Vec::new();
+        }
+        let mut threads: Vec<u32> = fs::read_dir(tasks)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .filter(|&tid| tid != pid)
+            .collect();
+        threads.sort_unstable();
+        threads
     }
 
     /// Tells the namespaces of processes we may not look into apart by the
@@ -233,21 +324,14 @@ impl Roots {
     /// threads: a first thread that ended before the others is in no
     /// namespace any more. With the id that leads there.
     fn living<T>(&self, pid: u32, look: impl Fn(&Path) -> io::Result<T>) -> io::Result<(u32, T)> {
-        let process = self.process(pid);
-        let gone = match look(&process) {
+        let gone = match look(&self.process(pid)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => error,
             result => return result.map(|found| (pid, found)),
         };
-        let tasks = process.join("task");
-        let Ok(entries) = fs::read_dir(&tasks) else {
-            return Err(gone);
-        };
-        entries
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
-            .filter(|&tid| tid != pid)
+        self.later_threads(pid)
+            .into_iter()
             .take(MAX_THREADS)
-            .map(|tid| look(&tasks.join(tid.to_string())).map(|found| (tid, found)))
+            .map(|tid| look(&self.thread(pid, tid)).map(|found| (tid, found)))
             .find(|result| !matches!(result, Err(error) if error.kind() == io::ErrorKind::NotFound))
             .unwrap_or(Err(gone))
     }
@@ -358,6 +442,11 @@ impl Roots {
     /// `/proc/<pid>`.
     pub fn process(&self, pid: u32) -> PathBuf {
         self.proc.join(pid.to_string())
+    }
+
+    /// `/proc/<pid>/task/<tid>`.
+    pub fn thread(&self, pid: u32, tid: u32) -> PathBuf {
+        self.process(pid).join("task").join(tid.to_string())
     }
 }
 
@@ -506,9 +595,13 @@ mod tests {
         }
 
         fn find(&self) -> Found {
+            self.walk(&mut ThreadSearch::default(), true)
+        }
+
+        fn walk(&self, threads: &mut ThreadSearch, search: bool) -> Found {
             // No mount here leads anywhere, so there is nowhere to return from.
             let home = File::open(self.0.path()).unwrap();
-            self.roots().find(&home).unwrap()
+            self.roots().find(&home, threads, search).unwrap()
         }
     }
 
@@ -543,6 +636,44 @@ mod tests {
         let ids: Vec<_> = found.namespaces.iter().map(|ns| ns.id).collect();
         assert_eq!(ids, [7, 9]);
         assert_eq!(found.namespaces[1].handles, [Handle::Process(51)]);
+    }
+
+    #[test]
+    fn a_namespace_of_later_threads_alone_is_found_and_remembered() {
+        let tree = Tree::new(7);
+        tree.process("50", Some(7));
+        tree.process("50/task/50", Some(7));
+        tree.process("50/task/51", Some(7));
+        tree.process("50/task/52", Some(9));
+        let ids = |found: Found| -> Vec<_> { found.namespaces.iter().map(|ns| ns.id).collect() };
+        let mut threads = ThreadSearch::default();
+        assert_eq!(ids(tree.walk(&mut threads, false)), [7]);
+        let found = tree.walk(&mut threads, true);
+        assert_eq!(found.namespaces[1].handles, [Handle::Process(52)]);
+        assert_eq!(ids(tree.walk(&mut threads, false)), [7, 9]);
+        fs::remove_dir_all(tree.0.path().join("50/task/52")).unwrap();
+        assert_eq!(ids(tree.walk(&mut threads, false)), [7]);
+    }
+
+    #[test]
+    fn more_threads_than_one_walk_looks_at_are_looked_at_by_the_next() {
+        let tree = Tree::new(7);
+        let last = 100 + MAX_LOOKS as u32;
+        for tid in 100..=last {
+            let netns = if tid == last { 9 } else { 7 };
+            let dir = tree.0.path().join(format!("100/task/{tid}/ns"));
+            fs::create_dir_all(&dir).unwrap();
+            symlink(format!("net:[{netns}]"), dir.join("net")).unwrap();
+        }
+        tree.process("90", Some(7));
+        tree.process("90/task/90", Some(7));
+        tree.process("90/task/91", Some(7));
+        let mut threads = ThreadSearch::default();
+        // 91 is one of those that the first walk looks at.
+        for expected in [1, 2, 2] {
+            assert_eq!(tree.walk(&mut threads, true).namespaces.len(), expected);
+        }
+        assert_eq!(threads.last, (100, last - 1), "the third began anew");
     }
 
     #[test]

@@ -1,16 +1,16 @@
-//! Socket inode → process, through `/proc/*/fd`; and what a cgroup path says
+//! Socket inode → process, through `/proc/*/fd`, and where the first thread of
+//! a process has ended through that of another one; and what a cgroup path says
 //! about a container.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
+use std::fs::{self, DirEntry};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use connmon_core::event::Owner;
-
 use super::cpu_time;
-use super::netns::Roots;
+use super::netns::{MAX_THREADS, Roots};
+use connmon_core::event::Owner;
 
 /// Owners of listening sockets, found once and checked at each walk.
 ///
@@ -49,10 +49,18 @@ struct Entry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Holder {
     pid: u32,
+    /// A thread that shows it: the first one, which has the process's id,
+    /// unless that has ended.
+    tid: u32,
     fd: u32,
 }
 
 impl Holder {
+    fn is_of(self, roots: &Roots, inode: u32) -> bool {
+        let link = descriptors(roots, self.pid, self.tid).join(self.fd.to_string());
+        socket_inode(&link) == Some(inode)
+    }
+
     fn owner(self, comm: [u8; 16]) -> Owner {
         Owner {
             pid: self.pid,
@@ -146,13 +154,12 @@ impl OwnerCache {
         if entry.checked == walk {
             return true;
         }
-        let process = roots.process(holder.pid);
-        if socket_inode(&process.join("fd").join(holder.fd.to_string())) != Some(inode) {
+        if !holder.is_of(roots, inode) {
             self.entries.remove(&inode);
             return false;
         }
         entry.checked = walk;
-        if let Some(comm) = comm(&process) {
+        if let Some(comm) = comm(&roots.process(holder.pid)) {
             entry.comm = comm;
         }
         true
@@ -293,14 +300,14 @@ impl Scan {
                 self.pids.push(pid);
                 return false;
             }
-            let Ok(descriptors) = fs::read_dir(roots.process(pid).join("fd")) else {
-                continue;
-            };
-            for (at, entry) in descriptors.flatten().enumerate() {
-                if at % LOOKS == LOOKS - 1 && is_up() {
+            let mut looks = 0;
+            for entry in all_descriptors(roots, pid) {
+                looks += 1;
+                if looks % LOOKS == LOOKS - 1 && is_up() {
                     self.pids.push(pid);
                     return false;
                 }
+                let (tid, entry) = entry;
                 let Some(inode) = socket_inode(&entry.path()) else {
                     continue;
                 };
@@ -315,7 +322,7 @@ impl Scan {
                     self.forgot = true;
                     continue;
                 }
-                self.seen.insert(inode, Holder { pid, fd });
+                self.seen.insert(inode, Holder { pid, tid, fd });
                 left -= usize::from(asked);
             }
         }
@@ -353,6 +360,30 @@ const KEPT_WALKS: u64 = 3;
 /// Longest pause between two searches for a socket nobody readable holds.
 const MAX_PAUSE_WALKS: u64 = 64;
 
+/// Where a thread shows the descriptors of its process.
+fn descriptors(roots: &Roots, pid: u32, tid: u32) -> PathBuf {
+    let task = if tid == pid {
+        roots.process(pid)
+    } else {
+        roots.thread(pid, tid)
+    };
+    task.join("fd")
+}
+
+/// The descriptors of a process by the first of its threads that shows any:
+/// one that has ended has none (`exit_files`), and the process may go on
+/// without its first.
+fn all_descriptors(roots: &Roots, pid: u32) -> impl Iterator<Item = (u32, DirEntry)> {
+    let of = move |tid: u32| {
+        let shown = fs::read_dir(descriptors(roots, pid, tid)).ok()?;
+        let mut shown = shown.flatten().map(move |entry| (tid, entry)).peekable();
+        shown.peek().is_some().then_some(shown)
+    };
+    let others = move || roots.later_threads(pid).into_iter().take(MAX_THREADS);
+    let shown = of(pid).or_else(|| others().find_map(of));
+    shown.into_iter().flatten()
+}
+
 /// The inode in a link such as `socket:[12345]`.
 fn socket_inode(link: &Path) -> Option<u32> {
     let link = fs::read_link(link).ok()?;
@@ -364,7 +395,7 @@ fn socket_inode(link: &Path) -> Option<u32> {
     std::str::from_utf8(inode).ok()?.parse().ok()
 }
 
-/// `/proc/<pid>/comm` without its line feed; any bytes.
+/// `/proc/<pid>/comm` without its line feed; any bytes but NUL, which pad it.
 pub fn comm(process: &Path) -> Option<[u8; 16]> {
     let mut name = [0; 16];
     let mut file = fs::File::open(process.join("comm")).ok()?;
@@ -462,6 +493,30 @@ mod tests {
         assert_eq!(pids(&owners), [20, 100, 0, 0]);
         assert_eq!(name(owners[0]), "master");
         assert_eq!(cache.cached(56).pid, 100);
+    }
+
+    #[test]
+    fn a_process_whose_first_thread_ended_still_owns_its_sockets() {
+        let tree = Tree::new();
+        let process = tree.0.path().join("20");
+        fs::create_dir_all(process.join("fd")).unwrap();
+        fs::write(process.join("comm"), "server\n").unwrap();
+        for (tid, shows) in [(20, false), (21, false), (22, true)] {
+            let fds = process.join(format!("task/{tid}/fd"));
+            fs::create_dir_all(&fds).unwrap();
+            if shows {
+                symlink("socket:[55]", fds.join("7")).unwrap();
+            }
+        }
+        let mut cache = OwnerCache::default();
+        for _ in 0..2 {
+            cache.begin_walk(None);
+            let owners = cache.owners(&tree.roots(), &[55]);
+            assert_eq!(pids(&owners), [20]);
+            assert_eq!(name(owners[0]), "server");
+            assert!(cache.scan.is_none() || cache.walk == 1, "found once");
+        }
+        assert_eq!(find(&tree.roots(), &HashSet::from([55]))[&55].pid, 20);
     }
 
     #[test]

@@ -133,6 +133,7 @@ fn row(line: &[u8]) -> Option<Line> {
         },
         cookie: 0,
         inode,
+        id: 0,
         receive_queue,
         send_queue,
         traffic: None,

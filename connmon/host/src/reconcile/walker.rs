@@ -22,7 +22,7 @@ use crate::is_resource_exhausted;
 
 use super::SocketSource;
 use super::diag::{self, DumpBuffer, Dumped, Family, States};
-use super::netns::{self, Found, Handle, Namespace, Roots};
+use super::netns::{self, Found, Handle, Namespace, Roots, ThreadSearch};
 use super::owners::OwnerCache;
 use super::procfs;
 
@@ -217,11 +217,15 @@ struct Session {
     /// The only one to be read, if not all are. Found before the thread gives
     /// up what that takes.
     host: Option<Namespace>,
+    threads: ThreadSearch,
     home: File,
     begun: sync::Receiver<()>,
     /// The walk under way is the first.
     startup: bool,
-    buffer: DumpBuffer,
+    /// That of this audit and that of the next one: of different lengths, so
+    /// that two audits in a row do not go on after the same sockets, where one
+    /// deletion would hide the same socket from both.
+    buffers: [DumpBuffer; 2],
     outbox: Outbox,
     summary: WalkSummary,
 }
@@ -282,10 +286,11 @@ impl Session {
             options,
             own,
             host,
+            threads: ThreadSearch::default(),
             home,
             begun,
             startup: false,
-            buffer: DumpBuffer::default(),
+            buffers: [DumpBuffer::shorter(), DumpBuffer::default()],
             outbox,
             summary: WalkSummary::default(),
         })
@@ -294,11 +299,14 @@ impl Session {
     fn walk(&mut self, walk: Walk) -> Result<(), Closed> {
         let (wall, cpu) = (now_ns(ClockId::Monotonic), now_ns(ClockId::ThreadCPUTime));
         self.summary = WalkSummary::default();
+        if walk.audit {
+            self.buffers.swap(0, 1);
+        }
         self.startup = walk.trigger == Trigger::Startup;
         self.outbox.begin_walk(walk, self.options.listeners);
         self.outbox.send(WalkMessage::Begin(walk))?;
         self.begun.recv().map_err(|_| Closed)?;
-        match self.find() {
+        match self.find(walk.audit) {
             Ok(found) => self.namespaces(walk, &found)?,
             Err(error) => {
                 self.summary.unlisted = true;
@@ -319,9 +327,9 @@ impl Session {
         self.outbox.send(WalkMessage::End(summary))
     }
 
-    fn find(&self) -> io::Result<Found> {
+    fn find(&mut self, search: bool) -> io::Result<Found> {
         match &self.host {
-            None => self.options.roots.find(&self.home),
+            None => (self.options.roots).find(&self.home, &mut self.threads, search),
             Some(host) => Ok(Found {
                 namespaces: vec![host.clone()],
                 ..Found::default()
@@ -377,7 +385,7 @@ impl Session {
     /// Every process that led into these namespaces has ended, but others may
     /// have begun since: looks for ways in once more.
     fn look_again(&mut self, walk: Walk, gone: &[&Namespace]) -> Result<(), Closed> {
-        let found = match self.find() {
+        let found = match self.find(false) {
             Ok(found) => found,
             Err(error) => {
                 for namespace in gone {
@@ -646,7 +654,7 @@ impl Session {
             let dumped = socket.dump_both(
                 self.outbox.wanted,
                 figures,
-                &mut self.buffer,
+                &mut self.buffers[0],
                 &mut self.summary.undecodable,
                 |row| self.outbox.push(row).is_ok(),
             );
@@ -670,7 +678,7 @@ impl Session {
                     family,
                     self.outbox.wanted,
                     figures,
-                    &mut self.buffer,
+                    &mut self.buffers[0],
                     &mut self.summary.undecodable,
                     |row| self.outbox.push(row).is_ok(),
                 );
@@ -809,6 +817,7 @@ fn row_of(socket: LiveSocket, figures: bool) -> Row {
     Row {
         state: socket.state,
         tuple: socket.tuple,
+        id: socket.id,
         cookie: socket.cookie,
         inode: 0,
         receive_queue: 0,
@@ -1101,6 +1110,7 @@ mod tests {
                 let end = (Ipv4Addr::LOCALHOST.into(), 9);
                 let shown = sink(LiveSocket {
                     state,
+                    id: SHOWN,
                     cookie: SHOWN,
                     tuple: Tuple {
                         local: end.0,
@@ -1224,7 +1234,7 @@ mod tests {
             traffic: false,
             audit: true,
         };
-        let found = session.find().unwrap();
+        let found = session.find(true).unwrap();
         assert!(session.namespaces(walk, &found).is_ok());
         assert_eq!(ends(&mut messages), [(9, true)]);
     }

@@ -7,6 +7,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::read_file::open_regular;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 /// Which feature.
@@ -188,7 +189,7 @@ pub(super) fn keep_for_map_lookups(wanted: CapabilitySet) -> io::Result<()> {
 /// that opens now still opens without it (a key file owned by another user,
 /// read by a root agent): reloading it must not fail months later.
 pub(super) fn keep_for_files(files: &[PathBuf]) -> io::Result<()> {
-    let readable = |file: &&PathBuf| std::fs::File::open(file).is_ok();
+    let readable = |file: &&PathBuf| open_regular(file).is_ok();
     let before: Vec<&PathBuf> = files.iter().filter(readable).collect();
     // Root reads through CAP_DAC_OVERRIDE; the narrower one is enough.
     keep(CapabilitySet::DAC_READ_SEARCH)?;

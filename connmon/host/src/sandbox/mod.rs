@@ -10,6 +10,7 @@
 //! |---|---|---|---|
 //! | [`Room::Walker`] | CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH, as far as its features need them | read only, everywhere | netlink only |
 //! | [`Room::Fold`] | CAP_BPF where the kernel asks for it on map lookups (before 6.0) | /proc/self, read only | none |
+//! | [`Room::Log`] | none | /proc/self, read only | none |
 //! | [`Room::Serve`] | none (CAP_DAC_READ_SEARCH if a file that is reloaded cannot be read without it) | the directories of the files that are reloaded and /proc/self, read only | none |
 //!
 //! The walker has no Landlock: under any ruleset even root is refused
@@ -53,6 +54,13 @@ pub enum Room {
     Fold,
     /// HTTP, configuration, databases.
     Serve,
+    /// Writes the log to stderr.
+    Log,
+}
+
+impl Room {
+    #[cfg(test)]
+    const ALL: [Self; 4] = [Self::Walker, Self::Fold, Self::Serve, Self::Log];
 }
 
 impl fmt::Display for Room {
@@ -61,6 +69,7 @@ impl fmt::Display for Room {
             Self::Walker => "walker",
             Self::Fold => "fold",
             Self::Serve => "serve",
+            Self::Log => "log",
         })
     }
 }
@@ -81,6 +90,8 @@ pub enum Measure {
 pub struct Report {
     /// Room.
     pub room: Room,
+    /// The process cannot be opened by others of its user.
+    pub not_dumpable: Measure,
     /// `no_new_privs`.
     pub no_new_privs: Measure,
     /// Dropping what the room does not need.
@@ -97,6 +108,7 @@ impl Report {
     /// Every measure that is wanted and not there, in words.
     pub fn lacks(&self) -> Vec<String> {
         [
+            ("closing the process's memory", &self.not_dumpable),
             ("no_new_privs", &self.no_new_privs),
             ("capability drop", &self.capabilities),
             ("seccomp", &self.seccomp),
@@ -121,8 +133,9 @@ impl fmt::Display for Report {
         };
         write!(
             f,
-            "thread {} sandboxed: no_new_privs={} capabilities={} seccomp={} landlock={}",
+            "thread {} sandboxed: not_dumpable={} no_new_privs={} capabilities={} seccomp={} landlock={}",
             self.room,
+            word(&self.not_dumpable),
             word(&self.no_new_privs),
             capability::names(self.kept),
             word(&self.seccomp),
@@ -210,6 +223,14 @@ impl Plan {
         self.enter(Room::Serve, || capability::keep_for_files(&self.readable))
     }
 
+    /// Closes in the calling thread as the one that writes the log.
+    ///
+    /// # Errors
+    /// Only with `--sandbox strict`, when a measure cannot be put in force.
+    pub fn enter_log(&self) -> Result<Report, StrictError> {
+        self.enter(Room::Log, || capability::keep(CapabilitySet::empty()))
+    }
+
     /// Leaves the calling thread what the tools (`trace`, `list`, `top`) go
     /// on with once their programs are attached and their walker has started:
     /// the owners of sockets. `no_new_privs`, but neither filter nor Landlock:
@@ -222,8 +243,8 @@ impl Plan {
             return Ok(());
         }
         let owners = CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH;
-        let dropped = rustix::thread::set_no_new_privs(true)
-            .map_err(std::io::Error::from)
+        let dropped = make_not_dumpable()
+            .and_then(|()| Ok(rustix::thread::set_no_new_privs(true)?))
             .and_then(|()| capability::keep_for_map_lookups(owners));
         match dropped {
             Err(error) if self.choice == SandboxChoice::Strict => Err(std::io::Error::other(
@@ -245,6 +266,7 @@ impl Plan {
         if self.choice == SandboxChoice::Off {
             return Ok(Report {
                 room,
+                not_dumpable: Measure::NotWanted,
                 no_new_privs: Measure::NotWanted,
                 capabilities: Measure::NotWanted,
                 kept: held(),
@@ -252,18 +274,21 @@ impl Plan {
                 landlock: Measure::NotWanted,
             });
         }
+        // Before anything is given up, see there.
+        let not_dumpable = measure(make_not_dumpable());
         let no_new_privs = measure(rustix::thread::set_no_new_privs(true));
         // Landlock before the filter, which refuses its system calls; the
         // filter after the capability calls for the same reason.
         let landlock = match room {
             Room::Walker => Measure::NotWanted,
-            Room::Fold => measure(paths::restrict(&[])),
+            Room::Fold | Room::Log => measure(paths::restrict(&[])),
             Room::Serve => measure(paths::restrict(&self.readable)),
         };
         let capabilities = measure(drop_capabilities());
         let seccomp = measure(syscalls::filter(room));
         let report = Report {
             room,
+            not_dumpable,
             no_new_privs,
             capabilities,
             kept: held(),
@@ -291,6 +316,26 @@ impl Plan {
             said.insert(lack);
         }
     }
+}
+
+/// Nobody but who has CAP_SYS_PTRACE may open, trace or read the process from
+/// now on, and it dumps no core.
+///
+/// The threads share memory, but ptrace_may_access() (kernel/ptrace.c)
+/// compares the capabilities of the one thread that is named: a thread that
+/// has given up its own is open to every process of its user, and with it the
+/// memory of those that have theirs. So this comes before any of them gives
+/// up one. It holds for the process as long as its ids stay and no thread
+/// gains a capability (`commit_creds()`, kernel/cred.c); neither happens, and
+/// every thread does it again.
+fn make_not_dumpable() -> std::io::Result<()> {
+    use rustix::process::{DumpableBehavior, Resource, Rlimit};
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    Ok(rustix::process::setrlimit(Resource::Core, none)?)
 }
 
 fn measure<E: fmt::Display>(result: Result<(), E>) -> Measure {

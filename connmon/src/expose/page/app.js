@@ -11,6 +11,8 @@ const ROWS = 12; // shown before "show all"
 const STALE_DATABASE_DAYS = 60;
 
 const $ = (id) => document.getElementById(id);
+// The page may be open as http://user:password@host/, and fetch refuses URLs with credentials.
+const here = (path) => new URL(path, location.origin + location.pathname);
 const SVG = 'http://www.w3.org/2000/svg';
 const names = new Intl.DisplayNames(['en'], { type: 'region' });
 const integer = new Intl.NumberFormat('en');
@@ -171,7 +173,7 @@ let mapFailed = false;
 
 async function loadMap() {
   try {
-    const answer = await fetch('assets/map.svg', { signal: AbortSignal.timeout(20000) });
+    const answer = await fetch(here('assets/map.svg'), { signal: AbortSignal.timeout(20000) });
     if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
     const parsed = new DOMParser().parseFromString(await answer.text(), 'image/svg+xml');
     const svg = document.importNode(parsed.documentElement, true);
@@ -578,7 +580,7 @@ async function refresh() {
   turn += 1;
   const mine = turn;
   try {
-    const answer = await fetch('api/v1/summary', { cache: 'no-store', signal: AbortSignal.timeout(TIMEOUT_MS) });
+    const answer = await fetch(here('api/v1/summary'), { cache: 'no-store', signal: AbortSignal.timeout(TIMEOUT_MS) });
     if (!answer.ok) {
       const said = (await answer.text()).trim().slice(0, 200);
       throw Object.assign(new Error(`HTTP ${answer.status}: ${said}`), { said, starting: said.startsWith('not ready yet') });

@@ -110,6 +110,14 @@ mod tests {
     }
 
     #[test]
+    fn the_telemetry_path_hides_no_file_of_the_page() {
+        for (path, _, _) in FILES {
+            let refused = crate::config::parse::telemetry_path(path);
+            assert!(refused.is_err(), "{path} is no path of the server's own");
+        }
+    }
+
+    #[test]
     fn nothing_is_inline_and_nothing_comes_from_elsewhere() {
         let page = index_text("/metrics");
         assert!(!page.contains("<style"), "inline style");

@@ -1,18 +1,57 @@
 //! What the file says, checked as far as the file alone allows.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hyper::header::{HeaderName, HeaderValue};
+use serde::Deserialize;
 
-use super::yaml::{self, Node, Problem, dot};
+use super::users::check_hash;
+use crate::config::parse::duration;
+use crate::config::yaml::{self, Booleans, Located, Problem};
 
-/// A value and the line it stands on.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Located<T> {
-    pub(super) line: usize,
-    pub(super) value: T,
+/// The file as written. A key without a value is a key left out.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Document {
+    tls_server_config: Option<Located<TlsSection>>,
+    http_server_config: Option<HttpSection>,
+    basic_auth_users: Option<BTreeMap<String, Located<Option<String>>>>,
+    rate_limit: Option<RateSection>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct TlsSection {
+    cert: Option<Located<String>>,
+    key: Option<Located<String>>,
+    client_ca: Option<Located<String>>,
+    cert_file: Option<Located<String>>,
+    key_file: Option<Located<String>>,
+    client_ca_file: Option<Located<String>>,
+    client_auth_type: Option<Located<String>>,
+    client_allowed_sans: Option<Vec<String>>,
+    min_version: Option<Located<String>>,
+    max_version: Option<Located<String>>,
+    cipher_suites: Option<Located<Vec<Located<String>>>>,
+    curve_preferences: Option<Vec<Located<String>>>,
+    prefer_server_cipher_suites: Option<bool>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct HttpSection {
+    http2: Option<bool>,
+    headers: Option<BTreeMap<String, Located<Option<String>>>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RateSection {
+    interval: Option<Located<String>>,
+    burst: Option<u64>,
 }
 
 /// The whole file. `basic_auth_users` and key material are secrets: there is
@@ -31,24 +70,34 @@ pub struct Settings {
     pub(super) users: BTreeMap<String, String>,
     /// `rate_limit`.
     pub(super) rate: Option<Rate>,
+    /// What is accepted and should be changed.
+    pub(super) remarks: Vec<String>,
 }
 
 /// `rate_limit`: a token bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Rate {
-    /// One token comes in this time; zero: as many as one likes.
+    /// One token comes in this time.
     pub(super) interval: Duration,
     /// Tokens the bucket holds.
     pub(super) burst: u64,
 }
 
+/// PEM, and the key that has it or names its file.
+#[derive(Clone)]
+pub(super) struct Pem {
+    pub(super) key: &'static str,
+    pub(super) line: usize,
+    pub(super) source: Source,
+}
+
 /// PEM text in the file, or a file that has it.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub(super) enum Source {
     /// Inline.
-    Text(Located<String>),
+    Text(String),
     /// A file, joined with the directory of the configuration.
-    File(Located<PathBuf>),
+    File(PathBuf),
 }
 
 /// `client_auth_type`.
@@ -66,16 +115,12 @@ pub(super) enum ClientAuth {
     RequireAndVerify,
 }
 
-/// TLS versions the file may name.
+/// TLS versions the file may name; the first two are never spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Version {
-    /// Accepted, never spoken.
     Tls10,
-    /// Accepted, never spoken.
     Tls11,
-    /// RFC 5246.
     Tls12,
-    /// RFC 8446.
     Tls13,
 }
 
@@ -83,17 +128,33 @@ pub(super) enum Version {
 #[derive(Clone)]
 pub(super) struct TlsSettings {
     pub(super) line: usize,
-    pub(super) certificate: Source,
-    pub(super) key: Source,
+    pub(super) certificate: Pem,
+    pub(super) key: Pem,
     pub(super) client_auth: ClientAuth,
-    pub(super) client_ca: Option<Source>,
+    pub(super) client_ca: Option<Pem>,
     pub(super) allowed_sans: Option<Vec<String>>,
     pub(super) min_version: Version,
     pub(super) max_version: Version,
-    pub(super) cipher_suites: Located<Vec<String>>,
-    pub(super) curves: Located<Vec<String>>,
+    pub(super) cipher_suites: Located<Vec<&'static str>>,
+    pub(super) curves: Vec<&'static str>,
     pub(super) prefer_server_order: bool,
 }
+
+const CLIENT_AUTH_TYPES: [(&str, ClientAuth); 6] = [
+    ("NoClientCert", ClientAuth::None),
+    ("RequestClientCert", ClientAuth::Request),
+    ("RequireAnyClientCert", ClientAuth::RequireAny),
+    ("RequireClientCert", ClientAuth::RequireAny),
+    ("VerifyClientCertIfGiven", ClientAuth::VerifyIfGiven),
+    ("RequireAndVerifyClientCert", ClientAuth::RequireAndVerify),
+];
+
+const VERSIONS: [(&str, Version); 4] = [
+    ("TLS10", Version::Tls10),
+    ("TLS11", Version::Tls11),
+    ("TLS12", Version::Tls12),
+    ("TLS13", Version::Tls13),
+];
 
 /// The names that Go's `tls.CipherSuites` gives or has given.
 pub(super) const CIPHER_SUITES: [&str; 17] = [
@@ -125,13 +186,6 @@ const HTTP2_SUITES: [&str; 2] = [
 
 pub(super) const CURVES: [&str; 4] = ["CurveP256", "CurveP384", "CurveP521", "X25519"];
 
-const VERSIONS: [(&str, Version); 4] = [
-    ("TLS10", Version::Tls10),
-    ("TLS11", Version::Tls11),
-    ("TLS12", Version::Tls12),
-    ("TLS13", Version::Tls13),
-];
-
 /// Headers that may be set, with their values where only some are allowed.
 const HEADERS: [(&str, &[&str]); 5] = [
     ("Content-Security-Policy", &[]),
@@ -144,67 +198,34 @@ const HEADERS: [(&str, &[&str]); 5] = [
 impl Settings {
     /// Reads `text`, whose relative paths are meant from `directory`.
     pub(super) fn parse(text: &str, directory: &Path) -> Result<Self, Problem> {
-        let mut settings = Self {
-            is_blank: false,
-            tls: None,
-            http2: true,
-            headers: Vec::new(),
-            users: BTreeMap::new(),
-            rate: None,
+        let document = yaml::parse::<Document>(text, Booleans::Yaml11)?;
+        let is_blank = document.is_none();
+        let document = document.unwrap_or_default();
+        let http = document.http_server_config.unwrap_or_default();
+        let mut remarks = Vec::new();
+        let settings = Self {
+            is_blank,
+            tls: match document.tls_server_config {
+                Some(section) => tls(section, directory)?,
+                None => None,
+            },
+            http2: http.http2.unwrap_or(true),
+            headers: headers(http.headers.unwrap_or_default())?,
+            users: users(document.basic_auth_users.unwrap_or_default(), &mut remarks)?,
+            rate: rate(document.rate_limit.unwrap_or_default())?,
+            remarks,
         };
-        let Some(root) = yaml::parse(text)? else {
-            settings.is_blank = true;
-            return Ok(settings);
-        };
-        for (key, node) in root.fields("")? {
-            match key.as_str() {
-                "tls_server_config" => settings.tls = tls(node, directory)?,
-                "http_server_config" => settings.http(node)?,
-                "basic_auth_users" => settings.users = users(node)?,
-                "rate_limit" => settings.rate = rate(node)?,
-                _ => {
-                    return Err(unknown(
-                        node,
-                        "",
-                        &key,
-                        &[
-                            "tls_server_config",
-                            "http_server_config",
-                            "basic_auth_users",
-                            "rate_limit",
-                        ],
-                    ));
-                }
-            }
-        }
         settings.check_http2()?;
         Ok(settings)
-    }
-
-    fn http(&mut self, node: &Node) -> Result<(), Problem> {
-        const KEY: &str = "http_server_config";
-        if node.is_null() {
-            // In the toolkit a null is every field's zero value.
-            self.http2 = false;
-        }
-        for (key, value) in node.fields(KEY)? {
-            match key.as_str() {
-                "http2" => self.http2 = value.boolean("http_server_config.http2")?,
-                "headers" => self.headers = headers(value)?,
-                _ => return Err(unknown(value, KEY, &key, &["http2", "headers"])),
-            }
-        }
-        Ok(())
     }
 
     fn check_http2(&self) -> Result<(), Problem> {
         let Some(tls) = &self.tls else { return Ok(()) };
         let suites = &tls.cipher_suites;
-        let named = |name: &str| suites.value.iter().any(|suite| suite == name);
         if self.http2
             && !suites.value.is_empty()
             && tls.min_version < Version::Tls13
-            && !HTTP2_SUITES.iter().any(|name| named(name))
+            && !HTTP2_SUITES.iter().any(|name| suites.value.contains(name))
         {
             return Err(Problem::new(
                 suites.line,
@@ -219,315 +240,210 @@ impl Settings {
     }
 }
 
-fn unknown(node: &Node, section: &str, key: &str, known: &[&str]) -> Problem {
-    Problem::new(
-        node.line,
-        format_args!(
-            "{section}{}{key}: unknown key; known here: {}",
-            dot(section),
-            known.join(", ")
-        ),
-    )
-}
-
-fn tls(node: &Node, directory: &Path) -> Result<Option<TlsSettings>, Problem> {
-    const KEY: &str = "tls_server_config";
-    let mut texts: BTreeMap<&str, Located<String>> = BTreeMap::new();
-    let mut allowed_sans = None;
-    let (mut min_version, mut max_version) = (Version::Tls12, Version::Tls13);
-    let (mut cipher_suites, mut curves) = (Located::default(), Located::default());
-    let mut prefer_server_order = true;
-    const TEXTS: [&str; 7] = [
-        "cert",
-        "key",
+fn tls(section: Located<TlsSection>, directory: &Path) -> Result<Option<TlsSettings>, Problem> {
+    let Located {
+        line,
+        value: section,
+    } = section;
+    let refuse =
+        |line, what: &dyn Display| Err(Problem::new(line, format_args!("tls_server_config{what}")));
+    let given = |text: Option<Located<String>>| text.filter(|text| !text.value.is_empty());
+    // The file beats the text.
+    let pem = |key, text, file_key, file| {
+        let file = given(file).map(|file: Located<String>| Pem {
+            key: file_key,
+            line: file.line,
+            source: Source::File(directory.join(file.value)),
+        });
+        file.or(given(text).map(|text| Pem {
+            key,
+            line: text.line,
+            source: Source::Text(text.value),
+        }))
+    };
+    let certificate = pem("cert", section.cert, "cert_file", section.cert_file);
+    let key = pem("key", section.key, "key_file", section.key_file);
+    let client_ca = pem(
         "client_ca",
-        "cert_file",
-        "key_file",
+        section.client_ca,
         "client_ca_file",
-        "client_auth_type",
-    ];
-    for (key, value) in node.fields(KEY)? {
-        let full = format!("{KEY}.{key}");
-        let line = value.line;
-        match key.as_str() {
-            "client_allowed_sans" => {
-                allowed_sans = match value.list(&full)? {
-                    None => None,
-                    Some(items) => {
-                        let texts = items.iter().map(|item| item.string(&full));
-                        Some(texts.collect::<Result<Vec<_>, _>>()?)
-                    }
-                };
-            }
-            "min_version" => min_version = version(value, &full, min_version)?,
-            "max_version" => max_version = version(value, &full, max_version)?,
-            "cipher_suites" => {
-                let value = names(value, &full, "cipher", &CIPHER_SUITES)?;
-                cipher_suites = Located { line, value };
-            }
-            "curve_preferences" => {
-                let value = names(value, &full, "curve", &CURVES)?;
-                curves = Located { line, value };
-            }
-            "prefer_server_cipher_suites" => prefer_server_order = value.boolean(&full)?,
-            _ => {
-                let Some(known) = TEXTS.into_iter().find(|known| *known == key) else {
-                    let mut known = TEXTS.to_vec();
-                    known.extend([
-                        "client_allowed_sans",
-                        "min_version",
-                        "max_version",
-                        "cipher_suites",
-                        "curve_preferences",
-                        "prefer_server_cipher_suites",
-                    ]);
-                    return Err(unknown(value, KEY, &key, &known));
-                };
-                let value = value.string(&full)?;
-                if !value.is_empty() {
-                    texts.insert(known, Located { line, value });
-                }
-            }
-        }
-    }
-    if texts.is_empty() {
+        section.client_ca_file,
+    );
+    let auth_type = given(section.client_auth_type);
+    if certificate.is_none() && key.is_none() && client_ca.is_none() && auth_type.is_none() {
         // Nothing that switches TLS on.
         return Ok(None);
     }
-    let mut source = |file: &str, text: &str| {
-        let text = texts.remove(text).map(Source::Text);
-        let file = texts.remove(file).map(|path| {
-            Source::File(Located {
-                line: path.line,
-                value: directory.join(path.value),
-            })
-        });
-        file.or(text)
+    let Some(certificate) = certificate else {
+        return refuse(line, &": missing one of cert or cert_file");
     };
-    let missing = |what: &str| {
-        let text = format!("{KEY}: missing one of {what} or {what}_file");
-        Problem::new(node.line, text)
+    let Some(key) = key else {
+        return refuse(line, &": missing one of key or key_file");
     };
-    let certificate = source("cert_file", "cert").ok_or_else(|| missing("cert"))?;
-    let key = source("key_file", "key").ok_or_else(|| missing("key"))?;
-    let client_ca = source("client_ca_file", "client_ca");
-    let client_auth = client_auth(texts.get("client_auth_type"))?;
+    let client_auth = match auth_type {
+        Some(name) => find("client_auth_type", &name, CLIENT_AUTH_TYPES)?,
+        None => ClientAuth::None,
+    };
     if let (Some(ca), ClientAuth::None) = (&client_ca, client_auth) {
-        return Err(Problem::new(
-            ca.line(),
-            format_args!(
-                "{KEY}: client CA's have been configured without a client_auth_type that uses them"
+        return refuse(
+            ca.line,
+            &format_args!(
+                ".{}: client CA's have been configured without a client_auth_type that uses them",
+                ca.key
             ),
-        ));
+        );
     }
     let required = matches!(
         client_auth,
         ClientAuth::RequireAny | ClientAuth::RequireAndVerify
     );
-    if allowed_sans.is_some() && !required {
-        return Err(Problem::new(
-            node.line,
-            format_args!(
-                "{KEY}.client_allowed_sans: requires client_auth_type to be RequireAnyClientCert or \
-                 RequireAndVerifyClientCert; with any other a client need not show a certificate"
-            ),
-        ));
+    if section.client_allowed_sans.is_some() && !required {
+        return refuse(
+            line,
+            &".client_allowed_sans: requires client_auth_type to be RequireAnyClientCert or \
+              RequireAndVerifyClientCert; with any other a client need not show a certificate",
+        );
     }
+    let version = |key, name: Option<Located<String>>, default| match name {
+        Some(name) => find(key, &name, VERSIONS),
+        None => Ok(default),
+    };
+    let suites = section.cipher_suites.unwrap_or(Located {
+        line,
+        value: Vec::new(),
+    });
     Ok(Some(TlsSettings {
-        line: node.line,
+        line,
         certificate,
         key,
         client_auth,
         client_ca,
-        allowed_sans,
-        min_version,
-        max_version,
-        cipher_suites,
-        curves,
-        prefer_server_order,
+        allowed_sans: section.client_allowed_sans,
+        min_version: version("min_version", section.min_version, Version::Tls12)?,
+        max_version: version("max_version", section.max_version, Version::Tls13)?,
+        cipher_suites: Located {
+            line: suites.line,
+            value: names("cipher_suites", &suites.value, &CIPHER_SUITES)?,
+        },
+        curves: names(
+            "curve_preferences",
+            &section.curve_preferences.unwrap_or_default(),
+            &CURVES,
+        )?,
+        prefer_server_order: section.prefer_server_cipher_suites.unwrap_or(true),
     }))
+}
+
+/// What `name`, a value of `key` in `tls_server_config`, stands for.
+fn find<T>(
+    key: &str,
+    name: &Located<String>,
+    known: impl IntoIterator<Item = (&'static str, T)> + Clone,
+) -> Result<T, Problem> {
+    let mut all = known.clone().into_iter();
+    match all.find(|(known, _)| *known == name.value) {
+        Some((_, value)) => Ok(value),
+        None => {
+            let known: Vec<_> = known.into_iter().map(|(name, _)| name).collect();
+            let text = format_args!(
+                "tls_server_config.{key}: unknown value {:?}; must be one of {}",
+                name.value,
+                known.join(", ")
+            );
+            Err(Problem::new(name.line, text))
+        }
+    }
+}
+
+fn names(
+    key: &str,
+    names: &[Located<String>],
+    known: &[&'static str],
+) -> Result<Vec<&'static str>, Problem> {
+    let known = known.iter().map(|name| (*name, *name));
+    let found = names.iter().map(|name| find(key, name, known.clone()));
+    found.collect()
 }
 
 impl TlsSettings {
     /// Every file named.
     pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
-        let sources = [
+        let pems = [
             Some(&self.certificate),
             Some(&self.key),
             self.client_ca.as_ref(),
         ];
-        sources.into_iter().flatten().filter_map(Source::path)
+        pems.into_iter()
+            .flatten()
+            .filter_map(|pem| match &pem.source {
+                Source::Text(_) => None,
+                Source::File(path) => Some(path.as_path()),
+            })
     }
 }
 
-impl Source {
-    pub(super) fn line(&self) -> usize {
-        match self {
-            Self::Text(text) => text.line,
-            Self::File(path) => path.line,
-        }
-    }
-
-    fn path(&self) -> Option<&Path> {
-        match self {
-            Self::Text(_) => None,
-            Self::File(path) => Some(&path.value),
-        }
-    }
-}
-
-fn client_auth(typed: Option<&Located<String>>) -> Result<ClientAuth, Problem> {
-    let Some(Located { line, value }) = typed else {
-        return Ok(ClientAuth::None);
-    };
-    Ok(match value.as_str() {
-        "NoClientCert" => ClientAuth::None,
-        "RequestClientCert" => ClientAuth::Request,
-        "RequireAnyClientCert" | "RequireClientCert" => ClientAuth::RequireAny,
-        "VerifyClientCertIfGiven" => ClientAuth::VerifyIfGiven,
-        "RequireAndVerifyClientCert" => ClientAuth::RequireAndVerify,
-        _ => {
-            return Err(Problem::new(
-                *line,
-                format_args!(
-                    "tls_server_config.client_auth_type: invalid ClientAuth {value:?}; must be one of \
-                     NoClientCert, RequestClientCert, RequireAnyClientCert, VerifyClientCertIfGiven, \
-                     RequireAndVerifyClientCert"
-                ),
-            ));
-        }
-    })
-}
-
-fn version(node: &Node, key: &str, default: Version) -> Result<Version, Problem> {
-    if node.is_left_out() {
-        return Ok(default);
-    }
-    let text = node.string(key)?;
-    let found = VERSIONS.iter().find(|(name, _)| *name == text);
-    found.map(|(_, version)| *version).ok_or_else(|| {
-        Problem::new(
-            node.line,
-            format_args!(
-                "{key}: unknown TLS version {text:?}; must be one of TLS10, TLS11, TLS12, TLS13"
-            ),
-        )
-    })
-}
-
-fn names(node: &Node, key: &str, what: &str, known: &[&str]) -> Result<Vec<String>, Problem> {
-    let mut names = Vec::new();
-    // Go's zero value for a null names nothing either.
-    let items = node.list(key)?.unwrap_or_default();
-    for item in items.iter().filter(|item| !item.is_left_out()) {
-        let name = item.string(key)?;
-        if !known.contains(&name.as_str()) {
-            return Err(Problem::new(
-                item.line,
-                format_args!(
-                    "{key}: unknown {what} {name:?}; must be one of {}",
-                    known.join(", ")
-                ),
-            ));
-        }
-        names.push(name);
-    }
-    Ok(names)
-}
-
-fn headers(node: &Node) -> Result<Vec<(HeaderName, HeaderValue)>, Problem> {
+fn headers(
+    pairs: BTreeMap<String, Located<Option<String>>>,
+) -> Result<Vec<(HeaderName, HeaderValue)>, Problem> {
     const KEY: &str = "http_server_config.headers";
     let mut headers = Vec::new();
-    for (name, value) in node.pairs(KEY)? {
+    for (name, value) in pairs {
+        let refuse =
+            |what: &dyn Display| Problem::new(value.line, format_args!("{KEY}.{name}: {what}"));
         let Some((known, allowed)) = HEADERS.iter().find(|(known, _)| *known == name) else {
-            let known: Vec<_> = HEADERS.iter().map(|(name, _)| *name).collect();
-            return Err(Problem::new(
-                value.line,
-                format_args!(
-                    "{KEY}: HTTP header {name:?} can not be configured; only {}",
-                    known.join(", ")
-                ),
-            ));
+            let known = HEADERS.map(|(name, _)| name).join(", ");
+            return Err(refuse(&format_args!(
+                "the header can not be configured; only {known}"
+            )));
         };
-        let text = value.string(&format!("{KEY}.{name}"))?;
-        if !allowed.is_empty() && !allowed.contains(&text.as_str()) {
-            return Err(Problem::new(
-                value.line,
-                format_args!(
-                    "{KEY}: invalid value for {name}: expected one of {}, but got {text:?}",
-                    allowed.join(", ")
-                ),
-            ));
+        let text = value.value.as_deref().unwrap_or_default();
+        if !allowed.is_empty() && !allowed.contains(&text) {
+            let allowed = allowed.join(", ");
+            return Err(refuse(&format_args!(
+                "must be one of {allowed}, not {text:?}"
+            )));
         }
-        // As Go's server does when it writes the header.
-        let text = text.replace(['\r', '\n'], " ");
-        let bytes = HeaderValue::from_bytes(text.trim().as_bytes()).map_err(|_| {
-            Problem::new(
-                value.line,
-                format_args!("{KEY}: invalid value for {name}: {text:?} has control characters"),
-            )
-        })?;
-        let name = HeaderName::from_bytes(known.as_bytes())
-            .map_err(|error| Problem::new(value.line, format_args!("{KEY}: {name}: {error}")))?;
-        headers.push((name, bytes));
+        // As in Go's server, a header is one line.
+        let line = text.replace(['\r', '\n'], " ");
+        let bytes = HeaderValue::from_bytes(line.trim().as_bytes())
+            .map_err(|_| refuse(&format_args!("{text:?} has control characters")))?;
+        let known = HeaderName::from_bytes(known.as_bytes()).map_err(|error| refuse(&error))?;
+        headers.push((known, bytes));
     }
     Ok(headers)
 }
 
-fn users(node: &Node) -> Result<BTreeMap<String, String>, Problem> {
-    const KEY: &str = "basic_auth_users";
+fn users(
+    pairs: BTreeMap<String, Located<Option<String>>>,
+    remarks: &mut Vec<String>,
+) -> Result<BTreeMap<String, String>, Problem> {
     let mut users = BTreeMap::new();
-    for (name, value) in node.pairs(KEY)? {
-        let full = format!("{KEY}.{name}");
-        let hash = value.string(&full)?;
+    for (name, Located { line, value }) in pairs {
+        let key = format!("basic_auth_users.{name}");
+        let hash = value.unwrap_or_default();
         // The value itself is a secret, or someone's password by mistake.
-        check_hash(&hash).map_err(|why| {
+        let slow = check_hash(&hash).map_err(|why| {
             Problem::new(
-                value.line,
+                line,
                 format_args!(
-                    "{full}: {why}; must be a bcrypt hash like $2y$10$…, see htpasswd -nBC 10"
+                    "{key}: {why}; must be a bcrypt hash like $2y$10$…, see htpasswd -nBC 10"
                 ),
             )
         })?;
+        remarks.extend(slow.map(|why| format!("line {line}: {key}: {why}")));
         users.insert(name, hash);
     }
     Ok(users)
 }
 
-/// What Go's `bcrypt.Cost` asks of a hash.
-fn check_hash(hash: &str) -> Result<(), String> {
-    let bytes = hash.as_bytes();
-    if bytes.len() < 59 {
-        return Err("the hash is too short to be a bcrypted password".to_owned());
-    }
-    if bytes[0] != b'$' {
-        return Err("a bcrypt hash starts with $".to_owned());
-    }
-    if bytes[1] > b'2' {
-        return Err("this version of bcrypt is too new (2 is the last)".to_owned());
-    }
-    let cost_at = if bytes[2] == b'$' { 3 } else { 4 };
-    let cost = std::str::from_utf8(&bytes[cost_at..cost_at + 2]).ok();
-    match cost.and_then(|cost| cost.parse::<u32>().ok()) {
-        Some(4..=31) => Ok(()),
-        Some(cost) => Err(format!("cost {cost} is outside 4 to 31")),
-        None => Err("it has no cost".to_owned()),
-    }
-}
-
-fn rate(node: &Node) -> Result<Option<Rate>, Problem> {
-    const KEY: &str = "rate_limit";
-    let (mut interval, mut burst) = (0, 0);
-    for (key, value) in node.fields(KEY)? {
-        match key.as_str() {
-            "interval" => interval = value.duration_ns("rate_limit.interval")?,
-            "burst" => burst = value.integer("rate_limit.burst")?,
-            _ => return Err(unknown(value, KEY, &key, &["interval", "burst"])),
-        }
-    }
-    Ok((interval != 0).then(|| Rate {
-        // Go's rate.Every takes a negative interval for no limit.
-        interval: Duration::from_nanos(u64::try_from(interval).unwrap_or(0)),
-        burst: u64::try_from(burst).unwrap_or(0),
+fn rate(section: RateSection) -> Result<Option<Rate>, Problem> {
+    let Some(interval) = section.interval else {
+        return Ok(None);
+    };
+    let every = duration(&interval.value)
+        .map_err(|why| Problem::new(interval.line, format_args!("rate_limit.interval: {why}")))?;
+    Ok((!every.is_zero()).then(|| Rate {
+        interval: every,
+        burst: section.burst.unwrap_or(0),
     }))
 }

@@ -1,23 +1,28 @@
 //! `tls_server_config` → a rustls configuration (ring provider).
 
-use std::path::Path;
+use std::fmt::Display;
 use std::sync::Arc;
 
-use rustls::crypto::ring::{self, cipher_suite as suite, kx_group};
+use rustls::crypto::ring::{self, kx_group};
 use rustls::crypto::{CryptoProvider, SupportedKxGroup};
-use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::pem::{Error as PemError, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use rustls::{ServerConfig, SupportedCipherSuite, SupportedProtocolVersion, version};
-use x509_parser::prelude::{FromDer as _, X509Certificate, X509Version};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::clients::ClientPolicy;
-use super::p521::SECP521R1;
-use super::settings::{ClientAuth, Source, TlsSettings, Version};
-use super::yaml::Problem;
+use super::settings::{ClientAuth, Pem, Source, TlsSettings, Version};
+use crate::config::is_state_of_host;
+use crate::config::yaml::Problem;
+use connmon_host::read_file::read_file;
 
 /// Largest certificate or key file, bytes.
-const MAX_PEM_BYTES: u64 = 1 << 20;
+pub(super) const MAX_PEM_BYTES: u64 = 1 << 20;
+
+/// The private keys that ring and rustls take.
+const KEYS: &str = "connmon takes RSA keys of 2048 to 8192 bits, ECDSA keys of the curves P-256 and \
+                    P-384, and Ed25519 keys";
 
 /// What a TLS configuration comes down to, with what is to be said about it.
 pub(super) struct Chosen {
@@ -50,7 +55,7 @@ impl TlsSettings {
             for name in &self.cipher_suites.value {
                 match cipher_suite(name) {
                     Some(suite) => suites.push(suite),
-                    None => absent.push(name.as_str()),
+                    None => absent.push(*name),
                 }
             }
             if !absent.is_empty() {
@@ -78,8 +83,16 @@ impl TlsSettings {
             all.extend(suites);
             provider.cipher_suites = all;
         }
-        if !self.curves.value.is_empty() {
-            provider.kx_groups = self.curves.value.iter().map(|name| curve(name)).collect();
+        let curves: Vec<_> = self.curves.iter().filter_map(|name| curve(name)).collect();
+        if curves.len() < self.curves.len() {
+            remarks.push(
+                "CurveP521 is not available and left out of curve_preferences; alone it leaves the \
+                 default curves"
+                    .to_owned(),
+            );
+        }
+        if !curves.is_empty() {
+            provider.kx_groups = curves;
         }
         let mut versions = Vec::new();
         if tls13 {
@@ -125,48 +138,38 @@ impl TlsSettings {
     }
 
     fn certified_key(&self, provider: &CryptoProvider) -> Result<CertifiedKey, Problem> {
-        let pem = self.certificate.read("cert_file")?;
-        let refuse = |source: &Source, what: &str, why: &dyn std::fmt::Display| {
-            let (file, path) = source.named(what);
-            Problem::new(
-                source.line(),
-                format_args!("tls_server_config.{file}: {path}{why}"),
-            )
-        };
+        let pem = self.certificate.read()?;
         let chain: Vec<_> = CertificateDer::pem_slice_iter(&pem)
             .collect::<Result<_, _>>()
-            .map_err(|error| refuse(&self.certificate, "cert", &pem_error(&error)))?;
-        if chain.is_empty() {
-            return Err(refuse(
-                &self.certificate,
-                "cert",
-                &"no PEM certificate in it",
-            ));
-        }
-        let pem = self.key.read("key_file")?;
-        let key = PrivateKeyDer::from_pem_slice(&pem)
-            .map_err(|error| refuse(&self.key, "key", &pem_error(&error)))?;
+            .map_err(|error| self.certificate.bad(&error))?;
+        let Some(first) = chain.first() else {
+            return Err(self.certificate.refuse("no PEM certificate in it"));
+        };
+        let (_, certificate) = X509Certificate::from_der(first).map_err(|error| {
+            self.certificate
+                .refuse(format_args!("bad certificate: {error}"))
+        })?;
+        let public = certificate.public_key().raw.to_vec();
+        let pem = self.key.read()?;
+        let labelled = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| self.key.bad(&error))?;
+        // What it is, whatever its label says.
+        let key = PrivateKeyDer::try_from(labelled.secret_der()).map_err(|_| {
+            self.key
+                .refuse("the private key is in no form of PKCS#1, PKCS#8 or SEC1")
+        })?;
         let key = provider
             .key_provider
-            .load_private_key(key)
-            .map_err(|error| refuse(&self.key, "key", &error))?;
-        let certified = CertifiedKey::new(chain, key);
-        let mismatch = || {
-            let why = "private key does not match the certificate";
-            refuse(&self.key, "key", &why)
-        };
-        // Parses the certificate, too.
-        match certified.keys_match() {
-            Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => {
-                Ok(certified)
-            }
-            Err(rustls::Error::InconsistentKeys(_)) => Err(mismatch()),
-            Err(error) => match outside_webpki(&certified) {
-                Some(true) => Ok(certified),
-                Some(false) => Err(mismatch()),
-                None => Err(refuse(&self.certificate, "cert", &error)),
-            },
+            .load_private_key(key.clone_key())
+            .map_err(|_| {
+                self.key
+                    .refuse(format_args!("the private key cannot be used: {KEYS}"))
+            })?;
+        if key.public_key().is_some_and(|key| *key != *public) {
+            return Err(self
+                .key
+                .refuse("the private key does not match the certificate"));
         }
+        Ok(CertifiedKey::new(chain, key))
     }
 
     fn client_policy(
@@ -175,19 +178,15 @@ impl TlsSettings {
         remarks: &mut Vec<String>,
     ) -> Result<ClientPolicy, Problem> {
         let mut authorities = Vec::new();
-        if let Some(source) = &self.client_ca {
-            let pem = source.read("client_ca_file")?;
-            let (file, path) = source.named("client_ca");
+        if let Some(client_ca) = &self.client_ca {
+            let pem = client_ca.read()?;
             // As in Go, what is no certificate is skipped …
             authorities = CertificateDer::pem_slice_iter(&pem).flatten().collect();
             let before = authorities.len();
             authorities.retain(|der| ClientPolicy::is_usable_authority(der));
             // … but there has to be one.
             if authorities.is_empty() {
-                return Err(Problem::new(
-                    source.line(),
-                    format_args!("tls_server_config.{file}: {path}no usable PEM certificate in it"),
-                ));
+                return Err(client_ca.refuse("no usable PEM certificate in it"));
             }
             if authorities.len() < before {
                 let skipped = before - authorities.len();
@@ -213,93 +212,54 @@ impl TlsSettings {
     }
 }
 
-impl Source {
+impl Pem {
     /// The PEM text.
-    fn read(&self, key: &str) -> Result<Vec<u8>, Problem> {
-        match self {
-            Self::Text(text) => Ok(text.value.clone().into_bytes()),
-            Self::File(path) => read_bounded(&path.value).map_err(|error| {
-                Problem::new(
-                    path.line,
-                    format_args!(
-                        "tls_server_config.{key}: failed to read {}: {error}",
-                        path.value.display()
-                    ),
-                )
+    fn read(&self) -> Result<Vec<u8>, Problem> {
+        match &self.source {
+            Source::Text(text) => Ok(text.clone().into_bytes()),
+            Source::File(path) => read_file(path, MAX_PEM_BYTES).map_err(|error| Problem {
+                not_yet: is_state_of_host(error.raw_os_error()),
+                ..self.refuse(format_args!("cannot read: {error}"))
             }),
         }
     }
 
-    /// Which of the two keys this is, and the path for a message.
-    fn named(&self, key: &str) -> (String, String) {
-        match self {
-            Self::Text(_) => (key.to_owned(), String::new()),
-            Self::File(path) => (format!("{key}_file"), format!("{}: ", path.value.display())),
+    fn refuse(&self, why: impl Display) -> Problem {
+        let path = match &self.source {
+            Source::Text(_) => String::new(),
+            Source::File(path) => format!("{}: ", path.display()),
+        };
+        let text = format_args!("tls_server_config.{}: {path}{why}", self.key);
+        Problem::new(self.line, text)
+    }
+
+    fn bad(&self, error: &PemError) -> Problem {
+        match error {
+            PemError::NoItemsFound => {
+                self.refuse("no PEM private key in it (an encrypted one cannot be used)")
+            }
+            error => self.refuse(format_args!("bad PEM: {error:?}")),
         }
     }
 }
 
-pub(super) fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
-    use std::io::Read as _;
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path)?;
-    file.take(MAX_PEM_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_PEM_BYTES {
-        return Err(std::io::Error::other(format!(
-            "larger than {MAX_PEM_BYTES} bytes"
-        )));
-    }
-    Ok(bytes)
-}
-
-/// Whether the key is that of a certificate which webpki does not read and
-/// Go does: of X.509 v1 or v2, or with a critical extension, which only
-/// clients have to understand. `None` where the certificate is no such one.
-fn outside_webpki(certified: &CertifiedKey) -> Option<bool> {
-    let (_, certificate) = X509Certificate::from_der(certified.cert.first()?).ok()?;
-    let critical = certificate.extensions().iter().any(|one| one.critical);
-    if certificate.version() == X509Version::V3 && !critical {
-        return None;
-    }
-    let spki = certified.key.public_key()?;
-    Some(*spki == *certificate.public_key().raw)
-}
-
-fn pem_error(error: &rustls::pki_types::pem::Error) -> String {
-    match error {
-        rustls::pki_types::pem::Error::NoItemsFound => {
-            "no PEM private key in it (an encrypted one cannot be used)".to_owned()
-        }
-        error => format!("bad PEM: {error:?}"),
-    }
-}
-
+/// The suite that Go calls so; rustls marks those of TLS 1.3.
 fn cipher_suite(name: &str) -> Option<SupportedCipherSuite> {
-    Some(match name {
-        "TLS_AES_128_GCM_SHA256" => suite::TLS13_AES_128_GCM_SHA256,
-        "TLS_AES_256_GCM_SHA384" => suite::TLS13_AES_256_GCM_SHA384,
-        "TLS_CHACHA20_POLY1305_SHA256" => suite::TLS13_CHACHA20_POLY1305_SHA256,
-        "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256" => suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-        "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384" => suite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
-        "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256" => {
-            suite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256
-        }
-        "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256" => suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-        "TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384" => suite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-        "TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256" => {
-            suite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256
-        }
-        _ => return None,
-    })
+    let mut suites = ring::ALL_CIPHER_SUITES.iter();
+    let go_name = |suite: &SupportedCipherSuite| match suite.suite().as_str() {
+        Some(name) => name.replacen("TLS13_", "TLS_", 1),
+        None => String::new(),
+    };
+    suites.find(|suite| go_name(suite) == name).copied()
 }
 
-/// `name` is one of [`super::settings::CURVES`].
-fn curve(name: &str) -> &'static dyn SupportedKxGroup {
+/// The curve that Go calls so.
+fn curve(name: &str) -> Option<&'static dyn SupportedKxGroup> {
     match name {
-        "CurveP256" => kx_group::SECP256R1,
-        "CurveP384" => kx_group::SECP384R1,
-        "CurveP521" => SECP521R1,
-        _ => kx_group::X25519,
+        "CurveP256" => Some(kx_group::SECP256R1),
+        "CurveP384" => Some(kx_group::SECP384R1),
+        "X25519" => Some(kx_group::X25519),
+        _ => None,
     }
 }
 
@@ -309,21 +269,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_name_means_what_it_says() {
-        let available = CIPHER_SUITES.iter().filter_map(|name| {
-            let suite = format!("{:?}", cipher_suite(name)?.suite());
-            Some((*name, suite.replacen("TLS13_", "TLS_", 1)))
-        });
-        let mut count = 0;
-        for (name, suite) in available {
-            assert_eq!(name, suite);
-            count += 1;
-        }
-        assert_eq!(count, ring::ALL_CIPHER_SUITES.len());
-        for name in CURVES {
-            let group = format!("{:?}", curve(name).name()).to_lowercase();
-            let digits: String = name.chars().filter(char::is_ascii_digit).collect();
-            assert!(group.contains(&digits), "{name} {group}");
-        }
+    fn every_suite_and_curve_of_rustls_has_its_name() {
+        let suites = CIPHER_SUITES.iter().filter_map(|name| cipher_suite(name));
+        assert_eq!(suites.count(), ring::ALL_CIPHER_SUITES.len());
+        let curves = CURVES.iter().filter_map(|name| curve(name));
+        assert_eq!(curves.count(), ring::DEFAULT_KX_GROUPS.len());
     }
 }

@@ -190,6 +190,19 @@ fn failures_count_with_their_reason_and_nothing_else() {
 }
 
 #[test]
+fn a_fast_open_connect_that_is_never_written_is_no_failure() {
+    let mut bench = Bench::new(config());
+    let end = tuple(40000, "198.51.100.7:443");
+    for (id, waited, failures) in [(1, 2, 1), (2, MS, 1), (3, 2, 2)] {
+        bench.connect(id, end);
+        bench.now += waited;
+        bench.close_with(id, 0, end, SYN_SENT, 0, Some(0), None);
+        let local = bench.country("US").failures[FailureReason::Local as usize];
+        assert_eq!(local, failures, "{waited} ns");
+    }
+}
+
+#[test]
 fn failures_use_a_row_that_exists_and_end_unknown_or_simultaneous_handshakes_too() {
     let mut bench = Bench::new(config());
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
@@ -517,4 +530,53 @@ fn connects_that_nobody_answers_take_an_eighth_of_the_places_at_most() {
         bench.connect(id, tuple(0, US));
     }
     assert_eq!(bench.fold.pending_overflow(), 190);
+}
+
+/// `TCP_REPAIR`: both ends of a connection that was opened elsewhere, each by a
+/// connect().
+#[test]
+fn a_restored_connection_is_a_seed_whose_direction_an_audit_finds() {
+    let mut bench = Bench::new(config());
+    bench.startup(vec![listen_row(80)]);
+    let ends = [
+        (1, tuple(80, "198.51.100.7:50001")),
+        (2, tuple(81, "198.51.100.7:50002")),
+    ];
+    for (id, tuple) in ends {
+        bench.connect(id, tuple);
+        bench.apply(Event::Restore {
+            socket: socket(id, 0),
+            tuple,
+        });
+    }
+    let opened = |bench: &Bench| bench.country("US").flows.map(|flow| flow.opened);
+    assert_eq!(opened(&bench), [0; 3]);
+    assert_eq!(bench.country("US").flows[2].connections, 2);
+    assert_eq!(bench.fold.snapshot().corrections.seeded, 2);
+    // A sample knows the listeners too, but looks for no directions.
+    for audit in [false, true] {
+        bench.walk(WalkMessage::Begin(Walk {
+            trigger: Trigger::Interval,
+            traffic: true,
+            audit,
+        }));
+        let mut rows = vec![listen_row(80)];
+        rows.extend(ends.map(|(_, tuple)| row(ESTABLISHED, tuple, 0)));
+        bench.namespace(1, rows);
+        bench.end();
+        let inbound = bench.port(80, Direction::Inbound).unwrap().flow.connections;
+        assert_eq!(inbound, u64::from(audit));
+    }
+    assert!(bench.port(50001, Direction::Outbound).is_none());
+    bench.close_with(1, 0, ends[0].1, ESTABLISHED, 0, Some(1), None);
+    bench.close_with(2, 0, ends[1].1, ESTABLISHED, 0, Some(1), None);
+    let snapshot = bench.fold.snapshot();
+    assert_eq!((snapshot.tracked, snapshot.established), (0, 0));
+    assert_eq!(opened(&bench), [0; 3]);
+    let durations = snapshot.duration.iter().flat_map(|one| &one.counts);
+    assert_eq!(
+        durations.sum::<u64>(),
+        0,
+        "nobody knows since when it was open"
+    );
 }

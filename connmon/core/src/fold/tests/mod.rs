@@ -6,7 +6,7 @@ mod traffic;
 mod walks;
 
 use super::*;
-use crate::event::{Cookie, Socket, SocketId, Traffic, Tuple};
+use crate::event::{Cookie, SYN_BYTES, Socket, SocketId, Traffic, Tuple};
 use crate::geo::Country;
 use crate::scan::{Access, Row, Trigger, Walk, WalkSummary};
 use connmon_common::state::*;
@@ -300,6 +300,7 @@ fn row(state: u8, tuple: Tuple, cookie: Cookie) -> Row {
         tuple,
         cookie,
         inode: 1,
+        id: 0,
         receive_queue: 0,
         send_queue: 0,
         traffic: None,

@@ -55,6 +55,29 @@ fn opened_and_closed_are_differences_between_polls() {
 }
 
 #[test]
+fn polled_sockets_with_the_same_endpoints_count_one_by_one() {
+    let mut bench = Bench::new(polling());
+    let twins: Vec<Row> = (1..=4)
+        .map(|inode| Row {
+            inode,
+            ..row(ESTABLISHED, tuple(40000, US), 0)
+        })
+        .collect();
+    poll(&mut bench, twins[..2].to_vec());
+    assert_eq!(bench.fold.snapshot().corrections.seeded, 2);
+    for (shown, expected) in [
+        (&twins[..], (2, 0, 4)),
+        (&twins[1..], (2, 1, 3)),
+        (&twins[..2], (2, 2, 2)),
+        (&[], (2, 4, 0)),
+    ] {
+        poll(&mut bench, shown.to_vec());
+        let flow = bench.country("US").flows[1];
+        assert_eq!((flow.opened, flow.closed, flow.connections), expected);
+    }
+}
+
+#[test]
 fn gauges_follow_the_states_of_each_poll() {
     let mut bench = Bench::new(polling());
     poll(&mut bench, vec![row(ESTABLISHED, tuple(40000, US), 0)]);

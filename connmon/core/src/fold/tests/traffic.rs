@@ -10,6 +10,11 @@ fn sampled(state: u8, cookie: Cookie, traffic: Traffic) -> Row {
     row
 }
 
+/// Of a connection that was opened by connect(), whose SYN counts.
+fn of_active(received: u64, sent: u64, retransmitted: u32, srtt_us: u32) -> Traffic {
+    figures(received, sent + SYN_BYTES, retransmitted, srtt_us)
+}
+
 fn sample(bench: &mut Bench, row: Row) {
     bench.walk(WalkMessage::Begin(Walk {
         trigger: Trigger::Interval,
@@ -48,15 +53,15 @@ fn a_born_connection_counts_from_zero_and_never_twice() {
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
     sample(
         &mut bench,
-        sampled(ESTABLISHED, 5, figures(100, 200, 1, 900)),
+        sampled(ESTABLISHED, 5, of_active(100, 200, 1, 900)),
     );
     assert_eq!(moved(&bench), (100, 200, 1));
     sample(
         &mut bench,
-        sampled(ESTABLISHED, 5, figures(100, 200, 1, 900)),
+        sampled(ESTABLISHED, 5, of_active(100, 200, 1, 900)),
     );
     assert_eq!(moved(&bench), (100, 200, 1));
-    close(&mut bench, 5, figures(1000, 500, 3, 800));
+    close(&mut bench, 5, of_active(1000, 500, 3, 800));
     assert_eq!(moved(&bench), (1000, 500, 3));
 }
 
@@ -94,6 +99,7 @@ fn without_a_single_sample_a_close_counts_in_full_what_was_born_and_nothing_of_a
         let mut bench = Bench::new(config());
         bench.startup(vec![]);
         bench.open(1, tuple(40000, US), old, ESTABLISHED);
+        let figures = if old == SYN_SENT { of_active } else { figures };
         close(&mut bench, 5, figures(7000, 8000, 9, 100));
         let flow = bench.country("US").flows[usize::from(old == SYN_SENT)];
         let moved = (
@@ -133,10 +139,10 @@ fn received_bytes_are_sampled_where_no_fin_can_be_among_them() {
     bench.startup(vec![]);
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
     for state in [CLOSE_WAIT, LAST_ACK, CLOSING] {
-        sample(&mut bench, sampled(state, 5, figures(1001, 200, 0, 0)));
+        sample(&mut bench, sampled(state, 5, of_active(1001, 200, 0, 0)));
     }
     assert_eq!(moved(&bench), (0, 200, 0));
-    close(&mut bench, 5, figures(1000, 200, 0, 0));
+    close(&mut bench, 5, of_active(1000, 200, 0, 0));
     assert_eq!(moved(&bench), (1000, 200, 0));
 }
 
@@ -147,9 +153,9 @@ fn counters_that_went_back_add_nothing() {
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
     sample(
         &mut bench,
-        sampled(ESTABLISHED, 5, figures(1001, 500, 4, 0)),
+        sampled(ESTABLISHED, 5, of_active(1001, 500, 4, 0)),
     );
-    close(&mut bench, 5, figures(1000, 0, 0, 0));
+    close(&mut bench, 5, of_active(1000, 0, 0, 0));
     assert_eq!(moved(&bench), (1001, 500, 4));
 }
 
@@ -160,11 +166,11 @@ fn a_row_older_than_an_event_is_not_sampled() {
     bench.begin(Trigger::Interval);
     bench.namespace_begin(1);
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
-    bench.rows(0, vec![sampled(ESTABLISHED, 0, figures(9, 9, 9, 9))]);
+    bench.rows(0, vec![sampled(ESTABLISHED, 0, of_active(9, 9, 9, 9))]);
     bench.namespace_end(1, true);
     bench.end();
     assert_eq!(moved(&bench), (0, 0, 0));
-    close(&mut bench, 0, figures(4, 5, 0, 0));
+    close(&mut bench, 0, of_active(4, 5, 0, 0));
     assert_eq!(moved(&bench), (4, 5, 0));
 }
 
@@ -176,21 +182,21 @@ fn round_trips_are_observed_where_bytes_moved() {
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
     sample(
         &mut bench,
-        sampled(ESTABLISHED, 5, figures(100, 0, 0, 2000)),
+        sampled(ESTABLISHED, 5, of_active(100, 0, 0, 2000)),
     );
     assert_eq!(count(&bench), 1);
     sample(
         &mut bench,
-        sampled(ESTABLISHED, 5, figures(100, 0, 0, 2000)),
+        sampled(ESTABLISHED, 5, of_active(100, 0, 0, 2000)),
     );
     assert_eq!(count(&bench), 1, "idle");
-    close(&mut bench, 5, figures(100, 0, 0, 2000));
+    close(&mut bench, 5, of_active(100, 0, 0, 2000));
     assert_eq!(count(&bench), 1, "idle to its end");
     // A short one is observed at its close, bytes or not, if there is one.
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
-    close(&mut bench, 0, figures(0, 0, 0, 3000));
+    close(&mut bench, 0, of_active(0, 0, 0, 3000));
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
-    close(&mut bench, 0, figures(0, 0, 0, 0));
+    close(&mut bench, 0, of_active(0, 0, 0, 0));
     assert_eq!(count(&bench), 2);
     let rtt = bench.country("US").rtt;
     assert_eq!((rtt.count, rtt.sum_ns), (2, 5 * MS));

@@ -179,14 +179,195 @@ fn a_socket_connected_again_within_a_walk_keeps_its_cookie_and_its_entry() {
     assert_eq!((flow.received_bytes, flow.sent_bytes), (0, 0));
 }
 
+/// Its close may be lost, or still to come, or it lives on another device:
+/// audits know.
 #[test]
-fn a_birth_on_a_seeds_endpoints_closes_the_seed() {
+fn a_birth_on_a_seeds_endpoints_leaves_the_seed_to_audits() {
     let mut bench = Bench::new(config());
     bench.startup(vec![row(ESTABLISHED, tuple(40000, US), 2)]);
     bench.connect(9, tuple(40000, US));
     bench.open(9, tuple(40000, US), SYN_SENT, ESTABLISHED);
     let flow = bench.country("US").flows[1];
-    assert_eq!((flow.opened, flow.closed, flow.connections), (1, 1, 1));
+    assert_eq!((flow.opened, flow.closed, flow.connections), (1, 0, 2));
+    for _ in 0..2 {
+        bench.audit(vec![row(ESTABLISHED, tuple(40000, US), 3)]);
+    }
+    let flow = bench.country("US").flows[1];
+    assert_eq!((flow.opened, flow.closed, flow.connections), (1, 0, 1));
+    assert_eq!(bench.fold.snapshot().corrections.removed, 1);
+}
+
+/// Sockets of one namespace with the same endpoints, as bound devices and VRFs
+/// allow, numbered from 1.
+const TWINS: u64 = 4;
+
+/// The row of a twin, which has sent ten times its number.
+fn twin(number: u64) -> Row {
+    let mut row = row(ESTABLISHED, tuple(40000, US), 100 + number);
+    row.traffic = Some(figures(0, 10 * number, 0, 0));
+    row
+}
+
+/// The close of a twin, whose cookie is known by now.
+fn close_twin(bench: &mut Bench, number: u64) {
+    let sent = figures(0, 10 * number + 1, 0, 0);
+    let (cookie, ends) = (100 + number, tuple(40000, US));
+    bench.close_with(number, cookie, ends, ESTABLISHED, 0, None, Some(sent));
+}
+
+#[test]
+fn twins_told_by_events_keep_their_own_closes_and_bytes() {
+    // In whatever order rows and closes come.
+    for first in 1..=TWINS {
+        let mut bench = Bench::new(config());
+        bench.startup(vec![]);
+        for number in 1..=TWINS {
+            bench.open(number, tuple(40000, US), SYN_SENT, ESTABLISHED);
+        }
+        let order: Vec<u64> = (0..TWINS).map(|n| (n + first) % TWINS + 1).collect();
+        let mut rows: Vec<Row> = order.iter().map(|&number| twin(number)).collect();
+        // A row may come twice.
+        rows.push(rows[0]);
+        for _ in 0..3 {
+            bench.audit(rows.clone());
+            let snapshot = bench.fold.snapshot();
+            assert_eq!(snapshot.established, TWINS);
+            assert_eq!(snapshot.drift, Some(0));
+            assert_eq!(snapshot.drift_suspected, Some(0));
+        }
+        for (closed, number) in (1..).zip(1..=TWINS) {
+            close_twin(&mut bench, number);
+            let flow = bench.country("US").flows[1];
+            assert_eq!((flow.closed, flow.connections), (closed, TWINS - closed));
+            rows.retain(|row| row.cookie != 100 + number);
+            bench.audit(rows.clone());
+            let snapshot = bench.fold.snapshot();
+            assert_eq!(snapshot.drift, Some(0), "{order:?} {number}");
+            assert_eq!(snapshot.drift_suspected, Some(0), "{order:?} {number}");
+        }
+        let flow = bench.country("US").flows[1];
+        assert_eq!((flow.opened, flow.closed), (TWINS, TWINS));
+        let sent: u64 = (1..=TWINS).map(|number| 10 * number + 1).sum();
+        assert_eq!(flow.sent_bytes, sent, "{order:?}");
+        let durations: u64 = bench.fold.snapshot().duration[1].counts.iter().sum();
+        assert_eq!(durations, TWINS);
+        assert_eq!(bench.fold.snapshot().corrections, Corrections::default());
+    }
+}
+
+#[test]
+fn a_close_between_the_rows_of_twins_takes_its_own_entry() {
+    let mut bench = Bench::new(config());
+    bench.startup(vec![]);
+    for number in 1..=3 {
+        bench.open(number, tuple(40000, US), SYN_SENT, ESTABLISHED);
+    }
+    // The first row goes to the entry that opened last, which is another's.
+    bench.begin(Trigger::Interval);
+    bench.namespace_begin(1);
+    bench.rows(0, vec![twin(1)]);
+    close_twin(&mut bench, 1);
+    bench.rows(0, vec![twin(2), twin(3)]);
+    bench.namespace_end(1, true);
+    bench.end();
+    let snapshot = bench.fold.snapshot();
+    assert_eq!((snapshot.established, snapshot.tracked), (2, 2));
+    assert_eq!(
+        (snapshot.drift, snapshot.drift_suspected),
+        (Some(0), Some(0))
+    );
+    for number in [3, 2] {
+        close_twin(&mut bench, number);
+    }
+    let flow = bench.country("US").flows[1];
+    assert_eq!((flow.opened, flow.closed, flow.connections), (3, 3, 0));
+}
+
+#[test]
+fn every_twin_is_a_seed_whatever_told_of_it() {
+    // By cookie (dumps), by inode (/proc), by kernel address (a source).
+    let by_cookie = |number: u64| twin(number);
+    let by_inode = |number: u64| Row {
+        inode: number as u32,
+        cookie: 0,
+        traffic: None,
+        ..twin(number)
+    };
+    let by_address = |number: u64| Row {
+        id: number,
+        cookie: 0,
+        ..twin(number)
+    };
+    let shown: [&dyn Fn(u64) -> Row; 3] = [&by_cookie, &by_inode, &by_address];
+    for (way, shown) in shown.iter().enumerate() {
+        let mut bench = Bench::new(config());
+        let rows: Vec<Row> = (1..=TWINS).map(shown).collect();
+        bench.startup(rows.clone());
+        let corrections = bench.fold.snapshot().corrections;
+        assert_eq!(corrections.seeded, TWINS, "{way}");
+        // Audits go on by whatever the namespace is read by.
+        let audited: Vec<Row> = match way {
+            1 => rows,
+            _ => (1..=TWINS).rev().map(by_cookie).collect(),
+        };
+        for _ in 0..2 {
+            bench.audit(audited.clone());
+            let snapshot = bench.fold.snapshot();
+            assert_eq!(snapshot.established, TWINS, "{way}");
+            assert_eq!(snapshot.drift, Some(0), "{way}");
+            assert_eq!(snapshot.drift_suspected, Some(0), "{way}");
+        }
+        for number in 1..=TWINS {
+            match way {
+                1 => bench.close(number, tuple(40000, US), ESTABLISHED),
+                _ => close_twin(&mut bench, number),
+            }
+            let flow = bench.country("US").flows[1];
+            assert_eq!((flow.closed, flow.connections), (number, TWINS - number));
+        }
+        // Bytes of before are not counted, those of since are.
+        let sent = if way == 1 { 0 } else { TWINS };
+        assert_eq!(bench.country("US").flows[1].sent_bytes, sent, "{way}");
+    }
+}
+
+#[test]
+fn an_event_before_the_rows_of_twins_names_one_of_them() {
+    let mut bench = Bench::new(config());
+    bench.change(1, tuple(40000, US), CLOSE_WAIT);
+    let mut rows: Vec<Row> = [2, 1, 3].map(twin).to_vec();
+    rows[1].state = CLOSE_WAIT;
+    bench.startup(rows);
+    let snapshot = bench.fold.snapshot();
+    assert_eq!((snapshot.tracked, snapshot.established), (3, 2));
+    for number in 1..=3 {
+        close_twin(&mut bench, number);
+        assert_eq!(bench.fold.snapshot().tracked, 3 - number);
+    }
+    let flow = bench.country("US").flows[1];
+    assert_eq!((flow.closed, flow.sent_bytes), (3, 3));
+}
+
+#[test]
+fn a_twin_that_is_gone_is_removed_and_no_other() {
+    let mut bench = Bench::new(config());
+    bench.startup(vec![]);
+    for number in 1..=3 {
+        bench.open(number, tuple(40000, US), SYN_SENT, ESTABLISHED);
+    }
+    // The close of 2 is lost.
+    let rows = vec![twin(3), twin(1)];
+    bench.audit(rows.clone());
+    assert_eq!(bench.fold.snapshot().drift_suspected, Some(1));
+    bench.audit(rows.clone());
+    let snapshot = bench.fold.snapshot();
+    assert_eq!(
+        (snapshot.drift, snapshot.drift_suspected),
+        (Some(1), Some(0))
+    );
+    assert_eq!((snapshot.established, snapshot.corrections.removed), (2, 1));
+    bench.audit(rows);
+    assert_eq!(bench.fold.snapshot().drift, Some(0));
 }
 
 #[test]
@@ -647,4 +828,41 @@ fn a_failed_listing_together_with_a_loss_evicts_nothing_yet() {
     bench.namespace(2, vec![]);
     bench.end();
     assert_eq!(bench.fold.snapshot().established, 0);
+}
+
+#[test]
+fn a_namespace_that_only_events_tell_of_is_counted_while_it_has_connections() {
+    let mut bench = Bench::new(config());
+    bench.startup(vec![]);
+    let elsewhere = |id| Socket {
+        netns: 3,
+        ..socket(id, 0)
+    };
+    for id in 1..=2 {
+        let event = Event::Open {
+            socket: elsewhere(id),
+            at_ns: bench.now,
+            tuple: tuple(40000 + id as u16, DE),
+            old: SYN_RECV,
+            new: ESTABLISHED,
+        };
+        bench.apply(event);
+    }
+    bench.audit(vec![]);
+    assert_eq!(bench.fold.unlisted_namespaces(), 1);
+    assert_eq!(bench.fold.snapshot().established, 2);
+    for id in 1..=2 {
+        let event = Event::Close {
+            socket: elsewhere(id),
+            at_ns: bench.now,
+            tuple: tuple(40000 + id as u16, DE),
+            old: ESTABLISHED,
+            error: 0,
+            segments_out: None,
+            traffic: None,
+        };
+        bench.apply(event);
+    }
+    bench.audit(vec![]);
+    assert_eq!(bench.fold.unlisted_namespaces(), 0);
 }

@@ -1,0 +1,214 @@
+//! `--web.listen-address`: what was typed, and the socket address that it is
+//! once names and interfaces are looked up.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, ToSocketAddrs};
+
+use rustix::net::{AddressFamily, SocketType, netdevice, socket};
+
+use super::error::{ConfigError, Origin};
+
+/// One `--web.listen-address`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenAddress {
+    /// As typed, for messages.
+    pub text: String,
+    /// Where it was written.
+    pub origin: Origin,
+    /// Host part.
+    pub host: ListenHost,
+    /// Port; 0 takes any free one.
+    pub port: u16,
+}
+
+/// The host part of a listen address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenHost {
+    /// Empty: `[::]`, dual stack; IPv4 alone where IPv6 is off.
+    Any,
+    /// An address.
+    Ip(IpAddr),
+    /// An IPv6 address with the name or the index of an interface.
+    Zone(Ipv6Addr, String),
+    /// A host name.
+    Name(String),
+}
+
+impl ListenAddress {
+    /// The address to bind. Names and interfaces may not exist yet.
+    ///
+    /// # Errors
+    /// A [`ConfigError`] that [is not yet](ConfigError::is_not_yet) true.
+    pub fn resolve(&self) -> Result<SocketAddr, ConfigError> {
+        let not_yet = |why: String| {
+            let problem = format!("bad address {:?}: {why}", self.text);
+            ConfigError::at(&self.origin, problem).not_yet()
+        };
+        match &self.host {
+            ListenHost::Any => Ok((Ipv6Addr::UNSPECIFIED, self.port).into()),
+            ListenHost::Ip(ip) => Ok((*ip, self.port).into()),
+            ListenHost::Zone(ip, zone) => {
+                let index = interface(zone).map_err(|error| {
+                    not_yet(format!("this host has no interface {zone:?} ({error})"))
+                })?;
+                // Addresses of a wider scope are bound without one.
+                let index = if ip.is_unicast_link_local() { index } else { 0 };
+                Ok(SocketAddrV6::new(*ip, self.port, 0, index).into())
+            }
+            ListenHost::Name(name) => {
+                let addresses: Vec<SocketAddr> = (name.as_str(), self.port)
+                    .to_socket_addrs()
+                    .map_err(|error| not_yet(format!("the host does not resolve: {error}")))?
+                    .collect();
+                let ipv4 = addresses.iter().find(|address| address.is_ipv4());
+                ipv4.or(addresses.first())
+                    .copied()
+                    .ok_or_else(|| not_yet("the host has no address".to_owned()))
+            }
+        }
+    }
+}
+
+/// Index of an interface that exists, by its name or else by its index, as
+/// Go's `net` reads a zone.
+fn interface(zone: &str) -> rustix::io::Result<u32> {
+    let any = socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
+    netdevice::name_to_index(&any, zone).or_else(|error| {
+        let index = zone.parse().map_err(|_| error)?;
+        netdevice::index_to_name(&any, index).map(|_| index)
+    })
+}
+
+/// The addresses to bind, in order.
+///
+/// # Errors
+/// The first that cannot be resolved, or the second of two that overlap.
+pub fn resolve_all(addresses: &[ListenAddress]) -> Result<Vec<SocketAddr>, ConfigError> {
+    let mut resolved = Vec::new();
+    for address in addresses {
+        resolved.push((address, address.resolve()?));
+    }
+    refuse_overlaps(&resolved)?;
+    Ok(resolved.into_iter().map(|(_, address)| address).collect())
+}
+
+/// Refuses two addresses that would need one port, as far as the text alone
+/// shows.
+///
+/// # Errors
+/// The second of the two.
+pub fn check_literal(addresses: &[ListenAddress]) -> Result<(), ConfigError> {
+    let literal = addresses
+        .iter()
+        .filter(|address| matches!(address.host, ListenHost::Any | ListenHost::Ip(_)));
+    let resolved: Result<Vec<_>, ConfigError> = literal
+        .map(|address| Ok((address, address.resolve()?)))
+        .collect();
+    refuse_overlaps(&resolved?)
+}
+
+fn refuse_overlaps(addresses: &[(&ListenAddress, SocketAddr)]) -> Result<(), ConfigError> {
+    for (at, (new, address)) in addresses.iter().enumerate() {
+        let earlier = &addresses[..at];
+        let Some((old, _)) = earlier.iter().find(|(_, old)| overlap(*old, *address)) else {
+            continue;
+        };
+        let problem = if old.text == new.text {
+            format!("duplicate address {:?}; remove one of the two", new.text)
+        } else {
+            format!(
+                "address {:?} overlaps {:?}; remove one of the two",
+                new.text, old.text
+            )
+        };
+        return Err(ConfigError::at(&new.origin, problem));
+    }
+    Ok(())
+}
+
+/// Whether the kernel would refuse the second of the two: one port, and one
+/// address or an address that covers the other. `[::]` is bound dual stack.
+fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+    let covers = |all: SocketAddr, one: SocketAddr| match all.ip() {
+        IpAddr::V6(ip) => ip.is_unspecified(),
+        IpAddr::V4(ip) => ip.is_unspecified() && one.ip().to_canonical().is_ipv4(),
+    };
+    a.port() != 0
+        && a.port() == b.port()
+        && (a.ip().to_canonical() == b.ip().to_canonical() && scope(a) == scope(b)
+            || covers(a, b)
+            || covers(b, a))
+}
+
+/// The interface of a link-local address: `fe80::1%2` and `fe80::1%3` are two.
+fn scope(address: SocketAddr) -> u32 {
+    match address {
+        SocketAddr::V4(_) => 0,
+        SocketAddr::V6(address) => address.scope_id(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::parse;
+    use super::*;
+
+    fn listen(text: &str) -> ListenAddress {
+        let (host, port) = parse::listen_address(text).unwrap();
+        ListenAddress {
+            text: text.to_owned(),
+            origin: Origin::Variable("CONNMON_WEB_LISTEN_ADDRESS".to_owned()),
+            host,
+            port,
+        }
+    }
+
+    #[test]
+    fn zones_are_interfaces_by_name_or_index() {
+        for text in ["[fe80::1%lo]:80", "[fe80::1%1]:80"] {
+            let address = listen(text).resolve().unwrap();
+            assert_eq!(address.to_string(), "[fe80::1%1]:80", "{text}");
+        }
+        assert_eq!(
+            listen("[::1%lo]:80").resolve().unwrap(),
+            listen("[::1]:80").resolve().unwrap()
+        );
+    }
+
+    #[test]
+    fn what_does_not_exist_yet_is_not_wrong() {
+        for (text, why) in [
+            ("[fe80::1%connmon-none]:80", "no interface \"connmon-none\""),
+            ("[fe80::1%4000000000]:80", "no interface \"4000000000\""),
+            ("no-such-host.invalid:80", "the host does not resolve"),
+        ] {
+            let error = listen(text).resolve().unwrap_err();
+            assert!(error.is_not_yet(), "{error}");
+            let message = error.to_string();
+            assert!(
+                message.starts_with("CONNMON_WEB_LISTEN_ADDRESS: bad address"),
+                "{message}"
+            );
+            assert!(message.contains(text) && message.contains(why), "{message}");
+        }
+    }
+
+    #[test]
+    fn overlaps_are_found_once_names_are_resolved() {
+        let both = |first, second| resolve_all(&[listen(first), listen(second)]);
+        for (first, second) in [
+            ("localhost:9", "127.0.0.1:9"),
+            (":9", "localhost:9"),
+            ("[fe80::1%lo]:9", "[fe80::1%1]:9"),
+            ("[::1%lo]:9", "[::1]:9"),
+        ] {
+            let error = both(first, second).unwrap_err();
+            assert!(error.to_string().contains(second), "{error}");
+            assert!(!error.is_not_yet(), "{error}");
+        }
+        assert_eq!(both("[fe80::1%lo]:9", "[::1]:9").unwrap().len(), 2);
+        // Nothing is looked up for this.
+        let unknown = [listen("no-such-host.invalid:9"), listen(":9"), listen(":9")];
+        let error = check_literal(&unknown).unwrap_err();
+        assert!(error.to_string().contains("duplicate address"), "{error}");
+    }
+}
