@@ -17,7 +17,7 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -311,10 +311,6 @@ async fn serve_client(
     stopping: watch::Receiver<bool>,
 ) {
     let _ = stream.set_nodelay(true);
-    let Ok(client) = stream.peer_addr() else {
-        return;
-    };
-    let client = client.ip();
     let watch = slot.watch.clone();
     let serve = async {
         let tls = match &app.gate {
@@ -324,13 +320,13 @@ async fn serve_client(
         match tls {
             None => {
                 watch.handshaken(false);
-                serve_requests(stream, client, false, &watch, app, limits, stopping).await;
+                serve_requests(stream, false, &watch, app, limits, stopping).await;
             }
             Some(tls) => match shake_hands(stream, tls, &app, &watch).await {
                 Ok(stream) => {
                     let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
                     watch.handshaken(http2);
-                    serve_requests(stream, client, http2, &watch, app, limits, stopping).await;
+                    serve_requests(stream, http2, &watch, app, limits, stopping).await;
                 }
                 Err(error) => log::debug!("TLS handshake failed: {error}"),
             },
@@ -368,7 +364,6 @@ async fn shake_hands(
 /// The requests of one connection, over whatever carries it.
 async fn serve_requests<S>(
     stream: S,
-    client: IpAddr,
     http2: bool,
     watch: &Watch,
     app: Arc<App>,
@@ -379,7 +374,7 @@ async fn serve_requests<S>(
 {
     let service = service_fn(|request: Request<Incoming>| {
         let (app, watch) = (Arc::clone(&app), watch.clone());
-        async move { Ok::<_, Infallible>(app.handle(request, client, &watch).await) }
+        async move { Ok::<_, Infallible>(app.handle(request, &watch).await) }
     });
     macro_rules! drive {
         ($connection:expr) => {{
@@ -479,14 +474,9 @@ impl App {
         reply
     }
 
-    async fn handle(
-        &self,
-        request: Request<Incoming>,
-        client: IpAddr,
-        watch: &Watch,
-    ) -> Response<Payload> {
+    async fn handle(&self, request: Request<Incoming>, watch: &Watch) -> Response<Payload> {
         let _handling = watch.request();
-        let (reply, permit) = self.reply(&request, client, watch).await;
+        let (reply, permit) = self.reply(&request, watch).await;
         let mut reply = self.with_configured_headers(reply);
         if request.method() == Method::HEAD {
             reply = reply.without_body();
@@ -510,7 +500,6 @@ impl App {
     async fn reply(
         &self,
         request: &Request<Incoming>,
-        client: IpAddr,
         watch: &Watch,
     ) -> (Reply, Option<OwnedSemaphorePermit>) {
         if !names_one_host(request) {
@@ -522,7 +511,7 @@ impl App {
         if !matches!(route, Route::Healthy | Route::Ready)
             && let Some(gate) = &self.gate
         {
-            match gate.ask(request.headers(), client).await {
+            match gate.ask(request.headers(), watch.client()).await {
                 Entry::Open => {}
                 Entry::TooMany => return (Reply::too_many_requests(), None),
                 Entry::Unauthorized => return (Reply::unauthorized(), None),

@@ -1,7 +1,7 @@
 //! `basic_auth_users`: bcrypt, one at a time, verdicts remembered.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use base64::Engine as _;
@@ -61,18 +61,17 @@ struct Queue {
     first: Arc<Semaphore>,
 }
 
-/// A request's place in the queue of its address.
+/// A request's place in the queue of its client.
 struct Place {
     queues: Arc<Mutex<HashMap<IpAddr, Queue>>>,
-    address: IpAddr,
+    client: IpAddr,
     first: Arc<Semaphore>,
 }
 
 impl Place {
     fn take(queues: &Arc<Mutex<HashMap<IpAddr, Queue>>>, client: IpAddr) -> Option<Self> {
-        let address = network(client);
         let mut all = lock(queues);
-        let queue = all.entry(address).or_insert_with(|| Queue {
+        let queue = all.entry(client).or_insert_with(|| Queue {
             requests: 0,
             first: Arc::new(Semaphore::new(1)),
         });
@@ -82,7 +81,7 @@ impl Place {
         queue.requests += 1;
         Some(Self {
             queues: Arc::clone(queues),
-            address,
+            client,
             first: Arc::clone(&queue.first),
         })
     }
@@ -91,20 +90,12 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut all = lock(&self.queues);
-        if let Some(queue) = all.get_mut(&self.address) {
+        if let Some(queue) = all.get_mut(&self.client) {
             queue.requests -= 1;
             if queue.requests == 0 {
-                all.remove(&self.address);
+                all.remove(&self.client);
             }
         }
-    }
-}
-
-/// What counts as one client address: of IPv6 the /64, which one host has.
-fn network(client: IpAddr) -> IpAddr {
-    match client.to_canonical() {
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
-        address => address,
     }
 }
 
@@ -421,14 +412,6 @@ mod tests {
         let checks = counts[0].load(Ordering::SeqCst);
         assert!(checks <= addresses.len() + 2, "{checks}");
         drop(guesses);
-    }
-
-    #[test]
-    fn an_ipv6_address_is_its_64() {
-        let of = |text: &str| network(text.parse().unwrap()).to_string();
-        assert_eq!(of("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
-        assert_eq!(of("::ffff:192.0.2.1"), "192.0.2.1");
-        assert_eq!(of("192.0.2.1"), "192.0.2.1");
     }
 
     /// A doorkeeper with how often it verified, and how many at once.
