@@ -16,10 +16,10 @@ use std::fmt::Write as _;
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use connmon_core::text::{is_unprintable, printable};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::config::LogFormat;
-use connmon_core::text::{is_unprintable, printable};
 
 /// Starts logging. Later calls change nothing.
 pub fn init(level: LevelFilter, format: LogFormat) {

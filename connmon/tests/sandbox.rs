@@ -116,8 +116,8 @@ fn serve_reloads_after_a_rename_and_after_symlink_swaps() {
     }
     thread::scope(|scope| {
         // Made in here, so that a panic below drops it and the thread ends.
-        let (swapped, wait) = std::sync::mpsc::channel();
-        let (entered, ready) = std::sync::mpsc::channel();
+        let (swapped, wait) = std::sync::mpsc::sync_channel(16);
+        let (entered, ready) = std::sync::mpsc::sync_channel(16);
         let inside = scope.spawn({
             let (plan, files) = (&plan, [&renamed, &mapped, &released]);
             move || {
@@ -270,8 +270,8 @@ fn walker_reads_a_namespace_and_a_listener_younger_than_its_walls() {
     }
     let plan = Plan::new(SandboxChoice::Strict, true, true);
     thread::scope(|scope| {
-        let (namespace_made, wait) = std::sync::mpsc::channel::<Option<Namespace>>();
-        let (entered, ready) = std::sync::mpsc::channel();
+        let (namespace_made, wait) = std::sync::mpsc::sync_channel::<Option<Namespace>>(16);
+        let (entered, ready) = std::sync::mpsc::sync_channel(16);
         let walker = scope.spawn({
             let plan = &plan;
             move || {

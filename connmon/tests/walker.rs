@@ -242,8 +242,8 @@ fn a_namespace_of_a_later_thread_is_read() {
     if !may_run("a namespace of a later thread is read") {
         return;
     }
-    let (made, is_made) = mpsc::channel();
-    let (end, ends) = mpsc::channel::<()>();
+    let (made, is_made) = mpsc::sync_channel(16);
+    let (end, ends) = mpsc::sync_channel::<()>(16);
     let thread = std::thread::spawn(move || {
         #[expect(unsafe_code, reason = "the only way to get a network namespace")]
         // SAFETY: no file descriptors are unshared.

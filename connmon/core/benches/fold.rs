@@ -338,6 +338,7 @@ fn cpu_time() -> Duration {
 }
 
 /// `RssAnon` of this process.
+#[expect(clippy::disallowed_methods, reason = "the bench is not the core")]
 fn anonymous_bytes() -> i64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("/proc is mounted");
     let line = status

@@ -16,14 +16,6 @@ use std::io;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use log::warn;
-use tokio::sync::{mpsc, oneshot, watch};
-
-use crate::config::{Config, SourceChoice};
-use crate::database::Reloader;
-use crate::expose::Server;
-use crate::logging;
-use crate::notify::Notify;
 use connmon_core::event::{LiveSocket, NetnsId};
 use connmon_core::fold::{Fold, FoldConfig, RemoteFilter};
 use connmon_core::geo::{Database, Locator};
@@ -33,6 +25,14 @@ use connmon_host::kernel::{Tracer, TracerOptions};
 use connmon_host::reconcile::netns::Roots;
 use connmon_host::reconcile::{SocketSource, Walker, WalkerOptions};
 use connmon_host::sandbox::{self, Plan};
+use log::warn;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::config::{Config, SourceChoice};
+use crate::database::Reloader;
+use crate::expose::Server;
+use crate::logging;
+use crate::notify::Notify;
 
 use content::AgentContent;
 use pipeline::Parts;

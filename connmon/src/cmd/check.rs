@@ -6,11 +6,6 @@ mod features;
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
-use serde::Serialize;
-
-use crate::cli::Output;
-use crate::config::{Config, SourceChoice, check_serving};
-use crate::database;
 use connmon_core::geo::Database;
 use connmon_core::probe::{AttachFailure, Method, Probe, Rung};
 use connmon_core::scan::{Trigger, Walk, WalkMessage, WalkSummary};
@@ -20,6 +15,11 @@ use connmon_host::kernel::{
 use connmon_host::reconcile::{Walker, WalkerOptions};
 use connmon_host::sandbox::Plan;
 use connmon_host::sandbox::SandboxChoice;
+use serde::Serialize;
+
+use crate::cli::Output;
+use crate::config::{Config, SourceChoice, check_serving};
+use crate::database;
 
 /// Exit code of a host where the agent runs with less than it could.
 const DEGRADED: u8 = 3;

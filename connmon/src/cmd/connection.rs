@@ -4,11 +4,10 @@
 use std::net::SocketAddr;
 
 use connmon_common::state;
-use serde::Serialize;
-
 use connmon_core::event::Tuple;
 use connmon_core::fold::Direction;
 use connmon_core::text::{comm_bytes, process_name};
+use serde::Serialize;
 
 use super::columns::{self, Column, left};
 

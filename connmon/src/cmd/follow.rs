@@ -7,11 +7,10 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use connmon_common::state;
-use hashbrown::HashTable;
-
 use connmon_core::event::{Cookie, Event, NetnsId, Owner, Socket, SocketId, Traffic, Tuple};
 use connmon_core::fold::{Direction, FailureReason, failure_reason, is_unwritten};
 use connmon_core::scan::Row;
+use hashbrown::HashTable;
 
 use super::snapshot::Listening;
 

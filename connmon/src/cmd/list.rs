@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
+use connmon_core::fold::{Direction, PortLabel};
+use connmon_core::text::process_name;
 use serde::Serialize;
 
 use crate::cli::{By, ListArgs, Output};
 use crate::config::Config;
-use connmon_core::fold::{Direction, PortLabel};
-use connmon_core::text::process_name;
 
 use super::columns::{self, Column, left, right};
 use super::connection::{ConnectionRecord, bytes, heading, service_port, state_name};

@@ -16,10 +16,11 @@ mod time;
 pub mod top;
 pub mod trace;
 
-use crate::config::Config;
 use connmon_core::fold::RemoteFilter;
 use connmon_host::kernel::TracerOptions;
 use connmon_host::reconcile::netns::Roots;
+
+use crate::config::Config;
 
 /// The remote filter of a configuration.
 fn remote_filter(config: &Config) -> RemoteFilter {

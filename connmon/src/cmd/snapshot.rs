@@ -7,10 +7,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-
-use crate::config::Config;
-use crate::database;
+use connmon_common::state;
 use connmon_core::event::{NetnsId, Owner};
+use connmon_core::fold::country_of;
 use connmon_core::fold::{self, Direction, Filter};
 use connmon_core::geo::{Country, Database, Locator};
 use connmon_core::scan::{Row, Trigger, Walk, WalkMessage};
@@ -18,9 +17,8 @@ use connmon_host::reconcile::netns::Roots;
 use connmon_host::reconcile::{Walker, WalkerOptions, owners};
 use connmon_host::sandbox::Plan;
 
-use connmon_core::fold::country_of;
-
-use connmon_common::state;
+use crate::config::Config;
+use crate::database;
 
 /// One connection of the kernel's tables.
 #[derive(Clone, Debug)]

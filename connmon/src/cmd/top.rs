@@ -6,13 +6,13 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-
-use crate::cli::TopArgs;
-use crate::config::{Config, SourceChoice};
 use connmon_core::fold::{Direction, Filter, PortLabel, country_of};
 use connmon_core::geo::Locator;
 use connmon_core::text::process_name;
 use connmon_host::kernel::{Tracer, monotonic_ns};
+
+use crate::cli::TopArgs;
+use crate::config::{Config, SourceChoice};
 
 use super::columns::{self, Column, left, right};
 use super::connection::{bytes, service_port};

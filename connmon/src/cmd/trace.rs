@@ -5,16 +5,15 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use connmon_core::fold::{Direction, country_of};
+use connmon_core::geo::Country;
+use connmon_core::probe::Method;
+use connmon_core::text::process_name;
+use connmon_host::kernel::{Tracer, monotonic_ns};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::cli::{EventKind, Output, TraceArgs};
 use crate::config::{Config, SourceChoice};
-use connmon_core::probe::Method;
-use connmon_host::kernel::{Tracer, monotonic_ns};
-
-use connmon_core::fold::{Direction, country_of};
-use connmon_core::geo::Country;
-use connmon_core::text::process_name;
 
 use super::connection::{ConnectionRecord, heading, is_named, service_port};
 use super::containers::Containers;

@@ -4,8 +4,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::database::DatabaseError;
 use connmon_core::text::printable;
+
+use crate::database::DatabaseError;
 
 /// Where a value was written.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,12 +6,12 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use connmon_host::read_file::read_file;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::error::{ConfigError, Origin, is_state_of_host};
 use super::settings::{Kind, Setting};
 use super::yaml::{self, Booleans, Located, Problem};
-use connmon_host::read_file::read_file;
 
 /// Largest configuration file read, bytes; anything larger is a mistake.
 const MAX_BYTES: u64 = 1 << 20;

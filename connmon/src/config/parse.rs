@@ -4,8 +4,9 @@
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
-use super::listen::ListenHost;
 use connmon_core::fold::{CrossFamilies, Network, PortRanges};
+
+use super::listen::ListenHost;
 
 /// A Prometheus duration: `500ms`, `5s`, `1m30s`, `1h`, `0`. Units `y w d h m
 /// s ms`, each at most once, in that order (`model.ParseDuration`).

@@ -22,7 +22,6 @@ pub mod summary;
 pub mod webconfig;
 
 use bytes::Bytes;
-
 use connmon_core::report::Report;
 
 pub use limits::Limits;

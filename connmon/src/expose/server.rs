@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use connmon_core::report::Reporter;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{CACHE_CONTROL, HOST};
 use hyper::http::uri::Authority;
@@ -39,6 +40,8 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use crate::config::Config;
+
 use super::connections::{Connections, Slot, Watch};
 use super::encoding::{WORTH_COMPRESSING, gzip_small, wants_gzip};
 use super::flight::{self, Answer, Desk, Want};
@@ -48,8 +51,6 @@ use super::response::{JSON, METRICS, Reply};
 use super::stream::{Payload, Watched};
 use super::webconfig::{Entry, Gate};
 use super::{Asset, Content};
-use crate::config::Config;
-use connmon_core::report::Reporter;
 
 /// Clients told that the server is full at the same time; beyond that they
 /// are just disconnected.

@@ -2,14 +2,15 @@
 
 use connmon_common::state::{CLOSE, ESTABLISHED, LISTEN, SYN_RECV, SYN_SENT};
 
+use crate::event::{Event, SYN_BYTES, Socket, SocketId, Traffic, Tuple};
+use crate::geo::{Country, Locate};
+
 use super::Fold;
 use super::failures::is_unwritten;
 use super::key::Key;
 use super::ledger::{Ledger, Place};
 use super::snapshot::Direction;
 use super::table::{Flags, Slot};
-use crate::event::{Event, SYN_BYTES, Socket, SocketId, Traffic, Tuple};
-use crate::geo::{Country, Locate};
 
 /// Whether a socket in this state has completed its handshake.
 pub(super) fn is_open_state(state: u8) -> bool {

@@ -22,6 +22,10 @@ use connmon_common::state::{
     CLOSE, CLOSE_WAIT, ESTABLISHED, LISTEN, NEW_SYN_RECV, SYN_SENT, TIME_WAIT,
 };
 
+use crate::event::{Cookie, NetnsId, Tuple};
+use crate::geo::Locate;
+use crate::scan::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
+
 use super::Fold;
 use super::direction::Listening;
 use super::events::{country_of, is_open_state};
@@ -32,9 +36,6 @@ use super::ports::PortSet;
 use super::snapshot::{AUDITED_STATES, Direction};
 use super::table::{Flags, Slot, walk_identity};
 use super::tombstones::Verdict;
-use crate::event::{Cookie, NetnsId, Tuple};
-use crate::geo::Locate;
-use crate::scan::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
 
 /// Slots looked at by one [`Fold::settle`]: about 100 µs.
 const SLICE: Slot = 8192;

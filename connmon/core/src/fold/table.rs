@@ -7,11 +7,12 @@
 use connmon_common::state::{ESTABLISHED, SYN_SENT};
 use hashbrown::HashTable;
 
+use crate::event::{Cookie, SocketId};
+use crate::geo::Country;
+
 use super::dimension::NO_ROW;
 use super::key::{Hasher, Key};
 use super::snapshot::Direction;
-use crate::event::{Cookie, SocketId};
-use crate::geo::Country;
 
 /// Place of an entry in the slab.
 pub(super) type Slot = u32;

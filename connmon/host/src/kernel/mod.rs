@@ -29,10 +29,10 @@ use std::sync::OnceLock;
 
 use aya::maps::{Map, MapError};
 use connmon_common::tuning::{COUNTERS_MAP, EVENTS_MAP, STRETCH_MAP};
-
 use connmon_core::event::Event;
 use connmon_core::probe::{AttachFailure, Method, Probe, Rung};
 use connmon_core::report::ProgramStats;
+
 use ring::{CounterReader, ProgramMeter, Ring};
 use sys::Shared;
 

@@ -13,11 +13,10 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use connmon_common::state;
-use rustix::net::netlink::{self, SocketAddrNetlink};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
-
 use connmon_core::event::{Owner, SYN_BYTES, Traffic, Tuple};
 use connmon_core::scan::Row;
+use rustix::net::netlink::{self, SocketAddrNetlink};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
 
 /// Which sockets a dump asks for: a bit `1 << state` each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,9 +8,10 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use connmon_core::event::Owner;
+
 use super::cpu_time;
 use super::netns::{MAX_THREADS, Roots};
-use connmon_core::event::Owner;
 
 /// Owners of listening sockets, found once and checked at each walk.
 ///

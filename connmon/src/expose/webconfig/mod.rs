@@ -29,10 +29,12 @@ use tokio::sync::Semaphore;
 
 use self::rate::Bucket;
 pub use self::settings::Settings;
-use self::users::{Doorkeeper, Verdict};
+use connmon_host::read_file::read_file;
+
 use crate::config::yaml::{self, Problem};
 use crate::config::{ConfigError, is_state_of_host};
-use connmon_host::read_file::read_file;
+
+use self::users::{Doorkeeper, Verdict};
 
 /// Judges the text of a web configuration at `path`, whose directory
 /// relative paths start from; no file is opened. Total: any text gives

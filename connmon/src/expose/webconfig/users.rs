@@ -483,8 +483,8 @@ mod tests {
     /// verdict is there when it is asked for again.
     #[tokio::test]
     async fn hanging_up_frees_no_turn_and_loses_no_verdict() {
-        let (begun, begins) = std::sync::mpsc::channel();
-        let (go, gone) = std::sync::mpsc::channel::<()>();
+        let (begun, begins) = std::sync::mpsc::sync_channel(16);
+        let (go, gone) = std::sync::mpsc::sync_channel::<()>(16);
         let gone = Mutex::new(gone);
         let door = Doorkeeper::with(Arc::new(move |password, hash| {
             begun.send(()).unwrap();

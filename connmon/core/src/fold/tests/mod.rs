@@ -5,11 +5,13 @@ mod polling;
 mod traffic;
 mod walks;
 
-use super::*;
+use connmon_common::state::*;
+
 use crate::event::{Cookie, SYN_BYTES, Socket, SocketId, Traffic, Tuple};
 use crate::geo::Country;
 use crate::scan::{Access, Row, Trigger, Walk, WalkSummary};
-use connmon_common::state::*;
+
+use super::*;
 
 const MS: u64 = 1_000_000;
 const S: u64 = 1_000 * MS;
