@@ -1,8 +1,8 @@
 //! Log lines on stderr, logfmt or JSON, behind the `log` facade.
 //!
 //! One line is one `write`; a line can never forge another, since
-//! unprintable characters are escaped. Use [`limited!`](crate::limited) for messages
-//! that traffic can cause.
+//! unprintable characters are escaped. Each place in the sources logs a
+//! bounded number of lines; the next one says how many were left out.
 //!
 //! The agent writes them in a thread of its own ([`write_in_background`]):
 //! whoever reads stderr may stop reading, and nothing else waits for that.
@@ -36,69 +36,57 @@ pub fn last_error(target: &str, message: &str) {
     background::last_line(line_now(Level::Error, target, message));
 }
 
-/// Logs at most one line per key in ten seconds and says how many it left
-/// out: `limited!(Level::Warn, "ring-full", "ring buffer full: {n} events")`.
-#[macro_export]
-macro_rules! limited {
-    ($level:expr, $key:expr, $($message:tt)+) => {
-        $crate::logging::log_limited(
-            $level,
-            module_path!(),
-            $key,
-            ::std::format_args!($($message)+),
-        )
-    };
-}
+/// Most lines of one place in the sources within [`LIMIT_PERIOD`]: traffic can
+/// cause some of them.
+const LIMIT_LINES: u64 = 10;
 
-/// See [`limited!`](crate::limited). `key` is one of a fixed set, which
-/// bounds the table behind it.
-pub fn log_limited(
-    level: Level,
-    target: &str,
-    key: &'static str,
-    message: std::fmt::Arguments<'_>,
-) {
-    if level > log::max_level() {
-        return;
-    }
-    static LIMITER: LazyLock<Mutex<Limiter>> = LazyLock::new(Mutex::default);
-    let verdict = LIMITER
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .admit(key, Instant::now());
-    match verdict {
-        None => {}
-        Some(0) => log::log!(target: target, level, "{message}"),
-        Some(left_out) => {
-            log::log!(target: target, level, "{message} ({left_out} more like this left out)");
-        }
-    }
-}
-
-/// Time in which one key may log once.
+/// See [`LIMIT_LINES`].
 const LIMIT_PERIOD: Duration = Duration::from_secs(10);
 
+/// The lines of each place in the sources, which bound the table.
 #[derive(Debug, Default)]
-struct Limiter(HashMap<&'static str, (Instant, u64)>);
+struct Limiter(HashMap<(&'static str, u32), Place>);
+
+#[derive(Debug)]
+struct Place {
+    since: Instant,
+    lines: u64,
+}
 
 impl Limiter {
-    /// `Some(n)` when the message may be logged after `n` were left out.
-    fn admit(&mut self, key: &'static str, now: Instant) -> Option<u64> {
-        match self.0.get_mut(key) {
-            None => {
-                self.0.insert(key, (now, 0));
-                Some(0)
-            }
-            Some((last, left_out)) if now.duration_since(*last) < LIMIT_PERIOD => {
-                *left_out += 1;
-                None
-            }
-            Some((last, left_out)) => {
-                *last = now;
-                Some(std::mem::take(left_out))
-            }
+    /// Whether a line may be logged, and after how many that were not.
+    fn admit(&mut self, place: (&'static str, u32), now: Instant) -> Option<u64> {
+        let place = self.0.entry(place).or_insert(Place {
+            since: now,
+            lines: 0,
+        });
+        let mut left_out = 0;
+        if now.duration_since(place.since) >= LIMIT_PERIOD {
+            left_out = place.lines.saturating_sub(LIMIT_LINES);
+            *place = Place {
+                since: now,
+                lines: 0,
+            };
         }
+        place.lines += 1;
+        (place.lines <= LIMIT_LINES).then_some(left_out)
     }
+}
+
+/// Whether a record may be logged, and after how many of its place that were
+/// not. Lines below info are for whoever asked for them, and all come.
+fn admit(record: &Record<'_>) -> Option<u64> {
+    static LIMITER: LazyLock<Mutex<Limiter>> = LazyLock::new(Mutex::default);
+    let (Some(file), Some(line)) = (record.file_static(), record.line()) else {
+        return Some(0);
+    };
+    if record.level() > Level::Info {
+        return Some(0);
+    }
+    LIMITER
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .admit((file, line), Instant::now())
 }
 
 /// Writes the last line of a process that failed: one for people, or a log
@@ -126,11 +114,12 @@ impl Log for Logger {
         if !self.enabled(record.metadata()) {
             return;
         }
-        background::write(line_now(
-            record.level(),
-            record.target(),
-            &record.args().to_string(),
-        ));
+        let message = match admit(record) {
+            None => return,
+            Some(0) => record.args().to_string(),
+            Some(left_out) => format!("{} ({left_out} more like this left out)", record.args()),
+        };
+        background::write(line_now(record.level(), record.target(), &message));
     }
 
     fn flush(&self) {
@@ -235,15 +224,19 @@ mod tests {
     }
 
     #[test]
-    fn hot_messages_are_counted_not_written() {
+    fn each_place_logs_a_bounded_number_of_lines() {
         let mut limiter = Limiter::default();
         let start = Instant::now();
-        assert_eq!(limiter.admit("a", start), Some(0));
-        for _ in 0..5 {
-            assert_eq!(limiter.admit("a", start + Duration::from_secs(9)), None);
+        let (one, other) = (("a.rs", 1), ("a.rs", 2));
+        for _ in 0..LIMIT_LINES {
+            assert_eq!(limiter.admit(one, start), Some(0));
         }
-        assert_eq!(limiter.admit("b", start), Some(0));
-        assert_eq!(limiter.admit("a", start + LIMIT_PERIOD), Some(5));
-        assert_eq!(limiter.admit("a", start + 2 * LIMIT_PERIOD), Some(0));
+        for _ in 0..5 {
+            assert_eq!(limiter.admit(one, start + Duration::from_secs(9)), None);
+        }
+        assert_eq!(limiter.admit(other, start), Some(0));
+        assert_eq!(limiter.admit(one, start + LIMIT_PERIOD), Some(5));
+        assert_eq!(limiter.admit(one, start + LIMIT_PERIOD), Some(0));
+        assert_eq!(limiter.admit(one, start + 2 * LIMIT_PERIOD), Some(0));
     }
 }

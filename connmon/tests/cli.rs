@@ -207,13 +207,13 @@ fn what_is_not_there_yet_ends_with_1() {
         (
             "--web.config.file",
             &no_certificate,
-            "cert_file: failed to read",
+            "cert_file: cannot read",
         ),
-        ("--web.config.file", &no_key, "key_file: failed to read"),
+        ("--web.config.file", &no_key, "key_file: cannot read"),
         (
             "--web.config.file",
             &no_ca,
-            "client_ca_file: failed to read",
+            "client_ca_file: cannot read",
         ),
         (
             "--web.listen-address",

@@ -85,7 +85,7 @@ pub struct Row {
 
 /// What the walker tells the fold, in this order:
 /// `Begin (NamespaceBegin Rows* NamespaceEnd)* End`. A startup walk reads
-/// every namespace once where its [`SocketSource`] shows all, else twice, where
+/// every namespace once where its `SocketSource` shows all, else twice, where
 /// it can at the same time: rows of pass 0 and 1 come in any mixture, and the
 /// fold seeds their union.
 #[derive(Debug)]

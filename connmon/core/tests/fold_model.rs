@@ -928,6 +928,7 @@ fn history(length: usize) -> impl Strategy<Value = Vec<Step>> {
 /// Steps of each test: `CONNMON_MODEL_STEPS`, else a million with
 /// optimisation, half of that under `CI=true`, else what a plain test run has
 /// patience for.
+#[expect(clippy::disallowed_methods, reason = "the test is not the core")]
 fn steps_wanted() -> u64 {
     let wanted = std::env::var("CONNMON_MODEL_STEPS").ok();
     let ci = std::env::var_os("CI").is_some_and(|ci| ci == "true");

@@ -303,9 +303,7 @@ impl Pipeline {
                 0 => "",
                 _ => "; a larger --ebpf.ring-buffer-size may help",
             };
-            crate::limited!(
-                log::Level::Warn,
-                "events-lost",
+            log::warn!(
                 "{} events dropped and {} program runs missed: auditing now{remedy}",
                 lost.events,
                 lost.missed_runs,
@@ -319,9 +317,7 @@ impl Pipeline {
         let unkept = self.fold.pending_overflow();
         let more = unkept - std::mem::replace(&mut self.pending_overflow, unkept);
         if more > 0 {
-            crate::limited!(
-                log::Level::Warn,
-                "pending-connects",
+            log::warn!(
                 "{more} connects not timed: no room for them in the connection table, an \
                      eighth of which is theirs; if it is no scan, a larger \
                      --connections.max helps",
@@ -334,9 +330,7 @@ impl Pipeline {
     fn tell_of_silence(&self) {
         let silence = self.heard.elapsed();
         if self.walk.is_some() && silence >= SILENCE {
-            crate::limited!(
-                log::Level::Error,
-                "silence",
+            log::error!(
                 "the walk of the kernel's socket tables has told of nothing for {} s: a socket or \
                  a file that it reads is held by another process; until it ends there are no \
                  audits, and the gauges rest on events alone",

@@ -146,11 +146,7 @@ impl StatusBoard {
     /// Records that did not decode.
     pub fn undecodable(&mut self, records: u64) {
         self.undecodable += records;
-        crate::limited!(
-            log::Level::Error,
-            "undecodable",
-            "{records} records of the kernel side did not decode and were dropped",
-        );
+        log::error!("{records} records of the kernel side did not decode and were dropped",);
     }
 
     /// Takes a reading of the kernel's counters; says what was lost since

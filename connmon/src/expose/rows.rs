@@ -140,12 +140,7 @@ impl Rows {
         let mut text = String::new();
         // Fails for a family without name or metric, and there are none.
         if let Err(error) = TextEncoder::new().encode_utf8(&[family(self.family, new)], &mut text) {
-            crate::limited!(
-                log::Level::Error,
-                "encode",
-                "cannot encode {}: {error}",
-                self.family.name
-            );
+            log::error!("cannot encode {}: {error}", self.family.name);
         }
         let mut lines = text.split_inclusive('\n');
         self.header = lines.by_ref().take(2).collect();

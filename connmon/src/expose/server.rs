@@ -264,11 +264,7 @@ async fn accept(
             }
             Err(error) => match error.raw_os_error() {
                 Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-                    crate::limited!(
-                        log::Level::Warn,
-                        "http-accept",
-                        "cannot accept HTTP connections: {error}; trying again"
-                    );
+                    log::warn!("cannot accept HTTP connections: {error}; trying again");
                     connections.cut_one();
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);

@@ -137,5 +137,5 @@ fn a_full_stderr_does_not_keep_the_agent_alive() {
         .stderr(writer);
     let mut child = failing.spawn().unwrap();
     drop(failing);
-    assert_eq!(end(&mut child).code(), Some(2));
+    assert_eq!(end(&mut child).code(), Some(1));
 }

@@ -88,6 +88,11 @@ pub(super) struct Progress {
     /// Entries that wait for the LISTEN rows of their namespace, with their
     /// endpoints.
     undecided: Vec<(Slot, Tuple)>,
+    /// Polling: rows of new connections, until all listeners of the namespace
+    /// are known. At most [`UNDECIDED_MAX`].
+    late: Vec<Row>,
+    /// All LISTEN rows of the namespace have come.
+    all_listeners: bool,
     /// Events were lost before: evict what is not covered.
     evict: bool,
     drift: u64,
@@ -131,6 +136,8 @@ impl Progress {
             listening_anywhere: PortSet::new(),
             covered: HashMap::new(),
             undecided: Vec::new(),
+            late: Vec::new(),
+            all_listeners: false,
             evict,
             drift: 0,
             suspects: 0,
@@ -151,6 +158,15 @@ impl Progress {
     /// A port began to listen while the walk is under way.
     pub(super) fn heard_listen(&mut self, port: u16) {
         self.listening_anywhere.insert(port);
+    }
+
+    /// Whether a listener that tells a new connection's direction may still
+    /// come: one younger than the LISTEN rows that were read first.
+    fn waits_for_listeners(&self, row: &Row) -> bool {
+        let tuple = &row.tuple;
+        !self.all_listeners
+            && self.late.len() < UNDECIDED_MAX
+            && !self.listening.accepts(tuple.local, tuple.local_port)
     }
 
     /// Whether this walk takes in, corrects and removes.
@@ -233,6 +249,8 @@ impl Fold {
                 ephemeral,
             } => {
                 progress.listening.clear();
+                progress.late.clear();
+                progress.all_listeners = false;
                 self.tombstones.begin_namespace(t0_ns);
                 // More than a walk may name are all told apart from none.
                 progress.ordinal = progress.ordinal.saturating_add(1);
@@ -254,7 +272,13 @@ impl Fold {
                 netns,
                 access,
                 complete,
-            } => self.end_namespace(now_ns, &mut progress, netns, access, complete),
+            } => {
+                progress.all_listeners = true;
+                for row in std::mem::take(&mut progress.late) {
+                    self.row(now_ns, &mut progress, &row, geo);
+                }
+                self.end_namespace(now_ns, &mut progress, netns, access, complete);
+            }
             WalkMessage::End(summary) => {
                 self.end_rows(&mut progress, &summary);
                 if !progress.audits() {
@@ -337,6 +361,11 @@ impl Fold {
                 slot
             }
             _ if verdict != Verdict::Alive || !progress.audits() => return,
+            // What is counted as opened cannot be moved.
+            _ if self.config.polling && !progress.seeding && progress.waits_for_listeners(row) => {
+                progress.late.push(*row);
+                return;
+            }
             _ => match self.take_in(now_ns, progress, row, key, geo) {
                 Some(slot) => slot,
                 None => return,
@@ -435,8 +464,7 @@ impl Fold {
         entry.epoch = self.epoch;
         entry.flags.set(Flags::UNDECIDED);
         self.settle_in(now_ns, slot, Ledger::unsettled_place(country), row.state);
-        // Polls are read from /proc, which lists each family's LISTEN rows
-        // first; and what is counted as opened cannot be moved.
+        // A poll's rows come here once all its LISTEN rows have been read.
         let certain = progress
             .listening
             .accepts(row.tuple.local, row.tuple.local_port)

@@ -1,7 +1,7 @@
 //! The kernel's own tables (walked, by sock_diag, from /proc/net/tcp) → messages
 //! for the fold: what existed before start, and the audit of what events say.
 //!
-//! A dedicated walker thread produces [`WalkMessage`]s; the fold thread
+//! A dedicated walker thread produces [`connmon_core::scan::WalkMessage`]s; the fold thread
 //! consumes them between draining the ring. Nothing here changes state.
 
 pub mod diag;

@@ -6,6 +6,7 @@
 //! `/proc/<pid>/ns/net` (Landlock restricts the calling thread and those it
 //! starts later).
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::sync::mpsc as sync;
@@ -650,6 +651,7 @@ impl Session {
     ) -> Result<(Access, bool), Closed> {
         self.outbox.batch.pass = pass;
         let (mut access, mut complete) = (Access::Diag, true);
+        let mut listeners = HashSet::new();
         if let Some(socket) = &mut entered.socket {
             let dumped = socket.dump_both(
                 self.outbox.wanted,
@@ -705,19 +707,29 @@ impl Session {
             }
             // A kernel without IPv6 refuses that family, has no table of it
             // either, and nothing is missing.
-            if self.read_table(namespace, family, &mut complete)? {
+            if self.read_table(namespace, family, false, &mut listeners, &mut complete)? {
                 access = Access::Proc;
+            }
+        }
+        if self.options.force_proc && self.outbox.audit {
+            // Listeners that began after theirs were read, and before one of
+            // their connections was.
+            for family in Family::ALL {
+                self.read_table(namespace, family, true, &mut listeners, &mut complete)?;
             }
         }
         self.outbox.flush()?;
         Ok((access, complete))
     }
 
-    /// Reads one table of `/proc`; false when there is none.
+    /// Reads one table of `/proc`, or of it the listening sockets that are not
+    /// among `listeners` (by inode); false when there is none.
     fn read_table(
         &mut self,
         namespace: &Namespace,
         family: Family,
+        new_listeners: bool,
+        listeners: &mut HashSet<u32>,
         complete: &mut bool,
     ) -> Result<bool, Closed> {
         let file = match self.table(namespace, family) {
@@ -732,11 +744,15 @@ impl Session {
         let before = self.summary.undecodable;
         let mut closed = false;
         // There are no figures in /proc for a traffic sample.
-        let listeners_only = !self.outbox.audit || self.outbox.wanted == States::LISTEN;
+        let listeners_only =
+            new_listeners || !self.outbox.audit || self.outbox.wanted == States::LISTEN;
         let read = procfs::read_table(file, &mut self.summary.undecodable, |row| {
             // Listeners come first in every table.
             if listeners_only && row.state != state::LISTEN {
                 return false;
+            }
+            if row.state == state::LISTEN && !listeners.insert(row.inode) && new_listeners {
+                return true;
             }
             closed = self.outbox.push(row).is_err();
             !closed

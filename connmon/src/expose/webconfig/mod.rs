@@ -302,9 +302,7 @@ impl Followed {
         };
         if tokio::time::timeout(LOOK_TIME, look).await.is_err() {
             self.stuck.store(true, Ordering::Relaxed);
-            crate::limited!(
-                log::Level::Warn,
-                "web-config-look",
+            log::warn!(
                 "{}: the file or one that it names takes more than {LOOK_TIME:?} to look at; \
                  keeping the old web configuration meanwhile",
                 self.path.display()

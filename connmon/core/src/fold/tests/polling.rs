@@ -188,3 +188,17 @@ fn opens_at_the_cap_are_counted_once_whether_they_get_a_place_or_not() {
     poll(&mut bench, rows[3..5].to_vec());
     assert_eq!(figures(&bench), ((4, 4, 2), (0, 3), 3));
 }
+
+#[test]
+fn a_listener_younger_than_the_first_rows_is_known() {
+    let mut bench = Bench::new(polling());
+    poll(&mut bench, vec![]);
+    let served = tuple(40001, DE);
+    let (accepted, listener) = (row(ESTABLISHED, served, 0), listen_row(40001));
+    poll(&mut bench, vec![accepted, accepted, listener]);
+    let flow = bench.port(40001, Direction::Inbound).unwrap().flow;
+    assert_eq!((flow.connections, flow.opened), (1, 1));
+    poll(&mut bench, vec![listener]);
+    let flow = bench.port(40001, Direction::Inbound).unwrap().flow;
+    assert_eq!((flow.connections, flow.closed), (0, 1));
+}
