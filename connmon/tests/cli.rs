@@ -210,11 +210,7 @@ fn what_is_not_there_yet_ends_with_1() {
             "cert_file: cannot read",
         ),
         ("--web.config.file", &no_key, "key_file: cannot read"),
-        (
-            "--web.config.file",
-            &no_ca,
-            "client_ca_file: cannot read",
-        ),
+        ("--web.config.file", &no_ca, "client_ca_file: cannot read"),
         (
             "--web.listen-address",
             "no-such-host.invalid:0",

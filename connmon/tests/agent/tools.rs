@@ -74,12 +74,6 @@ impl Trace {
     }
 }
 
-/// Name that the kernel knows this thread by, and those that it starts.
-fn thread_name() -> String {
-    let name = std::fs::read_to_string("/proc/thread-self/comm").unwrap();
-    name.trim_end().to_owned()
-}
-
 fn process_name() -> String {
     let name = std::fs::read_to_string("/proc/self/comm").unwrap();
     name.trim_end().to_owned()

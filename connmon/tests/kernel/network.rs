@@ -7,6 +7,7 @@ use std::net::TcpListener;
 use std::os::fd::AsFd as _;
 use std::panic::resume_unwind;
 use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -66,9 +67,12 @@ impl Network {
             .unwrap_or_else(|panic| resume_unwind(panic))
     }
 
-    /// A listener on the other side of our link.
+    /// A listener on the other side of our link, at a port of its own that is
+    /// no ephemeral one: these tell directions.
     pub fn listen_at_router(&self) -> TcpListener {
-        self.at_router(|| TcpListener::bind((ROUTER, 0)).expect("listening"))
+        static NEXT: AtomicU16 = AtomicU16::new(8_100);
+        let port = NEXT.fetch_add(1, Ordering::Relaxed);
+        self.at_router(|| TcpListener::bind((ROUTER, port)).expect("listening"))
     }
 }
 
