@@ -1,5 +1,5 @@
 //! What a walk costs beside a bare read-and-discard of the same dump:
-//! `cargo bench -p connmon --bench walk`, as root.
+//! `cargo bench -p connmon-host --bench walk`, as root.
 //!
 //! `CONNMON_BENCH_SOCKETS` (default 100,000) sockets are held by processes of
 //! at most 18,000 descriptors in a network namespace of their own. Rounds

@@ -344,7 +344,14 @@ impl Bench {
 
     fn fold(&mut self) -> Result<()> {
         let mut command = exec::cargo();
-        command.args(["bench", "--package", "connmon", "--bench", "fold", "--"]);
+        command.args([
+            "bench",
+            "--package",
+            "connmon-core",
+            "--bench",
+            "fold",
+            "--",
+        ]);
         if self.quick {
             command.args(["--measurement-time", "2", "--warm-up-time", "1"]);
         }
