@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use connmon_core::geo::Database;
 use connmon_host::is_resource_exhausted;
-use connmon_host::read_file::read_file;
+use connmon_http::read_file::read_file;
 
 /// Largest file that is read, bytes: several times the country and ASN
 /// databases that there are. While one is reloaded two are in memory, and the

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use connmon::expose::webconfig::parse;
+use connmon_http::webconfig::parse;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -94,6 +94,7 @@ fn the_code_map_names_what_is_there() {
             "connmon/src",
             "connmon/core/src",
             "connmon/host/src",
+            "connmon/http/src",
             "connmon-ebpf/src",
         ];
         let is_path = path.contains('/') || path.ends_with(".rs");

@@ -4,7 +4,6 @@
 
 mod exhaustion;
 pub mod kernel;
-pub mod read_file;
 pub mod reconcile;
 pub mod sandbox;
 

@@ -2,11 +2,12 @@
 
 use bytes::Bytes;
 use connmon_core::report::Report;
+use connmon_http::{Asset, Content};
 
 use crate::config::Config;
 use crate::expose::metrics::Metrics;
 use crate::expose::page::Page;
-use crate::expose::{Asset, Content, summary};
+use crate::expose::summary;
 
 /// The agent's [`Content`].
 pub struct AgentContent {

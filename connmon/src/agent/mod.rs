@@ -25,12 +25,12 @@ use connmon_host::kernel::{Tracer, TracerOptions};
 use connmon_host::reconcile::netns::Roots;
 use connmon_host::reconcile::{SocketSource, Walker, WalkerOptions};
 use connmon_host::sandbox::{self, Plan};
+use connmon_http::{ServeError, Server};
 use log::warn;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::{Config, SourceChoice};
 use crate::database::Reloader;
-use crate::expose::Server;
 use crate::logging;
 use crate::notify::Notify;
 
@@ -62,7 +62,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         Signals::new()?
     };
     let (reloader, database) = open_database(&config)?;
-    let server = Server::bind(&config)?;
+    let server = bind(&config)?;
     let host = Roots::default()
         .host()
         .context("cannot read /proc/self/ns/net; is /proc mounted?")?;
@@ -215,6 +215,14 @@ fn panic_if_asked(room: &str) {
     if std::env::var_os("CONNMON_TEST_PANIC").is_some_and(|asked| asked == room) {
         panic!("asked for by CONNMON_TEST_PANIC");
     }
+}
+
+fn bind(config: &Config) -> anyhow::Result<Server> {
+    Server::bind(&config.server_options()).map_err(|error| match error {
+        ServeError::WebConfig(error) => config.refused("web.config.file", error).into(),
+        ServeError::Address(error) => error.into(),
+        ServeError::Bind(error) => error.into(),
+    })
 }
 
 fn open_database(config: &Config) -> anyhow::Result<(Option<Reloader>, Database)> {

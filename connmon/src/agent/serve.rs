@@ -7,12 +7,12 @@ use anyhow::Context as _;
 use connmon_core::geo::{Database, Locator};
 use connmon_core::report::Reporter;
 use connmon_host::sandbox::Plan;
+use connmon_http::Server;
 use log::info;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::database::{Outcome, Reloader};
-use crate::expose::Server;
 use crate::notify::Notify;
 
 use super::content::AgentContent;

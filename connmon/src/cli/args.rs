@@ -141,7 +141,7 @@ fn direction(text: &str) -> Result<Direction, String> {
 fn seconds(text: &str) -> Result<Duration, String> {
     let value = match text.parse::<f64>() {
         Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
-        Err(_) => Some(parse::duration(text)?),
+        Err(_) => Some(connmon_http::duration(text)?),
     };
     value
         .filter(|value| !value.is_zero() && *value <= LONGEST)

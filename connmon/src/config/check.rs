@@ -1,8 +1,11 @@
 //! `--config.check`: what only shows when files are opened and names are
 //! looked up.
 
-use super::{Config, ConfigError, Loaded, resolve_all};
+use connmon_http::address::resolve_all;
+
 use crate::database;
+
+use super::{Config, ConfigError, Loaded};
 
 /// Opens everything the configuration points at, and throws it away again.
 /// What a stronger source overrides is checked as well: it is in effect the
@@ -59,7 +62,7 @@ fn web_config(config: &Config) -> Result<Vec<String>, ConfigError> {
     let Some(path) = &config.web_config_file else {
         return Ok(Vec::new());
     };
-    crate::expose::webconfig::check(path).map_err(|error| config.refused("web.config.file", error))
+    connmon_http::webconfig::check(path).map_err(|error| config.refused("web.config.file", error))
 }
 
 fn listen(config: &Config) -> Result<(), ConfigError> {

@@ -6,12 +6,13 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use connmon_host::read_file::read_file;
+use connmon_http::read_file::read_file;
+use connmon_http::yaml::{self, Booleans, Located, Problem};
+use connmon_http::{ConfigError, is_state_of_host};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::error::{ConfigError, Origin, is_state_of_host};
+use super::error::Origin;
 use super::settings::{Kind, Setting};
-use super::yaml::{self, Booleans, Located, Problem};
 
 /// Largest configuration file read, bytes; anything larger is a mistake.
 const MAX_BYTES: u64 = 1 << 20;

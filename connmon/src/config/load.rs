@@ -6,13 +6,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use connmon_core::fold::Network;
+use connmon_http::address::{self, ListenAddress};
 
-use super::error::{ConfigError, Origin};
+use super::ConfigError;
+use super::error::Origin;
 use super::settings::{Kind, SETTINGS, Setting, VARIABLE_PREFIX};
-use super::{
-    AttachChoice, Config, ListenAddress, LogFormat, SandboxChoice, SourceChoice, file, listen,
-    parse,
-};
+use super::{AttachChoice, Config, LogFormat, SandboxChoice, SourceChoice, file, parse};
 
 /// A validated configuration and what is to be said about it.
 #[derive(Clone, Debug)]
@@ -176,11 +175,13 @@ fn config(values: &Values, demo: bool) -> Result<Config, ConfigError> {
         })?,
         cross: values.joined("metrics.country-port", parse::cross_families)?,
         reconcile_interval: values.one("reconcile.interval", within(SHORTEST, DAY))?,
-        traffic_interval: values.one("traffic.interval", |text| match parse::duration(text)? {
-            Duration::ZERO => Ok(None),
-            _ => parse::duration_within(text, SHORTEST, DAY)
-                .map(Some)
-                .map_err(|problem| format!("{problem}, or 0 to switch sampling off")),
+        traffic_interval: values.one("traffic.interval", |text| {
+            match connmon_http::duration(text)? {
+                Duration::ZERO => Ok(None),
+                _ => parse::duration_within(text, SHORTEST, DAY)
+                    .map(Some)
+                    .map_err(|problem| format!("{problem}, or 0 to switch sampling off")),
+            }
         })?,
         all_netns: values.choice("netns", &[("all", true), ("host", false)])?,
         sandbox: values.choice(
@@ -227,10 +228,10 @@ fn listen_addresses(values: &Values) -> Result<Vec<ListenAddress>, ConfigError> 
     let mut addresses: Vec<ListenAddress> = Vec::new();
     for (text, origin) in values.list("web.listen-address") {
         let (host, port) =
-            parse::listen_address(&text).map_err(|problem| ConfigError::at(&origin, problem))?;
+            address::parse(&text).map_err(|problem| ConfigError::at(&origin, problem))?;
         addresses.push(ListenAddress {
             text,
-            origin,
+            origin: origin.to_string(),
             host,
             port,
         });
@@ -238,7 +239,7 @@ fn listen_addresses(values: &Values) -> Result<Vec<ListenAddress>, ConfigError> 
     if addresses.is_empty() {
         return Err(values.empty("web.listen-address"));
     }
-    listen::check_literal(&addresses)?;
+    address::check_literal(&addresses)?;
     Ok(addresses)
 }
 
@@ -362,7 +363,7 @@ impl Values {
     fn empty(&self, key: &'static str) -> ConfigError {
         let written = self.0.get(key).map(|written| written.origin.clone());
         ConfigError::at(
-            &written.unwrap_or(Origin::Default(key)),
+            written.unwrap_or(Origin::Default(key)),
             "the list is empty; give a value or remove the key",
         )
     }
@@ -445,7 +446,10 @@ mod tests {
         assert!(alone.is_empty());
         assert!(!check_only && unknown_variables.is_empty());
         assert_eq!(config.listen.len(), 1);
-        assert_eq!(config.listen[0].host, super::super::ListenHost::Any);
+        assert_eq!(
+            config.listen[0].host,
+            connmon_http::address::ListenHost::Any
+        );
         assert_eq!(config.listen[0].port, 19_910);
         assert_eq!(config.telemetry_path, "/metrics");
         assert_eq!(config.web_max_requests, 40);

@@ -6,15 +6,12 @@
 mod check;
 mod error;
 mod file;
-mod listen;
 mod load;
 pub mod parse;
 pub mod settings;
-pub(crate) mod yaml;
-
 pub use check::{check, check_serving};
-pub use error::{ConfigError, Origin, is_state_of_host};
-pub use listen::{ListenAddress, ListenHost, resolve_all};
+pub use connmon_http::ConfigError;
+pub use error::Origin;
 pub use load::{Loaded, load, log_format};
 
 use std::collections::BTreeMap;
@@ -24,6 +21,7 @@ use std::time::Duration;
 use connmon_core::fold::{CrossFamilies, Network, PortRanges};
 use connmon_host::kernel::AttachChoice;
 use connmon_host::sandbox::{Plan, SandboxChoice};
+use connmon_http::address::ListenAddress;
 
 /// `--source`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +101,16 @@ pub struct Config {
 }
 
 impl Config {
+    /// What the HTTP server is asked to do.
+    pub fn server_options(&self) -> connmon_http::Options {
+        connmon_http::Options {
+            listen: self.listen.clone(),
+            telemetry_path: self.telemetry_path.clone(),
+            web_config_file: self.web_config_file.clone(),
+            max_requests: self.web_max_requests,
+        }
+    }
+
     /// What each thread may still do once the agent runs, by these settings.
     /// Has no effect by itself.
     pub fn sandbox_plan(&self) -> Plan {
@@ -116,6 +124,6 @@ impl Config {
     /// used, like a file that cannot be read: it names where the value stands.
     pub fn refused(&self, key: &'static str, error: impl Into<ConfigError>) -> ConfigError {
         let origin = self.origins.get(key).cloned();
-        error.into().under(&origin.unwrap_or(Origin::Flag(key)))
+        error.into().under(origin.unwrap_or(Origin::Flag(key)))
     }
 }

@@ -5,50 +5,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 use connmon_core::fold::{CrossFamilies, Network, PortRanges};
-
-use super::listen::ListenHost;
-
-/// A Prometheus duration: `500ms`, `5s`, `1m30s`, `1h`, `0`. Units `y w d h m
-/// s ms`, each at most once, in that order (`model.ParseDuration`).
-pub fn duration(text: &str) -> Result<Duration, String> {
-    const UNITS: [(&str, u64); 7] = [
-        ("y", 365 * 86_400_000),
-        ("w", 7 * 86_400_000),
-        ("d", 86_400_000),
-        ("h", 3_600_000),
-        ("m", 60_000),
-        ("s", 1_000),
-        ("ms", 1),
-    ];
-    if text == "0" {
-        return Ok(Duration::ZERO);
-    }
-    let bad = || format!("bad duration {text:?}: write it like 500ms, 5s, 1m30s or 1h");
-    let mut rest = text;
-    let mut units = UNITS.iter();
-    let mut total_ms: u64 = 0;
-    if rest.is_empty() {
-        return Err(bad());
-    }
-    while !rest.is_empty() {
-        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
-        let count: u64 = rest[..digits].parse().map_err(|_| bad())?;
-        rest = &rest[digits..];
-        let letters = rest.len()
-            - rest
-                .trim_start_matches(|c: char| c.is_ascii_lowercase())
-                .len();
-        let (_, scale) = units
-            .find(|(unit, _)| *unit == &rest[..letters])
-            .ok_or_else(bad)?;
-        rest = &rest[letters..];
-        total_ms = count
-            .checked_mul(*scale)
-            .and_then(|ms| total_ms.checked_add(ms))
-            .ok_or_else(|| format!("bad duration {text:?}: too long"))?;
-    }
-    Ok(Duration::from_millis(total_ms))
-}
+use connmon_http::duration;
 
 /// A duration that must lie in `[least, most]`.
 pub fn duration_within(text: &str, least: Duration, most: Duration) -> Result<Duration, String> {
@@ -127,74 +84,6 @@ pub fn choice<T: Copy>(text: &str, choices: &[(&str, T)]) -> Result<T, String> {
             let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
             format!("bad value {text:?}: must be one of {}", words.join(", "))
         })
-}
-
-/// A listen address as Go writes it: `:19910`, `127.0.0.1:19910`,
-/// `[::1]:19910`, `[fe80::1%eth0]:19910`, `name:19910`. Port 0 takes any free
-/// port. Names and interfaces are looked up later
-/// ([`super::ListenAddress::resolve`]).
-pub fn listen_address(text: &str) -> Result<(ListenHost, u16), String> {
-    let bad = |why: &str| format!("bad address {text:?}: {why}");
-    let (host, port) = text.rsplit_once(':').ok_or_else(|| {
-        bad("a port is missing; write it like :19910, 127.0.0.1:19910 or [::1]:19910")
-    })?;
-    let port = number(port, 0, 65_535)
-        .map_err(|_| bad("the port must be a number from 0 to 65535"))? as u16;
-    listen_host(host)
-        .map(|host| (host, port))
-        .map_err(|why| bad(&why))
-}
-
-fn listen_host(host: &str) -> Result<ListenHost, String> {
-    if host.is_empty() {
-        return Ok(ListenHost::Any);
-    }
-    if let Some(inner) = host.strip_prefix('[') {
-        return ipv6_host(inner);
-    }
-    if host.contains(':') {
-        return Err("an IPv6 address must stand in brackets, like [::1]:19910".to_owned());
-    }
-    if let Ok(ip) = host.parse::<IpAddr>() {
-        return Ok(ListenHost::Ip(ip));
-    }
-    if host.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
-        return Err("the host is no IPv4 address".to_owned());
-    }
-    // RFC 1123, and the underscore that resolvers accept.
-    let is_in_names = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c) || !c.is_ascii();
-    let label = |label: &str| (1..=63).contains(&label.len());
-    let labels = host.strip_suffix('.').unwrap_or(host);
-    if host.len() > 254 || !host.chars().all(is_in_names) || !labels.split('.').all(label) {
-        return Err("the host is neither an IP address nor a host name".to_owned());
-    }
-    Ok(ListenHost::Name(host.to_owned()))
-}
-
-/// What stands behind the opening bracket.
-fn ipv6_host(inner: &str) -> Result<ListenHost, String> {
-    let bad = || "the part in brackets is no IPv6 address".to_owned();
-    let inner = inner.strip_suffix(']').ok_or_else(bad)?;
-    let (address, zone) = match inner.split_once('%') {
-        Some((address, zone)) => (address, Some(zone)),
-        None => (inner, None),
-    };
-    let address: Ipv6Addr = address.parse().map_err(|_| bad())?;
-    match zone {
-        // `inet6_bind` refuses it without an interface.
-        None | Some("0") if address.is_unicast_link_local() => Err(format!(
-            "a link-local address needs an interface; write it like [{address}%eth0]"
-        )),
-        None => Ok(ListenHost::Ip(address.into())),
-        Some(zone) if is_interface_name(zone) => Ok(ListenHost::Zone(address, zone.to_owned())),
-        Some(zone) => Err(format!("no interface can be called {zone:?}")),
-    }
-}
-
-/// `dev_valid_name` (net/core/dev.c).
-fn is_interface_name(name: &str) -> bool {
-    let forbidden = |c: char| c == '/' || c == ':' || c.is_ascii_whitespace();
-    !matches!(name, "" | "." | "..") && name.len() < 16 && !name.contains(forbidden)
 }
 
 /// A CIDR block; host bits are cleared, v4-mapped blocks become IPv4 ones.
@@ -319,37 +208,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_prometheus_ones() {
-        for (text, ms) in [
-            ("0", 0),
-            ("500ms", 500),
-            ("5s", 5_000),
-            ("1m30s", 90_000),
-            ("1h", 3_600_000),
-            ("1d2h3m4s5ms", 93_784_005),
-            ("2w", 1_209_600_000),
-        ] {
-            assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
-        }
-        for text in [
-            "",
-            "5",
-            "s",
-            "1.5s",
-            "-1s",
-            "5 s",
-            "1s1m",
-            "5s5s",
-            "1µs",
-            "5S",
-            "99999999999y",
-            "1hm",
-        ] {
-            assert!(duration(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
     fn sizes_round_up_to_a_power_of_two_of_pages() {
         assert_eq!(ring_bytes("8388608", 4096), Ok(8_388_608));
         assert_eq!(ring_bytes("8388609", 4096), Ok(16_777_216));
@@ -377,7 +235,7 @@ mod tests {
             for text in [&any, &near] {
                 let _ = (duration(text), bytes(text), ring_bytes(text, 4096), network(text));
                 let _ = (port_list(text), telemetry_path(text), switch(text));
-                let _ = listen_address(text);
+                let _ = connmon_http::address::parse(text);
             }
         }
 
@@ -391,12 +249,6 @@ mod tests {
             }
         }
 
-        #[test]
-        fn durations_are_read_as_written(h in 0_u64..100, m in 0_u64..1000, ms in 0_u64..10_000) {
-            let text = format!("{h}h{m}m{ms}ms");
-            let expected = h * 3_600_000 + m * 60_000 + ms;
-            proptest::prop_assert_eq!(duration(&text), Ok(Duration::from_millis(expected)));
-        }
     }
 
     #[test]
@@ -430,56 +282,6 @@ mod tests {
             assert!(network(text).is_err(), "{text}");
         }
         assert!(network("10.0.0.1").unwrap_err().contains("10.0.0.1/32"));
-    }
-
-    #[test]
-    fn listen_addresses_are_go_ones() {
-        let ip = |text: &str| ListenHost::Ip(text.parse().unwrap());
-        let zone = |zone: &str| ListenHost::Zone("fe80::1".parse().unwrap(), zone.to_owned());
-        let name = |name: &str| ListenHost::Name(name.to_owned());
-        for (text, host, port) in [
-            (":19910", ListenHost::Any, 19_910),
-            ("127.0.0.1:0", ip("127.0.0.1"), 0),
-            ("[::1]:9100", ip("::1"), 9100),
-            ("0.0.0.0:80", ip("0.0.0.0"), 80),
-            ("[fe80::1%eth0]:80", zone("eth0"), 80),
-            ("[fe80::1%2]:80", zone("2"), 80),
-            ("[fe80::1%enp0s31f6.4000]:80", zone("enp0s31f6.4000"), 80),
-            ("localhost:80", name("localhost"), 80),
-            ("db-1.internal.:80", name("db-1.internal."), 80),
-        ] {
-            assert_eq!(listen_address(text), Ok((host, port)), "{text}");
-        }
-        for text in [
-            "19910",
-            "",
-            ":",
-            ":http",
-            ":65536",
-            ":-1",
-            "::1:9100",
-            "[::1]",
-            "[]:80",
-            "[1.2.3.4]:80",
-            "300.1.1.1:80",
-            "[::1:80",
-            "1.2.3:80",
-            "[fe80::1]:80",
-            "[fe80::1%0]:80",
-            "[fe80::1%]:80",
-            "[fe80::1%eth/0]:80",
-            "[fe80::1%no interface]:80",
-            "[fe80::1%sixteen-letters-]:80",
-            "[localhost]:80",
-            "http://localhost:80",
-            "two words:80",
-            "a..b:80",
-            ".:80",
-        ] {
-            assert!(listen_address(text).is_err(), "{text}");
-        }
-        let error = listen_address("[fe80::1]:80").unwrap_err();
-        assert!(error.contains("like [fe80::1%eth0]"), "{error}");
     }
 
     #[test]

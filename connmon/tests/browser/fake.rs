@@ -10,8 +10,9 @@ use bytes::Bytes;
 use connmon::config;
 use connmon::expose::metrics::Metrics;
 use connmon::expose::page::Page;
-use connmon::expose::{Asset, Content, Server, summary};
+use connmon::expose::summary;
 use connmon_core::report::{Report, Reporter, Unavailable};
+use connmon_http::{Asset, Content, Server};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
@@ -84,7 +85,7 @@ impl Agent {
             flags.push(("web.listen-address", "127.0.0.1:0".to_owned()));
         }
         let config = config::load(&flags, [])?.config;
-        let server = Server::bind(&config)?;
+        let server = Server::bind(&config.server_options())?;
         let address = *server.addresses().first().context("no address")?;
         let shared = Arc::new(Shared(Mutex::new(Some(Arc::new(report)))));
         let reporter: Arc<dyn Reporter> = Arc::clone(&shared) as _;

@@ -702,7 +702,7 @@ fn it_says_in_words_how_the_agent_is() -> Result<()> {
     says("Live, every event from the kernel")?;
     says("tp_btf at inet_sock_set_state, the highest rung.")?;
     says(
-        "kprobe at tcp_connect, not on a higher rung: fentry: the kernel refuses trampolines (EPERM).",
+        "kprobe at tcp_connect, not on a higher rung: fentry: load: Operation not permitted (os error 1).",
     )?;
     says("kretprobe at inet_csk_accept, not on a higher rung")?;
     says("None: the last audit agreed with the kernel's own tables.")?;

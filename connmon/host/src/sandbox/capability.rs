@@ -5,9 +5,9 @@
 )]
 
 use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 
-use crate::read_file::open_regular;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 /// Which feature.
@@ -189,7 +189,13 @@ pub(super) fn keep_for_map_lookups(wanted: CapabilitySet) -> io::Result<()> {
 /// that opens now still opens without it (a key file owned by another user,
 /// read by a root agent): reloading it must not fail months later.
 pub(super) fn keep_for_files(files: &[PathBuf]) -> io::Result<()> {
-    let readable = |file: &&PathBuf| open_regular(file).is_ok();
+    let readable = |file: &&PathBuf| {
+        // Opening anything but a regular file may wait, or have effects.
+        let regular = std::fs::metadata(file).is_ok_and(|metadata| metadata.is_file());
+        let mut options = std::fs::OpenOptions::new();
+        options.read(true).custom_flags(libc::O_NONBLOCK);
+        regular && options.open(file).is_ok()
+    };
     let before: Vec<&PathBuf> = files.iter().filter(readable).collect();
     // Root reads through CAP_DAC_OVERRIDE; the narrower one is enough.
     keep(CapabilitySet::DAC_READ_SEARCH)?;

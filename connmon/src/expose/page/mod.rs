@@ -6,8 +6,7 @@
 //! so that it also works behind a proxy that serves it under a prefix.
 
 use bytes::Bytes;
-
-use super::Asset;
+use connmon_http::Asset;
 
 /// Stands in index.html where the telemetry path goes.
 const TELEMETRY: &str = "{{telemetry}}";

@@ -12,7 +12,7 @@ use serde_saphyr::{
     options, with_deserializer_from_str_with_options,
 };
 
-use super::ConfigError;
+use crate::ConfigError;
 
 /// Deepest nesting; the web configuration needs three levels.
 const MAX_DEPTH: usize = 16;
@@ -24,13 +24,16 @@ const MAX_NODES: usize = 20_000;
 /// What is wrong, and on which line (1-based; 0: with the file as a whole).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
+    /// 1-based; 0 is the file as a whole.
     pub line: usize,
+    /// What is wrong.
     pub text: String,
     /// The text may be right, and what it names is not there yet.
     pub not_yet: bool,
 }
 
 impl Problem {
+    /// A problem with the text itself.
     pub fn new(line: usize, text: impl Display) -> Self {
         Self {
             line,
@@ -63,7 +66,9 @@ pub fn utf8(bytes: Vec<u8>) -> Result<String, Problem> {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(from = "Spanned<T>", bound = "T: Deserialize<'de>")]
 pub struct Located<T> {
+    /// 1-based.
     pub line: usize,
+    /// The value.
     pub value: T,
 }
 

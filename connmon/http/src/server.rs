@@ -17,6 +17,7 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
@@ -40,17 +41,17 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use crate::config::Config;
-
-use super::connections::{Connections, Slot, Watch};
-use super::encoding::{WORTH_COMPRESSING, gzip_small, wants_gzip};
-use super::flight::{self, Answer, Desk, Want};
-use super::limits::Limits;
-use super::listen;
-use super::response::{JSON, METRICS, Reply};
-use super::stream::{Payload, Watched};
-use super::webconfig::{Entry, Gate};
-use super::{Asset, Content};
+use crate::address::ListenAddress;
+use crate::connections::{Connections, Slot, Watch};
+use crate::encoding::{WORTH_COMPRESSING, gzip_small, wants_gzip};
+use crate::limits::Limits;
+use crate::listen;
+use crate::render_queue::{self, Answer, Desk, Want};
+use crate::response::{JSON, METRICS, Reply};
+use crate::stream::{Payload, Watched};
+use crate::webconfig::{Entry, Gate};
+use crate::{Asset, Content};
+use crate::{BindError, ConfigError};
 
 /// Clients told that the server is full at the same time; beyond that they
 /// are just disconnected.
@@ -76,6 +77,41 @@ const ASSETS_KEPT: usize = 32;
 /// Streams of one HTTP/2 connection at once.
 const STREAMS: u32 = 16;
 
+/// What a server is asked to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// `--web.listen-address`, at least one.
+    pub listen: Vec<ListenAddress>,
+    /// `--web.telemetry-path`.
+    pub telemetry_path: String,
+    /// `--web.config.file`.
+    pub web_config_file: Option<PathBuf>,
+    /// `--web.max-requests`; 0 is unlimited.
+    pub max_requests: usize,
+}
+
+/// Why a server cannot be had.
+#[derive(Debug)]
+pub enum ServeError {
+    /// The web configuration or a file that it names.
+    WebConfig(ConfigError),
+    /// A listen address that cannot be looked up.
+    Address(ConfigError),
+    /// A listen address that cannot be bound.
+    Bind(BindError),
+}
+
+impl fmt::Display for ServeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::WebConfig(error) | Self::Address(error) => error.fmt(f),
+            Self::Bind(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for ServeError {}
+
 /// A bound, not yet serving server.
 #[derive(Debug)]
 pub struct Server {
@@ -92,18 +128,14 @@ impl Server {
     /// privileges are dropped.
     ///
     /// # Errors
-    /// A [`crate::config::ConfigError`] for the web configuration, a
-    /// [`super::BindError`] for an address.
-    pub fn bind(config: &Config) -> anyhow::Result<Self> {
-        let gate = config
-            .web_config_file
-            .as_deref()
-            .map(|path| Gate::open(path).map_err(|error| config.refused("web.config.file", error)));
+    /// See [`ServeError`].
+    pub fn bind(options: &Options) -> Result<Self, ServeError> {
+        let gate = options.web_config_file.as_deref().map(Gate::open);
         Ok(Self {
-            gate: gate.transpose()?,
-            listeners: listen::bind_all(&config.listen)?,
-            telemetry_path: config.telemetry_path.clone(),
-            max_requests: config.web_max_requests,
+            gate: gate.transpose().map_err(ServeError::WebConfig)?,
+            listeners: listen::bind_all(&options.listen)?,
+            telemetry_path: options.telemetry_path.clone(),
+            max_requests: options.max_requests,
             limits: Limits::default(),
         })
     }
@@ -160,7 +192,7 @@ impl Server {
         let limits = Arc::new(limits);
         let connections = Connections::new(Arc::clone(&limits));
         let content = Arc::new(Mutex::new(content));
-        let (desk, renderer) = flight::open(reporter, Arc::clone(&content), limits.report);
+        let (desk, renderer) = render_queue::open(reporter, Arc::clone(&content), limits.report);
         let app = Arc::new(App {
             telemetry_path: self.telemetry_path,
             permits: (self.max_requests > 0).then(|| {

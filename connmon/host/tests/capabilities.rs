@@ -10,7 +10,7 @@ use connmon_host::sandbox::{self, Feature};
 /// without the marks of code.
 fn rows(document: &str, head: &str) -> Vec<Vec<String>> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("..")
+        .join("../..")
         .join(document);
     let text = fs::read_to_string(path).unwrap();
     let table = text.lines().skip_while(|line| !line.starts_with(head));

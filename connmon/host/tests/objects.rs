@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 const OBJECTS: [&[u8]; 2] = [
-    include_bytes!("../bpf/connmon-x86_64.o"),
-    include_bytes!("../bpf/connmon-aarch64.o"),
+    include_bytes!("../../bpf/connmon-x86_64.o"),
+    include_bytes!("../../bpf/connmon-aarch64.o"),
 ];
 
 type Facts = BTreeMap<String, String>;

@@ -1,6 +1,7 @@
 //! The walker against the running kernel: compared with what `ss` shows in
 //! namespaces made for it, and with what the test itself did.
 
+#[path = "../../tests/namespaces/mod.rs"]
 mod namespaces;
 
 use std::collections::BTreeMap;

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use connmon_core::report::{Report, Reporter, Unavailable};
 use tokio::sync::{mpsc, oneshot};
 
-use super::Content;
-use super::encoding::{WORTH_COMPRESSING, gzip};
+use crate::Content;
+use crate::encoding::{WORTH_COMPRESSING, gzip};
 
 /// Requests that can wait for the next rendering; more are turned away. More
 /// than connections can bring (HTTP/2 streams included) before they are

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
 
-use super::limits::Limits;
+use crate::limits::Limits;
 
 /// What the client has to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::sync::Arc;
 
-use connmon_host::read_file::read_file;
+use crate::read_file::read_file;
 use rustls::crypto::ring::{self, kx_group};
 use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::pki_types::pem::{Error as PemError, PemObject as _};
@@ -12,8 +12,8 @@ use rustls::sign::CertifiedKey;
 use rustls::{ServerConfig, SupportedCipherSuite, SupportedProtocolVersion, version};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use crate::config::is_state_of_host;
-use crate::config::yaml::Problem;
+use crate::is_state_of_host;
+use crate::yaml::Problem;
 
 use super::clients::ClientPolicy;
 use super::settings::{ClientAuth, Pem, Source, TlsSettings, Version};

@@ -9,8 +9,8 @@ use hyper::header::{HeaderName, HeaderValue};
 use serde::Deserialize;
 
 use super::users::check_hash;
-use crate::config::parse::duration;
-use crate::config::yaml::{self, Booleans, Located, Problem};
+use crate::duration;
+use crate::yaml::{self, Booleans, Located, Problem};
 
 /// The file as written. A key without a value is a key left out.
 #[derive(Default, Deserialize)]

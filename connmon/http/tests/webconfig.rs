@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
-use connmon::expose::{Limits, webconfig};
+use connmon_http::{Limits, webconfig};
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
     KeyPair, SanType,
@@ -87,7 +87,7 @@ impl Kit {
             let mislabelled = key.replace("PRIVATE KEY", &format!("{label} PRIVATE KEY"));
             kit.write(&format!("labelled_{label}.key"), &mislabelled);
         }
-        let keys = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/keys");
+        let keys = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/keys");
         for entry in fs::read_dir(keys).unwrap() {
             let entry = entry.unwrap();
             fs::copy(entry.path(), kit.path(entry.file_name().to_str().unwrap())).unwrap();
@@ -214,7 +214,7 @@ fn basic(credentials: &str) -> String {
 
 /// Every fixture, written to the kit: its name, path and first line.
 fn fixtures(kit: &Kit) -> Vec<(String, PathBuf, String)> {
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/web");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/web");
     let entries = fs::read_dir(fixtures).unwrap();
     entries
         .map(|entry| {
@@ -336,7 +336,7 @@ fn verdicts_are_the_toolkits() {
 /// Bytes swapped, dropped, doubled: a verdict, never a panic.
 #[test]
 fn mangled_files_get_a_verdict() {
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/web");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/web");
     let texts: Vec<Vec<u8>> = fs::read_dir(fixtures)
         .unwrap()
         .map(|entry| fs::read(entry.unwrap().path()).unwrap())

@@ -9,9 +9,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
-use connmon::expose::{Asset, Content, Limits, Server};
 use connmon_core::fold::{Corrections, Histogram, Snapshot};
 use connmon_core::report::{DatabaseInfo, Report, Reporter, Source, Status, Unavailable};
+use connmon_http::address::{self, ListenAddress};
+use connmon_http::{Asset, Content, Limits, Options, Server};
 
 /// What the reporter says next.
 #[derive(Clone, Debug)]
@@ -193,20 +194,27 @@ impl Default for Start {
     }
 }
 
-fn config(start: &Start) -> connmon::config::Config {
-    let mut flags = vec![
-        ("web.max-requests", start.max_requests.to_string()),
-        ("web.listen-address", start.listen.join(",")),
-    ];
-    if let Some(path) = &start.web_config {
-        flags.push(("web.config.file", path.to_str().unwrap().to_owned()));
+fn options(start: &Start) -> Options {
+    let listen = start.listen.iter().map(|text| {
+        let (host, port) = address::parse(text).unwrap();
+        ListenAddress {
+            text: (*text).to_owned(),
+            origin: "--web.listen-address".to_owned(),
+            host,
+            port,
+        }
+    });
+    Options {
+        listen: listen.collect(),
+        telemetry_path: "/metrics".to_owned(),
+        web_config_file: start.web_config.clone(),
+        max_requests: start.max_requests,
     }
-    connmon::config::load(&flags, []).unwrap().config
 }
 
 impl Start {
     pub fn run(self) -> Running {
-        let server = Server::bind(&config(&self))
+        let server = Server::bind(&options(&self))
             .unwrap()
             .with_limits(self.limits);
         let addresses = server.addresses();

@@ -10,7 +10,7 @@ use hyper::Version;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::connections::{Responding, Watch};
+use crate::connections::{Responding, Watch};
 
 /// Bytes of a body given to hyper at a time over HTTP/1. With half of it, a
 /// body goes out in pieces of one segment, each of which wakes its reader.

@@ -7,7 +7,8 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::config::{ListenAddress, ListenHost, Origin, resolve_all};
+use crate::ServeError;
+use crate::address::{ListenAddress, ListenHost, resolve_all};
 
 /// Connections the kernel completes while the server is busy; as many as
 /// `net.core.somaxconn` allows.
@@ -16,7 +17,7 @@ const BACKLOG: i32 = 4096;
 /// Why an address cannot be listened on.
 #[derive(Debug)]
 pub struct BindError {
-    origin: Origin,
+    origin: String,
     address: String,
     source: io::Error,
 }
@@ -56,14 +57,13 @@ impl std::error::Error for BindError {
 /// Looks up and binds every address.
 ///
 /// # Errors
-/// A [`crate::config::ConfigError`] for the first that cannot be looked up, a
-/// [`BindError`] for the first that cannot be bound.
-pub(crate) fn bind_all(addresses: &[ListenAddress]) -> anyhow::Result<Vec<TcpListener>> {
-    let resolved = resolve_all(addresses)?;
+/// For the first that cannot be looked up or bound.
+pub(crate) fn bind_all(addresses: &[ListenAddress]) -> Result<Vec<TcpListener>, ServeError> {
+    let resolved = resolve_all(addresses).map_err(ServeError::Address)?;
     let bound = bind_each(addresses, &resolved, bind_socket, |note| {
         log::info!("{note}")
     });
-    Ok(bound?)
+    bound.map_err(ServeError::Bind)
 }
 
 /// By way of `bind`; what is to be said about it is said once, by `say`.
@@ -126,18 +126,17 @@ fn bind_socket(address: SocketAddr) -> io::Result<TcpListener> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::parse;
 
-    fn bind(listen: &ListenAddress) -> anyhow::Result<TcpListener> {
+    fn bind(listen: &ListenAddress) -> Result<TcpListener, ServeError> {
         let mut bound = bind_all(std::slice::from_ref(listen))?;
         Ok(bound.remove(0))
     }
 
     fn any(text: &str) -> ListenAddress {
-        let (host, port) = parse::listen_address(text).unwrap();
+        let (host, port) = crate::address::parse(text).unwrap();
         ListenAddress {
             text: text.to_owned(),
-            origin: Origin::Flag("web.listen-address"),
+            origin: "--web.listen-address".to_owned(),
             host,
             port,
         }

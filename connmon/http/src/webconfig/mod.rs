@@ -29,10 +29,10 @@ use tokio::sync::Semaphore;
 
 use self::rate::Bucket;
 pub use self::settings::Settings;
-use connmon_host::read_file::read_file;
+use crate::read_file::read_file;
 
-use crate::config::yaml::{self, Problem};
-use crate::config::{ConfigError, is_state_of_host};
+use crate::yaml::{self, Problem};
+use crate::{ConfigError, is_state_of_host};
 
 use self::users::{Doorkeeper, Verdict};
 

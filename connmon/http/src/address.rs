@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, ToSocketAddrs};
 
 use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
-use super::error::{ConfigError, Origin};
+use crate::ConfigError;
 
 /// One `--web.listen-address`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,7 +13,7 @@ pub struct ListenAddress {
     /// As typed, for messages.
     pub text: String,
     /// Where it was written.
-    pub origin: Origin,
+    pub origin: String,
     /// Host part.
     pub host: ListenHost,
     /// Port; 0 takes any free one.
@@ -31,6 +31,78 @@ pub enum ListenHost {
     Zone(Ipv6Addr, String),
     /// A host name.
     Name(String),
+}
+
+/// A listen address as Go writes it: `:19910`, `127.0.0.1:19910`,
+/// `[::1]:19910`, `[fe80::1%eth0]:19910`, `name:19910`. Port 0 takes any free
+/// port. Names and interfaces are looked up later
+/// ([`ListenAddress::resolve`]).
+pub fn parse(text: &str) -> Result<(ListenHost, u16), String> {
+    let bad = |why: &str| format!("bad address {text:?}: {why}");
+    let (host, port) = text.rsplit_once(':').ok_or_else(|| {
+        bad("a port is missing; write it like :19910, 127.0.0.1:19910 or [::1]:19910")
+    })?;
+    let bad_port = || bad("the port must be a number from 0 to 65535");
+    // `u16::from_str` takes a leading plus.
+    if port.starts_with('+') {
+        return Err(bad_port());
+    }
+    let port = port.parse().map_err(|_| bad_port())?;
+    listen_host(host)
+        .map(|host| (host, port))
+        .map_err(|why| bad(&why))
+}
+
+fn listen_host(host: &str) -> Result<ListenHost, String> {
+    if host.is_empty() {
+        return Ok(ListenHost::Any);
+    }
+    if let Some(inner) = host.strip_prefix('[') {
+        return ipv6_host(inner);
+    }
+    if host.contains(':') {
+        return Err("an IPv6 address must stand in brackets, like [::1]:19910".to_owned());
+    }
+    if let Ok(ip) = host.parse::<IpAddr>() {
+        return Ok(ListenHost::Ip(ip));
+    }
+    if host.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+        return Err("the host is no IPv4 address".to_owned());
+    }
+    // RFC 1123, and the underscore that resolvers accept.
+    let is_in_names = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c) || !c.is_ascii();
+    let label = |label: &str| (1..=63).contains(&label.len());
+    let labels = host.strip_suffix('.').unwrap_or(host);
+    if host.len() > 254 || !host.chars().all(is_in_names) || !labels.split('.').all(label) {
+        return Err("the host is neither an IP address nor a host name".to_owned());
+    }
+    Ok(ListenHost::Name(host.to_owned()))
+}
+
+/// What stands behind the opening bracket.
+fn ipv6_host(inner: &str) -> Result<ListenHost, String> {
+    let bad = || "the part in brackets is no IPv6 address".to_owned();
+    let inner = inner.strip_suffix(']').ok_or_else(bad)?;
+    let (address, zone) = match inner.split_once('%') {
+        Some((address, zone)) => (address, Some(zone)),
+        None => (inner, None),
+    };
+    let address: Ipv6Addr = address.parse().map_err(|_| bad())?;
+    match zone {
+        // `inet6_bind` refuses it without an interface.
+        None | Some("0") if address.is_unicast_link_local() => Err(format!(
+            "a link-local address needs an interface; write it like [{address}%eth0]"
+        )),
+        None => Ok(ListenHost::Ip(address.into())),
+        Some(zone) if is_interface_name(zone) => Ok(ListenHost::Zone(address, zone.to_owned())),
+        Some(zone) => Err(format!("no interface can be called {zone:?}")),
+    }
+}
+
+/// `dev_valid_name` (net/core/dev.c).
+fn is_interface_name(name: &str) -> bool {
+    let forbidden = |c: char| c == '/' || c == ':' || c.is_ascii_whitespace();
+    !matches!(name, "" | "." | "..") && name.len() < 16 && !name.contains(forbidden)
 }
 
 impl ListenAddress {
@@ -149,14 +221,63 @@ fn scope(address: SocketAddr) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::parse;
     use super::*;
 
+    #[test]
+    fn listen_addresses_are_go_ones() {
+        let ip = |text: &str| ListenHost::Ip(text.parse().unwrap());
+        let zone = |zone: &str| ListenHost::Zone("fe80::1".parse().unwrap(), zone.to_owned());
+        let name = |name: &str| ListenHost::Name(name.to_owned());
+        for (text, host, port) in [
+            (":19910", ListenHost::Any, 19_910),
+            ("127.0.0.1:0", ip("127.0.0.1"), 0),
+            ("[::1]:9100", ip("::1"), 9100),
+            ("0.0.0.0:80", ip("0.0.0.0"), 80),
+            ("[fe80::1%eth0]:80", zone("eth0"), 80),
+            ("[fe80::1%2]:80", zone("2"), 80),
+            ("[fe80::1%enp0s31f6.4000]:80", zone("enp0s31f6.4000"), 80),
+            ("localhost:80", name("localhost"), 80),
+            ("db-1.internal.:80", name("db-1.internal."), 80),
+        ] {
+            assert_eq!(parse(text), Ok((host, port)), "{text}");
+        }
+        for text in [
+            "19910",
+            "",
+            ":",
+            ":http",
+            ":65536",
+            ":-1",
+            "::1:9100",
+            "[::1]",
+            "[]:80",
+            "[1.2.3.4]:80",
+            "300.1.1.1:80",
+            "[::1:80",
+            "1.2.3:80",
+            "[fe80::1]:80",
+            "[fe80::1%0]:80",
+            "[fe80::1%]:80",
+            "[fe80::1%eth/0]:80",
+            "[fe80::1%no interface]:80",
+            "[fe80::1%sixteen-letters-]:80",
+            "[localhost]:80",
+            "http://localhost:80",
+            "two words:80",
+            "a..b:80",
+            ".:80",
+        ] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+        let error = parse("[fe80::1]:80").unwrap_err();
+        assert!(error.contains("like [fe80::1%eth0]"), "{error}");
+    }
+
     fn listen(text: &str) -> ListenAddress {
-        let (host, port) = parse::listen_address(text).unwrap();
+        let (host, port) = parse(text).unwrap();
         ListenAddress {
             text: text.to_owned(),
-            origin: Origin::Variable("CONNMON_WEB_LISTEN_ADDRESS".to_owned()),
+            origin: "CONNMON_WEB_LISTEN_ADDRESS".to_owned(),
             host,
             port,
         }

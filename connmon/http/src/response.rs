@@ -10,7 +10,7 @@ use hyper::header::{
 };
 use hyper::{HeaderMap, StatusCode};
 
-use super::limits::Limits;
+use crate::limits::Limits;
 
 /// The text format's full media type; Prometheus 3 fails a scrape without
 /// one, and nothing here is OpenMetrics, whatever the client would accept.
