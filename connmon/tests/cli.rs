@@ -207,10 +207,10 @@ fn what_is_not_there_yet_ends_with_1() {
         (
             "--web.config.file",
             &no_certificate,
-            "cert_file: cannot read",
+            "tls_server_config.cert_file: /",
         ),
-        ("--web.config.file", &no_key, "key_file: cannot read"),
-        ("--web.config.file", &no_ca, "client_ca_file: cannot read"),
+        ("--web.config.file", &no_key, "tls_server_config.key_file: /"),
+        ("--web.config.file", &no_ca, "tls_server_config.client_ca_file: /"),
         (
             "--web.listen-address",
             "no-such-host.invalid:0",
