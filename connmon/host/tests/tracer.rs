@@ -641,7 +641,7 @@ fn the_programs_diagnostics_reach_the_log_at_debug() {
         }
         tracer.drain(1000, |_| ());
         let lines = KEPT.0.lock().unwrap().clone();
-        let full = "DEBUG connmon_host::kernel::program event ring buffer full";
+        let full = "DEBUG connmon::kernel::program event ring buffer full";
         assert!(lines.iter().any(|line| line.starts_with(full)), "{lines:?}");
     }
 }
