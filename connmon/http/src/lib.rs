@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+mod app;
 mod connections;
 mod duration;
 mod encoding;

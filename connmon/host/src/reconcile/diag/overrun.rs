@@ -3,6 +3,7 @@
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
+use super::message::*;
 use super::*;
 
 /// A request that the kernel answers by an error alone.

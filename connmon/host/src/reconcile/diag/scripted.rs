@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 
 use rustix::io::Errno;
 
+use super::message::*;
 use super::*;
 
 /// What one receive gives.
