@@ -129,6 +129,7 @@ pub const FIELDS: &[Field] = &[
     field("OFF_SK_PROTOCOL", "sock", "sk_protocol"),
     field("OFF_SK_ERR", "sock", "sk_err"),
     field("OFF_SK_FLAGS", "sock_common", "skc_flags"),
+    field("OFF_SK_SHUTDOWN", "sock", "sk_shutdown"),
     field("OFF_INET_SPORT", "inet_sock", "inet_sport"),
     field("OFF_BYTES_RECEIVED", "tcp_sock", "bytes_received"),
     field("OFF_BYTES_ACKED", "tcp_sock", "bytes_acked"),

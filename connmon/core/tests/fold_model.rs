@@ -454,6 +454,7 @@ impl World {
             old: sock.state,
             error,
             segments_out: Some(1),
+            shut_down: false,
             traffic: Some(sock.traffic()),
         });
     }
@@ -1130,6 +1131,7 @@ impl Chaos {
                 old: state(how),
                 error: u32::from(which % 2) * 111,
                 segments_out: Some(how.into()),
+                shut_down: which % 3 == 0,
                 traffic: which.is_multiple_of(2).then_some(traffic),
             },
             160..=167 => Event::Accept {

@@ -545,6 +545,7 @@ fn events_without_a_namespace_meet_rows_of_any() {
         old: ESTABLISHED,
         error: 0,
         segments_out: None,
+        shut_down: false,
         traffic: None,
     });
     assert_eq!(bench.fold.snapshot().established, 1);
@@ -748,6 +749,7 @@ fn a_reused_slot_is_not_settled_by_another_namespaces_listeners() {
         old: ESTABLISHED,
         error: 0,
         segments_out: None,
+        shut_down: false,
         traffic: None,
     });
     bench.change(8, tuple(40000, US), CLOSE_WAIT);
@@ -781,6 +783,7 @@ fn a_flood_of_closes_does_not_bring_the_dead_of_a_later_namespace_back() {
                 old: ESTABLISHED,
                 error: 0,
                 segments_out: None,
+                shut_down: false,
                 traffic: None,
             };
             bench.fold.apply(bench.now, &event, &mut bench.atlas);
@@ -859,6 +862,7 @@ fn a_namespace_that_only_events_tell_of_is_counted_while_it_has_connections() {
             old: ESTABLISHED,
             error: 0,
             segments_out: None,
+            shut_down: false,
             traffic: None,
         };
         bench.apply(event);
