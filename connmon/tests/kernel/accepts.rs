@@ -348,7 +348,9 @@ pub fn fast_open_unwritten(world: &mut World<'_>) -> Outcome {
         sleep(Duration::from_millis(pause));
     }
     let lives = world.lives(port, 6);
-    let never: Vec<_> = active(&lives).filter(|life| life.segments == Some(0)).collect();
+    let never: Vec<_> = active(&lives)
+        .filter(|life| life.segments == Some(0))
+        .collect();
     let shut_down: Vec<_> = never.iter().map(|life| life.shut_down).collect();
     if !lives.is_empty() {
         assert_eq!(shut_down, [false, true, true, true], "{never:#?}");

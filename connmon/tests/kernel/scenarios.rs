@@ -68,7 +68,11 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("listener-closed", On::Every, listener_closed),
     ("fast-open", On::Every, accepts::fast_open),
     ("fast-open-deferred", On::Every, accepts::fast_open_deferred),
-    ("fast-open-unwritten", On::Every, accepts::fast_open_unwritten),
+    (
+        "fast-open-unwritten",
+        On::Every,
+        accepts::fast_open_unwritten,
+    ),
     ("fast-open-early", On::Traced, accepts::fast_open_early),
     ("fast-open-closed", On::Traced, accepts::fast_open_closed),
     ("refused", On::Every, refused),
