@@ -675,6 +675,12 @@ impl World {
         self.drain(usize::MAX);
         self.tell(WalkMessage::End(WalkSummary::default()));
         while self.fold.settle(self.now) {}
+        // Every loss was told. (Without cookies, or with several of the same
+        // endpoints, a row may keep an entry whose close was lost long ago.)
+        let unexplained = self.fold.take_unexplained();
+        if self.cookies && !self.twins || self.losses == 0 && (self.cookies || !self.twins) {
+            assert_eq!(unexplained, None);
+        }
         let walk = std::mem::take(&mut self.walk);
         self.merged = true;
         if walk.audit && walk.losses == self.losses {
