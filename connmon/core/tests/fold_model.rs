@@ -1137,7 +1137,7 @@ impl Chaos {
                 old: state(how),
                 error: u32::from(which % 2) * 111,
                 segments_out: Some(how.into()),
-                shut_down: which % 3 == 0,
+                shut_down: which.is_multiple_of(3),
                 traffic: which.is_multiple_of(2).then_some(traffic),
             },
             160..=167 => Event::Accept {

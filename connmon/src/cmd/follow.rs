@@ -545,6 +545,27 @@ mod tests {
     }
 
     #[test]
+    fn a_fast_open_connect_that_is_never_written_is_nothing() {
+        for shut_down in [true, false] {
+            let mut follower = Follower::default();
+            follower.apply(&connect(0));
+            let ended = follower.apply(&Event::Close {
+                socket: SOCKET,
+                at_ns: 10,
+                tuple: TUPLE,
+                old: state::SYN_SENT,
+                error: 0,
+                segments_out: Some(0),
+                shut_down,
+                traffic: None,
+            });
+            let expected = (!shut_down).then_some(Happening::Fail(FailureReason::Local));
+            assert_eq!(ended.map(|ended| ended.happening), expected);
+            assert!(follower.by_id.is_empty());
+        }
+    }
+
+    #[test]
     fn an_accepted_connection_belongs_to_the_listener_then_to_the_acceptor() {
         let mut follower = Follower::default();
         follower.listeners(&[listening(ANY, 1)]);
