@@ -67,9 +67,11 @@ pub struct PerCpu {
     pub seen: [Seen; 2],
     /// Changes in the second place since the first was last asked for.
     pub waited: u64,
+    /// Not 0 while the first program runs.
+    pub inside: u64,
 }
 
-const _: () = assert!(core::mem::size_of::<PerCpu>() == 104);
+const _: () = assert!(core::mem::size_of::<PerCpu>() == 112);
 
 /// Word of one change.
 #[repr(C)]
