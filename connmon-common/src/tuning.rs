@@ -67,9 +67,11 @@ pub struct PerCpu {
     pub seen: [Seen; 2],
     /// Changes in the second place since the first was last asked for.
     pub waited: u64,
+    /// Not 0 while the first program runs.
+    pub inside: u64,
 }
 
-const _: () = assert!(core::mem::size_of::<PerCpu>() == 104);
+const _: () = assert!(core::mem::size_of::<PerCpu>() == 112);
 
 /// Word of one change.
 #[repr(C)]
@@ -129,6 +131,7 @@ pub const FIELDS: &[Field] = &[
     field("OFF_SK_PROTOCOL", "sock", "sk_protocol"),
     field("OFF_SK_ERR", "sock", "sk_err"),
     field("OFF_SK_FLAGS", "sock_common", "skc_flags"),
+    field("OFF_SK_SHUTDOWN", "sock", "sk_shutdown"),
     field("OFF_INET_SPORT", "inet_sock", "inet_sport"),
     field("OFF_BYTES_RECEIVED", "tcp_sock", "bytes_received"),
     field("OFF_BYTES_ACKED", "tcp_sock", "bytes_acked"),

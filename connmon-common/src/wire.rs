@@ -42,8 +42,12 @@ pub mod flag {
     pub const ERROR: u8 = 2;
     /// The traffic figures of a [`super::Close`] or [`super::Live`] were read.
     pub const TRAFFIC: u8 = 4;
+    /// The socket of a [`super::Close`] that leaves SYN_SENT was shut down in
+    /// both directions (`sk_shutdown`). close() does that first; a connect()
+    /// that fails does not.
+    pub const SHUT_DOWN: u8 = 8;
     /// Every bit in use.
-    pub const ALL: u8 = V6 | ERROR | TRAFFIC;
+    pub const ALL: u8 = V6 | ERROR | TRAFFIC | SHUT_DOWN;
 }
 
 /// How every record begins.

@@ -22,6 +22,7 @@ globals! {
     OFF_SK_PROTOCOL: u32 = 0;
     OFF_SK_ERR: u32 = 0;
     OFF_SK_FLAGS: u32 = 0;
+    OFF_SK_SHUTDOWN: u32 = 0;
     OFF_INET_SPORT: u32 = 0;
     OFF_BYTES_RECEIVED: u32 = 0;
     OFF_BYTES_ACKED: u32 = 0;

@@ -49,10 +49,23 @@ fn state_lost(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// Leaves word of a change of `socket` for [`was_seen`]: in the second place
-/// when this context has interrupted another one between its two programs. A
-/// softirq interrupts no softirq, so two places are enough; and a socket's
-/// lock keeps it from changing state on two levels at once.
+/// The first program begins: until [`tell_seen`] it is not run once more on this
+/// CPU, so the second one can know without a word that it was left out.
+///
+/// # Safety
+///
+/// As [`tell_seen`].
+#[inline(always)]
+pub unsafe fn begin(counters: *mut PerCpu) {
+    // SAFETY: the caller's. Volatile, since an interrupt reads it.
+    unsafe { addr_of_mut!((*counters).inside).write_volatile(1) };
+}
+
+/// The first program ends. Leaves word of a change of `socket` for
+/// [`was_seen`]: in the second place when this context has interrupted another
+/// one between its two programs. A softirq interrupts no softirq, so two places
+/// are enough; and a socket's lock keeps it from changing state on two levels
+/// at once.
 ///
 /// # Safety
 ///
@@ -68,13 +81,15 @@ pub unsafe fn tell_seen(counters: *mut PerCpu, socket: u64, old: i32, new: i32) 
         }
         addr_of_mut!((*place).socket).write_volatile(socket);
         addr_of_mut!((*place).states).write_volatile(states(old, new));
+        addr_of_mut!((*counters).inside).write_volatile(0);
     }
 }
 
 /// Whether [`tell_seen`] left word of this change, and takes that away. Word
 /// that is never asked for, because the second program itself was interrupted,
 /// goes after [`SEEN_WAITS`]; until then it might be taken for that of a later
-/// socket at the same address and between the same states.
+/// socket at the same address and between the same states, which would then be
+/// lost: so it is not looked at while the first program is interrupted.
 ///
 /// # Safety
 ///
@@ -83,6 +98,9 @@ pub unsafe fn tell_seen(counters: *mut PerCpu, socket: u64, old: i32, new: i32) 
 unsafe fn was_seen(counters: *mut PerCpu, socket: u64, old: i32, new: i32) -> bool {
     // SAFETY: as in `tell_seen`.
     unsafe {
+        if addr_of_mut!((*counters).inside).read_volatile() != 0 {
+            return false;
+        }
         let first = addr_of_mut!((*counters).seen).cast::<Seen>();
         let second = first.add(1);
         let waited = addr_of_mut!((*counters).waited);

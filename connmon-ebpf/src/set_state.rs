@@ -32,8 +32,10 @@ use crate::socket::{
 #[btf_tracepoint(function = "inet_sock_set_state")]
 fn state_tp_btf(ctx: BtfTracePointContext) -> i32 {
     if let Some(counters) = counters() {
-        from_btf(&ctx, counters);
         // SAFETY: this CPU's map value.
+        unsafe { nested::begin(counters) };
+        from_btf(&ctx, counters);
+        // SAFETY: as above.
         unsafe { nested::tell_seen(counters, ctx.arg(0), ctx.arg(1), ctx.arg(2)) };
     }
     0
@@ -61,8 +63,10 @@ fn state_tp(ctx: TracePointContext) -> u32 {
     };
     if let Some(counters) = counters() {
         let socket = TracedSocket(context);
-        set_state(&socket, counters, old as u8, new as u8);
         // SAFETY: this CPU's map value.
+        unsafe { nested::begin(counters) };
+        set_state(&socket, counters, old as u8, new as u8);
+        // SAFETY: as above.
         unsafe { nested::tell_seen(counters, socket.id(), old as i32, new as i32) };
     }
     0

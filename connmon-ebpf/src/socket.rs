@@ -14,7 +14,7 @@ use aya_ebpf::Global;
 use aya_ebpf::helpers::generated::{
     bpf_jiffies64, bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_skc_to_tcp_sock,
 };
-use connmon_common::state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK};
+use connmon_common::state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK, SYN_SENT};
 use connmon_common::tuning::sock_common;
 use connmon_common::tuning::tracepoint::SetState;
 use connmon_common::wire::{EndsV4, EndsV6, Figures, flag};
@@ -23,8 +23,8 @@ use crate::emit::zero;
 use crate::globals::{
     BIT_REPAIR, DROP_LOOPBACK, OFF_BYTES_ACKED, OFF_BYTES_RECEIVED, OFF_FASTOPEN_REQ,
     OFF_INET_SPORT, OFF_NET_INUM, OFF_RCV_TSTAMP, OFF_SEGS_OUT, OFF_SK_ERR, OFF_SK_FLAGS,
-    OFF_SK_PROTOCOL, OFF_SND_NXT, OFF_SND_UNA, OFF_SRTT_US, OFF_TCP_MSTAMP, OFF_TOTAL_RETRANS,
-    OFF_WRITE_SEQ, OFFSETS_KNOWN, ONLY_NETNS, TRAFFIC,
+    OFF_SK_PROTOCOL, OFF_SK_SHUTDOWN, OFF_SND_NXT, OFF_SND_UNA, OFF_SRTT_US, OFF_TCP_MSTAMP,
+    OFF_TOTAL_RETRANS, OFF_WRITE_SEQ, OFFSETS_KNOWN, ONLY_NETNS, TRAFFIC,
 };
 use crate::task::{BtfTask, CurrentTask, ProbedTask};
 
@@ -38,6 +38,9 @@ const IPPROTO_TCP: u16 = 6;
 /// Bit of `sk_flags` that `tcp_fin()` sets (`enum sock_flags`): the peer's
 /// FIN was received, and `bytes_received` counts it.
 const SOCK_DONE: u64 = 1 << 1;
+
+/// `SHUTDOWN_MASK` of `sk_shutdown`: no more is received and none is sent.
+const BOTH_WAYS: u8 = 3;
 
 /// First 8 bytes of `::1`, and the second.
 const V6_LOOPBACK: [u64; 2] = [0, 1u64.to_be()];
@@ -74,6 +77,8 @@ pub trait Socket {
     /// `sk_err` and `sk_flags`; meaningless where [`FullSocket`] knows
     /// nothing.
     fn error_and_flags(&self) -> (u32, u64);
+    /// `sk_shutdown`; meaningless as above.
+    fn shutdown(&self) -> u8;
 }
 
 /// A `struct tcp_sock`.
@@ -246,6 +251,12 @@ impl Socket for BtfSocket {
         // long, offsets from BTF.
         unsafe { (self.at(offset(&OFF_SK_ERR)), self.at(offset(&OFF_SK_FLAGS))) }
     }
+
+    #[inline(always)]
+    fn shutdown(&self) -> u8 {
+        // SAFETY: `sk_shutdown` is a u8, offset from BTF.
+        unsafe { self.at(offset(&OFF_SK_SHUTDOWN)) }
+    }
 }
 
 /// A `struct tcp_sock *`, or NULL.
@@ -390,6 +401,12 @@ impl Socket for TracedSocket {
             )
         }
     }
+
+    #[inline(always)]
+    fn shutdown(&self) -> u8 {
+        // SAFETY: probe_read checks the address.
+        unsafe { probe(self.id(), offset(&OFF_SK_SHUTDOWN)) }
+    }
 }
 
 /// Address of a `struct tcp_sock`.
@@ -518,12 +535,17 @@ pub unsafe fn write_figures<S: Socket>(
         let (error, flags) = socket.error_and_flags();
         addr_of_mut!((*out).error).write(error);
         addr_of_mut!((*out).segments_out).write(full.narrow(offset(&OFF_SEGS_OUT)));
+        let read = if old == SYN_SENT && socket.shutdown() & BOTH_WAYS == BOTH_WAYS {
+            flag::ERROR | flag::SHUT_DOWN
+        } else {
+            flag::ERROR
+        };
         if TRAFFIC.load() == 0 {
-            return flag::ERROR;
+            return read;
         }
         write_traffic(full, old, flags, out);
+        read | flag::TRAFFIC
     }
-    flag::ERROR | flag::TRAFFIC
 }
 
 /// Writes what is sampled of a live socket, whose state and `sk_flags` are

@@ -140,6 +140,7 @@ impl Connection {
             old: FIN_WAIT2,
             error: 0,
             segments_out: Some(7),
+            shut_down: false,
             traffic: Some(Traffic {
                 received_bytes: 1_000,
                 sent_bytes: 20_000,

@@ -165,6 +165,10 @@ pub enum Event {
         error: u32,
         /// Segments sent, `None` where the rung cannot read it.
         segments_out: Option<u32>,
+        /// From SYN_SENT: whether the socket was shut down in both directions,
+        /// as close() does and a connect() that fails does not. False from any
+        /// other state, and where the rung cannot read it.
+        shut_down: bool,
         /// Final figures, `None` where the rung cannot read them.
         traffic: Option<Traffic>,
     },

@@ -404,7 +404,14 @@ impl Pipeline {
             owners_wait: summary.owners_wait,
         };
         self.schedule.finished(now_ns, walk, ended);
+        // A loss that shows only now explains them.
         self.read_counters();
+        if let Some(unexplained) = self.fold.take_unexplained() {
+            log::warn!(
+                "the audit removed connections whose closes no event told, though no event is \
+                 known to be lost: {unexplained}; please report this line"
+            );
+        }
         let first = self.board.walked(WalkState {
             walk,
             summary,

@@ -252,14 +252,11 @@ impl Follower {
                 old,
                 error,
                 segments_out,
+                shut_down,
                 traffic,
             } => {
                 let known = self.take(&socket, &tuple, old);
-                let began = known.filter(|_| old == state::SYN_SENT);
-                let lasted_ns = began
-                    .and_then(|entry| entry.since_ns)
-                    .map(|since| at_ns.saturating_sub(since));
-                if is_unwritten(tuple.local_port, error, segments_out, lasted_ns) {
+                if is_unwritten(error, segments_out, shut_down) {
                     return None;
                 }
                 close(socket, at_ns, tuple, old, known, traffic, || {

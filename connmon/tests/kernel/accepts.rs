@@ -2,7 +2,7 @@
 //! more of them than a kretprobe has room for, and Fast Open, where it may
 //! come before the handshake ends.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::thread::{JoinHandle, sleep};
@@ -17,7 +17,7 @@ use crate::harness::{PATIENCE, Scrape};
 use crate::lives::{Life, active, passive};
 use crate::network::{OURS, Qdisc, Sysctl};
 use crate::raw;
-use crate::scenarios::{FIN_FIRST, FIN_SECOND, assert_lives, client, listen, server};
+use crate::scenarios::{FIN_FIRST, FIN_SECOND, NEVER, assert_lives, client, listen, server};
 use crate::traffic::{Family, Pair, Server};
 use crate::world::{Counts, Outcome, World};
 
@@ -312,6 +312,54 @@ pub fn fast_open_deferred(world: &mut World<'_>) -> Outcome {
         assert_eq!(life.sent_later, known, "tcp_connect tells: {life:?}");
     }
     world.settled(port, Counts::both(1), &[]);
+    Outcome::Held
+}
+
+/// A deferred connect that is closed without a write did not fail, however
+/// soon that is; one that finds no port did.
+pub fn fast_open_unwritten(world: &mut World<'_>) -> Outcome {
+    let (listening, _on) = match fast_open_server(world) {
+        Ok(made) => made,
+        Err(reason) => return Outcome::NotApplicable(reason),
+    };
+    let port = listening.port();
+    let deferred = || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        raw::set_tcp(&socket, raw::TCP_FASTOPEN_CONNECT, 1)?;
+        Ok::<_, std::io::Error>(socket)
+    };
+    let address = listening.address.into();
+    let held = {
+        let _range = Sysctl::set("ipv4/ip_local_port_range", "45001 45001").unwrap();
+        let held = listening.pair();
+        let socket = match deferred() {
+            Ok(socket) => socket,
+            Err(error) => return Outcome::NotApplicable(format!("TCP_FASTOPEN_CONNECT: {error}")),
+        };
+        let error = socket.connect(&address).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AddrNotAvailable);
+        held
+    };
+    held.reset();
+    for (pause, linger) in [(0, None), (20, None), (0, Some(Duration::ZERO))] {
+        let socket = deferred().unwrap();
+        socket.set_linger(linger).unwrap();
+        socket.connect(&address).unwrap();
+        sleep(Duration::from_millis(pause));
+    }
+    let lives = world.lives(port, 6);
+    let never: Vec<_> = active(&lives)
+        .filter(|life| life.segments == Some(0))
+        .collect();
+    let shut_down: Vec<_> = never.iter().map(|life| life.shut_down).collect();
+    if !lives.is_empty() {
+        assert_eq!(shut_down, [false, true, true, true], "{never:#?}");
+    }
+    for life in never {
+        assert_eq!(life.changes, NEVER, "{life:?}");
+        assert_eq!(life.error, 0, "{life:?}");
+    }
+    world.settled(port, Counts::both(1), &[("local", 1)]);
     Outcome::Held
 }
 

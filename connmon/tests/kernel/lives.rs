@@ -30,6 +30,8 @@ pub struct Life {
     pub error: u32,
     /// Segments sent, at the close.
     pub segments: Option<u32>,
+    /// Shut down before it left SYN_SENT for CLOSE.
+    pub shut_down: bool,
     /// Reached CLOSE.
     pub closed: bool,
     /// Address of the socket.
@@ -102,6 +104,7 @@ pub fn lives(events: &[Event], port: u16) -> Vec<Life> {
                 old,
                 error,
                 segments_out,
+                shut_down,
                 traffic,
                 ..
             } => {
@@ -112,6 +115,7 @@ pub fn lives(events: &[Event], port: u16) -> Vec<Life> {
                     life.netns.push(socket.netns);
                     life.error = *error;
                     life.segments = *segments_out;
+                    life.shut_down = *shut_down;
                     life.traffic = *traffic;
                     life.closed = true;
                 }
@@ -158,6 +162,7 @@ impl Life {
             traffic: None,
             error: 0,
             segments: None,
+            shut_down: false,
             closed: false,
             id,
         }

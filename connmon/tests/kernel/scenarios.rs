@@ -68,6 +68,11 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("listener-closed", On::Every, listener_closed),
     ("fast-open", On::Every, accepts::fast_open),
     ("fast-open-deferred", On::Every, accepts::fast_open_deferred),
+    (
+        "fast-open-unwritten",
+        On::Every,
+        accepts::fast_open_unwritten,
+    ),
     ("fast-open-early", On::Traced, accepts::fast_open_early),
     ("fast-open-closed", On::Traced, accepts::fast_open_closed),
     ("refused", On::Every, refused),
@@ -407,7 +412,7 @@ fn refused_v6(world: &mut World<'_>) -> Outcome {
     refused_by(world, Family::V6)
 }
 
-const NEVER: [(u8, u8); 2] = [CONNECT, (SYN_SENT, CLOSE)];
+pub const NEVER: [(u8, u8); 2] = [CONNECT, (SYN_SENT, CLOSE)];
 
 fn refused_by(world: &mut World<'_>, family: Family) -> Outcome {
     let closed = ClosedPort::new(family);

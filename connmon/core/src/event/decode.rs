@@ -141,6 +141,7 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
                     0
                 },
                 segments_out: read.then(|| bytes.u32(figures + offset_of!(Figures, segments_out))),
+                shut_down: flags & flag::SHUT_DOWN != 0,
                 traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(figures)),
             }
         }
@@ -478,13 +479,14 @@ mod tests {
             let figures = record.u64(1000).u64(500).u32(2).u32(250).u32(12).u32(104);
             decode(&figures.v4().0).unwrap()
         };
-        let expected = |error, segments_out, traffic| Event::Close {
+        let expected = |error, segments_out, shut_down, traffic| Event::Close {
             socket: SOCKET,
             at_ns: 8,
             tuple: tuple_v4(),
             old: 9,
             error,
             segments_out,
+            shut_down,
             traffic,
         };
         let traffic = Traffic {
@@ -493,11 +495,15 @@ mod tests {
             retransmitted_segments: 2,
             srtt_us: 250,
         };
-        assert_eq!(close(0), expected(0, None, None));
-        assert_eq!(close(flag::ERROR), expected(104, Some(12), None));
+        assert_eq!(close(0), expected(0, None, false, None));
+        assert_eq!(close(flag::ERROR), expected(104, Some(12), false, None));
         assert_eq!(
             close(flag::ERROR | flag::TRAFFIC),
-            expected(104, Some(12), Some(traffic))
+            expected(104, Some(12), false, Some(traffic))
+        );
+        assert_eq!(
+            close(flag::ERROR | flag::SHUT_DOWN),
+            expected(104, Some(12), true, None)
         );
     }
 
@@ -560,7 +566,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_place_decodes_or_is_refused(
-            kind in 8_u8..10, flags in 0_u8..8, old in 0_u8..14, new in 0_u8..14,
+            kind in 8_u8..10, flags in 0_u8..16, old in 0_u8..14, new in 0_u8..14,
             tail in prop::collection::vec(any::<u8>(), 0..=MAX_RECORD_BYTES),
         ) {
             let mut place = Record::new(kind, flags, old, new).0;
@@ -575,7 +581,7 @@ mod tests {
 
         #[test]
         fn any_kind_flags_and_length_decode_or_are_refused(
-            kind in 0_u8..12, flags in 0_u8..8, old in 0_u8..14, new in 0_u8..14,
+            kind in 0_u8..12, flags in 0_u8..16, old in 0_u8..14, new in 0_u8..14,
             tail in prop::collection::vec(any::<u8>(), 0..=MAX_RECORD_BYTES),
         ) {
             let mut record = Record::new(kind, flags, old, new).0;

@@ -58,17 +58,11 @@ impl Fold {
                 old,
                 error,
                 segments_out,
+                shut_down,
                 ref traffic,
             } => {
-                // A pending entry goes with its close.
-                let pending = match old {
-                    SYN_SENT => self.table.find_id(socket.id),
-                    _ => None,
-                };
-                let lasted_ns =
-                    pending.map(|slot| at_ns.saturating_sub(self.table.entry(slot).since_ns));
                 if self.close(now_ns, socket, at_ns, tuple, old, traffic.as_ref())
-                    && !is_unwritten(tuple.local_port, error, segments_out, lasted_ns)
+                    && !is_unwritten(error, segments_out, shut_down)
                 {
                     let country = country_of(tuple, geo);
                     self.ledger

@@ -20,23 +20,11 @@ pub fn failure_reason(error: u32, segments_out: Option<u32>) -> FailureReason {
     }
 }
 
-/// How long a connect() that fails by itself without a segment takes at most:
-/// what stands between its two state changes is a look-up of its port. Another
-/// look at the socket needs at least the way back to its process.
-const IN_ONE_CALL_NS: u64 = 10_000;
-
-/// Whether an active open ended that its process gave up before anything was
-/// sent: a Fast Open connect() that is never written to, and no failure. It had
-/// a port, no error and no segment, and did not end within the call.
-pub fn is_unwritten(
-    local_port: u16,
-    error: u32,
-    segments_out: Option<u32>,
-    lasted_ns: Option<u64>,
-) -> bool {
-    local_port != 0
-        && (error, segments_out) == (0, Some(0))
-        && lasted_ns.is_some_and(|lasted| lasted > IN_ONE_CALL_NS)
+/// Whether an active open ended that its process closed before anything was
+/// sent: a Fast Open connect() that was never written to, and no failure. A
+/// connect() that fails by itself does not shut the socket down.
+pub fn is_unwritten(error: u32, segments_out: Option<u32>, shut_down: bool) -> bool {
+    shut_down && (error, segments_out) == (0, Some(0))
 }
 
 /// The errnos above as the unsigned numbers the kernel record carries.
@@ -55,15 +43,12 @@ mod tests {
 
     #[test]
     fn a_connect_that_was_never_written_did_not_fail() {
-        let lasted = Some(IN_ONE_CALL_NS + 1);
-        assert!(is_unwritten(40_000, 0, Some(0), lasted));
-        // No port, refused, aborted after a SYN, not known, failed in the call.
-        assert!(!is_unwritten(0, 0, Some(0), lasted));
-        assert!(!is_unwritten(40_000, 111, Some(0), lasted));
-        assert!(!is_unwritten(40_000, 0, Some(1), lasted));
-        assert!(!is_unwritten(40_000, 0, None, lasted));
-        assert!(!is_unwritten(40_000, 0, Some(0), Some(IN_ONE_CALL_NS)));
-        assert!(!is_unwritten(40_000, 0, Some(0), None));
+        assert!(is_unwritten(0, Some(0), true));
+        // Failed in the call, refused, aborted after a SYN, not known.
+        assert!(!is_unwritten(0, Some(0), false));
+        assert!(!is_unwritten(111, Some(0), true));
+        assert!(!is_unwritten(0, Some(1), true));
+        assert!(!is_unwritten(0, None, true));
     }
 
     #[test]

@@ -297,6 +297,7 @@ impl Fold {
     fn begin_walk(&mut self, now_ns: u64, walk: Walk) {
         while self.scan_slice(now_ns) {}
         self.epoch = self.epoch.checked_add(1).unwrap_or(1);
+        self.absences.walk_begins(self.epoch, now_ns);
         self.tombstones.start();
         self.ledger.forget_close_wait();
         self.listeners.begin();
@@ -633,7 +634,15 @@ impl Fold {
             self.progress = Some(progress);
             return true;
         }
+        if self.tombstones.forgotten() > 0 {
+            // A row may have brought back one whose close was forgotten.
+            self.absences.lost();
+        }
         if progress.walk.audit {
+            let table = &self.table;
+            self.absences.audit_ends(progress.all_complete, |slot| {
+                table.entry(slot).flags.has(Flags::MISSED)
+            });
             self.drift = Some(progress.drift);
             self.drift_suspected = Some(progress.suspects);
             self.unlisted_namespaces = progress.unlisted.len() as u32;
@@ -655,6 +664,9 @@ impl Fold {
         entry.forget_identity();
         if entry.epoch == epoch {
             return;
+        }
+        if !entry.flags.has(Flags::MISSED) {
+            self.absences.missed(slot, entry);
         }
         // No later epoch may take an old stamp for its own.
         entry.epoch = 0;
@@ -684,6 +696,9 @@ impl Fold {
         } else {
             self.corrections.removed += 1;
             progress.drift += 1;
+            let table = &self.table;
+            self.absences
+                .removed(now_ns, slot, table.entry(slot), || table.has_twin(slot));
             self.forget(now_ns, slot);
         }
     }

@@ -4,6 +4,7 @@
 //!
 //! The public surface is fixed here; everything else is private modules.
 
+mod absences;
 mod accepts;
 mod countries;
 mod cross;
@@ -25,6 +26,7 @@ mod tests;
 mod tombstones;
 mod traffic;
 
+pub use absences::Unexplained;
 pub use direction::Listening;
 pub use events::country_of;
 pub use failures::{failure_reason, is_unwritten};
@@ -33,6 +35,7 @@ pub use snapshot::*;
 
 use std::net::IpAddr;
 
+use absences::Absences;
 use accepts::EarlyAccepts;
 use ledger::Ledger;
 use listeners::Listeners;
@@ -127,6 +130,7 @@ pub struct Fold {
     started: bool,
     /// Events were lost since the last audit began.
     lost: bool,
+    absences: Absences,
     /// Open tracked connections.
     open: u64,
     untracked: u64,
@@ -158,6 +162,7 @@ impl Fold {
             epoch: 1,
             started: false,
             lost: false,
+            absences: Absences::new(),
             open: 0,
             untracked: 0,
             table_overflow: 0,
@@ -205,7 +210,15 @@ impl Fold {
     /// and `events` are counted as unattributed.
     pub fn lost(&mut self, events: u64) {
         self.lost = true;
+        self.absences.lost();
         self.unattributed += events;
+    }
+
+    /// What is known of the connections that the last audit removed although
+    /// no loss was told; `None` if there were none, or when it was asked for
+    /// before, or when a loss was told since.
+    pub fn take_unexplained(&mut self) -> Option<Unexplained> {
+        self.absences.take()
     }
 
     /// Entries that the last audit did not find and that the next one will

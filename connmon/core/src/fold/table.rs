@@ -469,6 +469,13 @@ impl Table {
         }
     }
 
+    /// Whether another entry has the endpoints of this one.
+    pub(super) fn has_twin(&self, slot: Slot) -> bool {
+        let key = self.chunks[slot].key;
+        let mut same = self.by_key.iter_hash(self.hasher.hash_key(&key));
+        same.any(|&other| other != slot && self.chunks[other].key.matches(&key))
+    }
+
     /// A fresh entry in no index, or `None` at the cap.
     pub(super) fn allocate(&mut self) -> Option<Slot> {
         if self.is_full() {

@@ -53,6 +53,7 @@ fn closed(at_ns: u64, old: u8, error: u32) -> Event {
         old,
         error,
         segments_out: Some(1),
+        shut_down: false,
         traffic: Some(Traffic::default()),
     }
 }
@@ -66,6 +67,7 @@ fn closed_as(socket: Socket, tuple: Tuple, old: u8) -> Event {
         old,
         error: 0,
         segments_out: Some(1),
+        shut_down: false,
         traffic: None,
     }
 }
@@ -106,6 +108,27 @@ fn a_failed_connect_has_a_reason_and_no_traffic() {
     let failed = follower.apply(&closed(10, state::SYN_SENT, 111)).unwrap();
     assert_eq!(failed.happening, Happening::Fail(FailureReason::Refused));
     assert_eq!(failed.traffic, None);
+}
+
+#[test]
+fn a_fast_open_connect_that_is_never_written_is_nothing() {
+    for shut_down in [true, false] {
+        let mut follower = Follower::default();
+        follower.apply(&connect(0));
+        let ended = follower.apply(&Event::Close {
+            socket: SOCKET,
+            at_ns: 10,
+            tuple: TUPLE,
+            old: state::SYN_SENT,
+            error: 0,
+            segments_out: Some(0),
+            shut_down,
+            traffic: None,
+        });
+        let expected = (!shut_down).then_some(Happening::Fail(FailureReason::Local));
+        assert_eq!(ended.map(|ended| ended.happening), expected);
+        assert!(follower.by_id.is_empty());
+    }
 }
 
 #[test]

@@ -132,6 +132,7 @@ impl Bench {
             old,
             error,
             segments_out,
+            shut_down: false,
             traffic,
         });
     }

@@ -349,6 +349,82 @@ fn an_event_before_the_rows_of_twins_names_one_of_them() {
 }
 
 #[test]
+fn what_goes_without_a_known_loss_is_told_once() {
+    let mut bench = Bench::new(config());
+    bench.startup(vec![row(CLOSE_WAIT, tuple(22, DE), 0)]);
+    bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
+    bench.open(2, tuple(40000, US), SYN_SENT, ESTABLISHED);
+    bench.open(3, tuple(40001, US), SYN_SENT, ESTABLISHED);
+    bench.change(3, tuple(40001, US), FIN_WAIT1);
+    bench.now += 1_000 * MS;
+    // The closes of 1 and 3 and of the seed are lost.
+    bench.audit(vec![twin(2)]);
+    assert_eq!(
+        bench.fold.take_unexplained(),
+        None,
+        "they may be on their way"
+    );
+    bench.now += 60_000 * MS;
+    bench.audit(vec![twin(2)]);
+    let found = bench.fold.take_unexplained().unwrap();
+    let mut by_state = [[0; 3]; 16];
+    by_state[usize::from(ESTABLISHED)][Direction::Outbound as usize] = 1;
+    by_state[usize::from(FIN_WAIT1)][Direction::Outbound as usize] = 1;
+    by_state[usize::from(CLOSE_WAIT)][Direction::Unknown as usize] = 1;
+    assert_eq!(found.by_state, by_state);
+    assert_eq!(
+        (found.with_cookie, found.with_twin, found.reopened),
+        (0, 1, 1)
+    );
+    let text = found.to_string();
+    assert!(
+        text.starts_with(
+            "3 connections (1 outbound established, 1 outbound fin_wait1, 1 unknown close_wait; \
+             0 with a cookie, 1 with the endpoints of another entry, 1 whose endpoints were \
+             opened again; last seen at most 61.0 to 61.0 s ago"
+        ),
+        "{text}"
+    );
+    assert_eq!(bench.fold.take_unexplained(), None);
+    // Nothing more goes, and nothing more is told.
+    bench.audit(vec![twin(2)]);
+    assert_eq!(bench.fold.take_unexplained(), None);
+}
+
+#[test]
+fn a_known_loss_explains_what_goes_within_two_audits() {
+    // Told before, between and in the midst of the two that do not show it,
+    // and after they are over.
+    for told in 0..4 {
+        let mut bench = Bench::new(config());
+        bench.startup(vec![]);
+        let tell = |bench: &mut Bench, when| {
+            if when == told {
+                bench.fold.lost(1);
+            }
+        };
+        bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
+        tell(&mut bench, 0);
+        bench.audit(vec![]);
+        tell(&mut bench, 1);
+        bench.begin(Trigger::Interval);
+        tell(&mut bench, 2);
+        bench.namespace(1, vec![]);
+        bench.end();
+        tell(&mut bench, 3);
+        assert_eq!(bench.fold.snapshot().corrections.removed, 1);
+        assert_eq!(bench.fold.take_unexplained(), None, "{told}");
+        // Two whole audits later it explains nothing any more.
+        bench.audit(vec![]);
+        bench.audit(vec![]);
+        bench.open(2, tuple(40000, US), SYN_SENT, ESTABLISHED);
+        bench.audit(vec![]);
+        bench.audit(vec![]);
+        assert!(bench.fold.take_unexplained().is_some(), "{told}");
+    }
+}
+
+#[test]
 fn a_twin_that_is_gone_is_removed_and_no_other() {
     let mut bench = Bench::new(config());
     bench.startup(vec![]);
@@ -545,6 +621,7 @@ fn events_without_a_namespace_meet_rows_of_any() {
         old: ESTABLISHED,
         error: 0,
         segments_out: None,
+        shut_down: false,
         traffic: None,
     });
     assert_eq!(bench.fold.snapshot().established, 1);
@@ -748,6 +825,7 @@ fn a_reused_slot_is_not_settled_by_another_namespaces_listeners() {
         old: ESTABLISHED,
         error: 0,
         segments_out: None,
+        shut_down: false,
         traffic: None,
     });
     bench.change(8, tuple(40000, US), CLOSE_WAIT);
@@ -781,6 +859,7 @@ fn a_flood_of_closes_does_not_bring_the_dead_of_a_later_namespace_back() {
                 old: ESTABLISHED,
                 error: 0,
                 segments_out: None,
+                shut_down: false,
                 traffic: None,
             };
             bench.fold.apply(bench.now, &event, &mut bench.atlas);
@@ -859,6 +938,7 @@ fn a_namespace_that_only_events_tell_of_is_counted_while_it_has_connections() {
             old: ESTABLISHED,
             error: 0,
             segments_out: None,
+            shut_down: false,
             traffic: None,
         };
         bench.apply(event);
