@@ -5,6 +5,8 @@
 mod bytes;
 mod crowds;
 mod dashboards;
+#[path = "../support/devices.rs"]
+mod devices;
 mod e2e;
 mod files;
 mod floods;
@@ -18,6 +20,7 @@ mod load;
 mod namespaces;
 mod page;
 mod privileges;
+mod same_endpoints;
 mod stand_ins;
 mod stderr;
 mod storm;
