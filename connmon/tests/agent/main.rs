@@ -11,6 +11,7 @@ mod e2e;
 mod files;
 mod floods;
 mod harness;
+mod healing;
 mod held;
 mod idle;
 mod life;
