@@ -5,10 +5,13 @@
 mod bytes;
 mod crowds;
 mod dashboards;
+#[path = "../support/devices.rs"]
+mod devices;
 mod e2e;
 mod files;
 mod floods;
 mod harness;
+mod healing;
 mod held;
 mod idle;
 mod life;
@@ -18,6 +21,7 @@ mod load;
 mod namespaces;
 mod page;
 mod privileges;
+mod same_endpoints;
 mod stand_ins;
 mod stderr;
 mod storm;

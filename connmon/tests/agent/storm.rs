@@ -14,8 +14,8 @@ use crate::load::{Load, alone, scale};
 use crate::namespaces::may_run;
 use crate::traffic::{Family, Pair, Server, ss};
 
-const SIGSTOP: i32 = 19;
-const SIGCONT: i32 = 18;
+pub const SIGSTOP: i32 = 19;
+pub const SIGCONT: i32 = 18;
 
 /// Ports inside namespaces of our own, where they are free; below the
 /// ephemeral range.
@@ -28,7 +28,7 @@ const LOADED_PORTS: [u16; 3] = [7106, 7107, 7108];
 
 /// An agent that counts only these ports by themselves, so that nothing else
 /// on the machine takes their place.
-fn start(ports: &[u16], more: &[&str]) -> Agent {
+pub fn start(ports: &[u16], more: &[&str]) -> Agent {
     let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
     let ports = ports.join(",");
     let mut args = vec!["--source", "ebpf", "--filter.loopback", "include"];
@@ -38,11 +38,11 @@ fn start(ports: &[u16], more: &[&str]) -> Agent {
 }
 
 /// Sockets in ESTABLISHED on both sides of a port, as the agent sees it.
-fn gauge(scrape: &Scrape, port: u16) -> f64 {
+pub fn gauge(scrape: &Scrape, port: u16) -> f64 {
     scrape.sum("connmon_port_connections", &[("port", &port.to_string())])
 }
 
-fn dropped(scrape: &Scrape) -> f64 {
+pub fn dropped(scrape: &Scrape) -> f64 {
     scrape.sum("connmon_events_dropped_total", &[("reason", "ring_full")])
 }
 
@@ -52,7 +52,7 @@ fn corrections(scrape: &Scrape) -> f64 {
     of("added") + of("removed") + of("updated")
 }
 
-fn audits(scrape: &Scrape) -> f64 {
+pub fn audits(scrape: &Scrape) -> f64 {
     scrape.sum("connmon_reconcile_runs_total", &[])
 }
 
@@ -229,7 +229,7 @@ fn an_overflown_ring_is_counted_and_healed() {
 }
 
 /// The same as [`gauge`] by the kernel's tables, in this namespace.
-fn truth(port: u16) -> f64 {
+pub fn truth(port: u16) -> f64 {
     (ss("established", "sport", port) + ss("established", "dport", port)) as f64
 }
 
