@@ -1,5 +1,5 @@
 //! NETLINK_SOCK_DIAG dumps: the socket that asks for them. Its messages are in
-//! [`message`].
+//! `diag/message.rs`.
 //!
 //! Parsing is a total function over bytes. The request is
 //! `struct inet_diag_req_v2`, the answers `struct inet_diag_msg` and
@@ -189,7 +189,7 @@ impl Socket {
         self.0.dump(None, states, info, buffer, undecodable, sink)
     }
 
-    /// Dumps one family. With `info` rows carry [`Traffic`] and the kernel
+    /// Dumps one family. With `info` rows carry [`connmon_core::event::Traffic`] and the kernel
     /// takes each socket's lock. A dump that the kernel breaks off is asked
     /// for once more, so rows may come twice.
     pub fn dump(

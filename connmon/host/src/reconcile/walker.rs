@@ -111,7 +111,7 @@ impl Walker {
         Ok((Self { requests, thread }, messages))
     }
 
-    /// Asks for a walk; one with [`Trigger::Startup`] reads every namespace
+    /// Asks for a walk; one with [`connmon_core::scan::Trigger::Startup`] reads every namespace
     /// by [`WalkerOptions::source`], or without it twice, and then carries
     /// figures in pass 1 alone. Never blocks: at most one walk waits behind the one
     /// under way.
@@ -184,7 +184,7 @@ impl WalkMessages {
 /// How long to rest after a walk that took `cpu_ns`, so that walks take at
 /// most 0.5 % of a core.
 ///
-/// `cpu_ns` is the whole cost: the walker's ([`WalkSummary::cpu_ns`]) and what
+/// `cpu_ns` is the whole cost: the walker's ([`connmon_core::scan::WalkSummary::cpu_ns`]) and what
 /// folding the rows took.
 pub fn rest_after(cpu_ns: u64) -> Duration {
     Duration::from_nanos(cpu_ns.saturating_mul(WALK_SHARE))
