@@ -6,6 +6,11 @@ use std::time::Instant;
 
 use crate::install;
 
+/// Failed tests that are retried once, alone, before they count: a machine
+/// that does other work at the wrong moment fails one or two, a fault more or
+/// the same ones again. The summary lists each with what its first try said.
+pub const RETRIES: usize = 5;
+
 /// Tests that may be retried in one run under `CI=true`. Each may be a fault
 /// that shows itself now and then, beside those that the machine caused.
 const RETRIED_IN_CI: usize = 2;

@@ -7,13 +7,8 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 
-use crate::tally::{Libtest, Tally};
+use crate::tally::{Libtest, RETRIES, Tally};
 use crate::{dist, exec, install, vm};
-
-/// Failed tests that are retried once, alone, before they count: a machine
-/// that does other work at the wrong moment fails one or two, a fault more or
-/// the same ones again. The summary lists each with what its first try said.
-pub const RETRIES: usize = 5;
 
 /// `cargo xtask test`.
 #[derive(Debug, clap::Args)]

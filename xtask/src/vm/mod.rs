@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 use crate::exec;
+use crate::tally::RETRIES;
 use crate::tally::Tally;
-use crate::test::RETRIES;
 use fetch::{KERNELS, Kernel, Unpacked};
 use image::Payload;
 
