@@ -209,8 +209,16 @@ fn what_is_not_there_yet_ends_with_1() {
             &no_certificate,
             "tls_server_config.cert_file: /",
         ),
-        ("--web.config.file", &no_key, "tls_server_config.key_file: /"),
-        ("--web.config.file", &no_ca, "tls_server_config.client_ca_file: /"),
+        (
+            "--web.config.file",
+            &no_key,
+            "tls_server_config.key_file: /",
+        ),
+        (
+            "--web.config.file",
+            &no_ca,
+            "tls_server_config.client_ca_file: /",
+        ),
         (
             "--web.listen-address",
             "no-such-host.invalid:0",
