@@ -9,8 +9,6 @@
 //! `PASS|FAIL|NA <release> <rung> <scenario> …`.
 
 mod accepts;
-#[path = "../support/devices.rs"]
-mod devices;
 mod figures;
 #[path = "../agent/harness.rs"]
 #[expect(
@@ -20,9 +18,6 @@ mod figures;
 mod harness;
 mod host;
 mod lives;
-#[path = "../namespaces/mod.rs"]
-#[expect(dead_code, reason = "the walker's tests use more of it")]
-mod namespaces;
 mod network;
 mod raw;
 mod scenarios;

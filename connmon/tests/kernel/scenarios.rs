@@ -51,7 +51,6 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("tcp-diag", On::Kernel, host::tcp_diag),
     ("socket-walk", On::Kernel, sockets::walk),
     ("socket-walk-churn", On::Kernel, sockets::churn),
-    ("same-endpoints", On::Kernel, sockets::same_endpoints),
     ("sandbox", On::Kernel, host::sandbox),
     ("first-thread-ended", On::Kernel, host::first_thread_ended),
     ("blocked-accepts", On::Every, accepts::blocked_accepts),

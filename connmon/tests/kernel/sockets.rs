@@ -11,7 +11,6 @@ use connmon_host::kernel::{SocketWalk, Tracer, TracerOptions};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rustix::thread::UnshareFlags;
 
-use crate::devices;
 use crate::harness::PATIENCE;
 use crate::network::{Sysctl, ip};
 use crate::scenarios::listen;
@@ -54,18 +53,6 @@ pub fn walk(world: &mut World<'_>) -> Outcome {
     found.sort_unstable();
     closed.sort_unstable();
     assert_eq!(closed, found);
-    Outcome::Held
-}
-
-/// Three sockets with the same endpoints, before the agent and under it.
-pub fn same_endpoints(world: &mut World<'_>) -> Outcome {
-    if let Err(why) = &world.network.routed {
-        return Outcome::NotApplicable(why.clone());
-    }
-    let mut args = vec!["--source", "ebpf", "--ebpf.attach", world.rung.name()];
-    args.extend(["--reconcile.interval", "300ms"]);
-    devices::seeds_are_each_counted(&args, true);
-    devices::opens_are_each_counted(&args, true);
     Outcome::Held
 }
 
