@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -58,9 +58,8 @@ fn test_targets() -> Result<Vec<String>> {
         .collect())
 }
 
-/// The agent's tests load the machine, and want it for themselves; what they
-/// leave of it builds the others. Most of those wait, and leave that time to
-/// the guests, which run the same build.
+/// The agent's tests load the machine and have it to themselves. The others
+/// mostly wait, so they run beside the guests, which use the same build.
 fn everything() -> Result<Tally> {
     let targets = test_targets()?;
     let (loading, waiting): (Vec<_>, Vec<_>) = (targets.iter())
@@ -68,11 +67,9 @@ fn everything() -> Result<Tally> {
         .partition(|target| target == "--test=agent");
     ensure!(loading.len() == 1, "no test `agent` among {targets:?}");
     let units = ["--lib", "--bins", "--examples"].map(str::to_owned);
-    // In its own step, or the others would be built first.
+    // In its own step: no other build may take time from these tests.
     exec::run(exec::cargo().args(BUILD).arg("--no-run").args(&loading))?;
-    let others = std::thread::spawn(build_others);
     let loading = Run::new(&loading)?;
-    let _ = others.join();
     let (rest, guests) = std::thread::scope(|scope| {
         let guests = scope.spawn(|| vm::matrix(&vm::Args::all(!is_long())));
         let rest = Run::new(&[&units[..], &waiting].concat())
@@ -89,18 +86,6 @@ fn everything() -> Result<Tally> {
 /// What every build and run of tests shares, so that each needs no other
 /// build.
 const BUILD: [&str; 4] = ["test", "--workspace", "--locked", "--no-fail-fast"];
-
-/// Builds every test, with the time that nobody else wants. What fails here
-/// fails again when they are to run.
-fn build_others() {
-    let cargo = exec::cargo();
-    let mut command = Command::new("nice");
-    command.args(["-n", "19"]).arg(cargo.get_program());
-    command.current_dir(exec::root()).args(BUILD);
-    if let Err(error) = exec::run(command.args(["--no-run", "--quiet"])) {
-        println!("{error:#}");
-    }
-}
 
 /// Whether the storms and the guests run in full length.
 fn is_long() -> bool {
