@@ -138,6 +138,22 @@ impl Kit {
         .run()
     }
 
+    /// A TLS connection whose client offers these protocols.
+    async fn connect(
+        &self,
+        address: std::net::SocketAddr,
+        protocols: &[&[u8]],
+    ) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+        let mut config = self.client(None);
+        config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
+        let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        tokio_rustls::TlsConnector::from(Arc::new(config))
+            .connect(name, stream)
+            .await
+            .unwrap()
+    }
+
     /// A TLS client that trusts the kit's authority and may show a
     /// certificate.
     fn client(&self, identity: Option<&str>) -> ClientConfig {
@@ -539,21 +555,8 @@ fn http2_is_spoken_unless_switched_off() {
         ("http_server_config:\n  http2: false\n", "http/1.1"),
     ] {
         let server = kit.run(&format!("{TLS}{more}"));
-        let mut config = kit.client(None);
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
-            let stream = tokio::net::TcpStream::connect(server.address)
-                .await
-                .unwrap();
-            let name = ServerName::try_from("localhost").unwrap();
-            let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
-                .connect(name, stream)
-                .await
-                .unwrap();
+        runtime().block_on(async {
+            let stream = kit.connect(server.address, &[b"h2", b"http/1.1"]).await;
             let protocol = stream.get_ref().1.alpn_protocol().unwrap().to_vec();
             assert_eq!(protocol, expected.as_bytes());
             if expected != "h2" {
@@ -897,25 +900,19 @@ fn slow_readers_are_cut_over_http2_however_short_the_answer() {
     }
 }
 
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
 /// The client opens no window for more than the first kilobyte.
 fn unread_over_http2(padding: usize) {
     let kit = Kit::new();
     let server = padded(&kit, padding);
-    let mut config = kit.client(None);
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let stream = tokio::net::TcpStream::connect(server.address)
-            .await
-            .unwrap();
-        let name = ServerName::try_from("localhost").unwrap();
-        let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
-            .connect(name, stream)
-            .await
-            .unwrap();
+    runtime().block_on(async {
+        let stream = kit.connect(server.address, &[b"h2"]).await;
         let executor = hyper_util::rt::TokioExecutor::new();
         let (mut sender, connection) = hyper::client::conn::http2::Builder::new(executor)
             .initial_stream_window_size(1024)
