@@ -121,7 +121,7 @@ pub struct Owner {
 /// What a socket counted until it closed, or until now.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Figures {
+pub struct Stats {
     /// Payload bytes received; the FIN is not counted.
     pub received_bytes: u64,
     /// Payload bytes sent, however often, and 1 for the SYN of an active open.
@@ -181,7 +181,7 @@ pub struct Close<E> {
     /// CLOCK_MONOTONIC nanoseconds.
     pub at_ns: u64,
     /// What the socket counted.
-    pub figures: Figures,
+    pub stats: Stats,
     /// Endpoints. The local port is 0 for a connect that never had one.
     pub ends: E,
 }
@@ -217,7 +217,7 @@ pub struct Live<E> {
     /// Common part.
     pub head: Head,
     /// What the socket counted so far; `segments_out` and `error` are 0.
-    pub figures: Figures,
+    pub stats: Stats,
     /// Endpoints.
     pub ends: E,
 }
@@ -234,7 +234,7 @@ const _: () = {
     assert!(offset_of!(EndsV4, remote) == 4 && offset_of!(EndsV4, local_port) == 8);
     assert!(align_of::<EndsV6>() == 8 && size_of::<EndsV6>() == 40);
     assert!(offset_of!(EndsV6, remote) == 16 && offset_of!(EndsV6, local_port) == 32);
-    assert!(size_of::<Figures>() == 32 && offset_of!(Figures, error) == 28);
+    assert!(size_of::<Stats>() == 32 && offset_of!(Stats, error) == 28);
     assert!(size_of::<Owner>() == 32 && offset_of!(Owner, pid) == 24);
 
     assert!(size_of::<Connect<EndsV4>>() == 80 && size_of::<Connect<EndsV6>>() == 104);

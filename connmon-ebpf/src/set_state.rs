@@ -25,7 +25,7 @@ use crate::globals::{DROP_LOOPBACK, ONLY_NETNS, OWNERS};
 use crate::nested;
 use crate::socket::{
     AF_INET, AF_INET6, BtfSocket, Ends, FullSocket, Socket, TracedSocket, former_port,
-    is_loopback_v4, is_loopback_v6, is_v4_mapped, write_figures,
+    is_loopback_v4, is_loopback_v6, is_v4_mapped, write_stats,
 };
 
 /// Primary: BTF raw tracepoint, fields by direct loads. 5.5.
@@ -179,7 +179,7 @@ fn send<S: Socket, E: Ends>(
     match kind {
         kind::CLOSE => emit::<Close<E>>(counters, probe::SET_STATE, |record| unsafe {
             let full = socket.full();
-            let flags = write_figures(socket, &full, old, addr_of_mut!((*record).figures));
+            let flags = write_stats(socket, &full, old, addr_of_mut!((*record).stats));
             addr_of_mut!((*record).head).write(head(flags));
             let mut ends = ends;
             let port = *ends.local_port();

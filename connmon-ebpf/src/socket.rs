@@ -17,7 +17,7 @@ use aya_ebpf::helpers::generated::{
 use connmon_common::state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK, SYN_SENT};
 use connmon_common::tuning::sock_common;
 use connmon_common::tuning::tracepoint::SetState;
-use connmon_common::wire::{EndsV4, EndsV6, Figures, flag};
+use connmon_common::wire::{EndsV4, EndsV6, Stats, flag};
 
 use crate::emit::zero;
 use crate::globals::{
@@ -517,11 +517,11 @@ pub fn has_fastopen_request_at(id: u64) -> bool {
 ///
 /// `out` must be valid for writes.
 #[inline(always)]
-pub unsafe fn write_figures<S: Socket>(
+pub unsafe fn write_stats<S: Socket>(
     socket: &S,
     full: &S::Full,
     old: u8,
-    out: *mut Figures,
+    out: *mut Stats,
 ) -> u8 {
     // SAFETY: the caller's.
     unsafe {
@@ -555,11 +555,11 @@ pub unsafe fn write_figures<S: Socket>(
 ///
 /// As [`write_figures`].
 #[inline(always)]
-pub unsafe fn write_live_figures(
+pub unsafe fn write_live_stats(
     full: &impl FullSocket,
     state: u8,
     flags: u64,
-    out: *mut Figures,
+    out: *mut Stats,
 ) -> u8 {
     // SAFETY: the caller's.
     unsafe {
@@ -576,7 +576,7 @@ pub unsafe fn write_live_figures(
 ///
 /// As [`write_figures`], and `full` must be known.
 #[inline(always)]
-unsafe fn write_traffic(full: &impl FullSocket, state: u8, flags: u64, out: *mut Figures) {
+unsafe fn write_traffic(full: &impl FullSocket, state: u8, flags: u64, out: *mut Stats) {
     let fin = u64::from(flags & SOCK_DONE != 0);
     let received = full.wide(offset(&OFF_BYTES_RECEIVED));
     let sent = sent_bytes(full, state);

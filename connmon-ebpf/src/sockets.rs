@@ -31,7 +31,7 @@ use crate::globals::{
     OFF_NET_TABLE, OFF_NSPROXY_NET, OFF_SK_FLAGS, OFF_SK_NODE, OFF_TABLE_BUCKETS, OFF_TABLE_MASK,
     OFF_TASK_NSPROXY,
 };
-use crate::socket::{AF_INET6, TracedFull, is_v4_mapped, offset, probe, write_live_figures};
+use crate::socket::{AF_INET6, TracedFull, is_v4_mapped, offset, probe, write_live_stats};
 
 #[map]
 static STRETCH: Array<Stretch> = Array::with_max_entries(1, BPF_F_MMAPABLE);
@@ -273,13 +273,13 @@ unsafe fn write(place: *mut u8, id: u64, common: &Common) -> bool {
                 pad: 0,
             });
         }
-        let figures = addr_of_mut!((*live).figures);
+        let stats = addr_of_mut!((*live).stats);
         let flags = if common.state == NEW_SYN_RECV {
-            zero(figures);
+            zero(stats);
             0
         } else {
             let flags: u64 = probe(id, offset(&OFF_SK_FLAGS));
-            write_live_figures(&TracedFull(id), state, flags, figures)
+            write_live_stats(&TracedFull(id), state, flags, stats)
         };
         addr_of_mut!((*live).head).write(Head {
             kind: kind::LIVE,

@@ -25,7 +25,7 @@ fn is_root() -> bool {
     output.stdout == b"0\n"
 }
 
-/// A directory with stand-ins for cargo and sudo, which write down how they
+/// A directory with fake binaries for cargo and sudo, which write down how they
 /// were called, and a copy of xtask that nobody may run.
 struct Bench(PathBuf);
 
@@ -37,13 +37,13 @@ impl Bench {
         let bench = Self(place);
         fs::create_dir(bench.0.join("bin")).unwrap();
         fs::copy(XTASK, bench.0.join("xtask")).unwrap();
-        bench.stand_in("cargo", "cargo");
-        bench.stand_in("sudo", "bin/sudo");
+        bench.fake("cargo", "cargo");
+        bench.fake("sudo", "bin/sudo");
         bench
     }
 
     /// One line a call: name, user, arguments.
-    fn stand_in(&self, name: &str, path: &str) {
+    fn fake(&self, name: &str, path: &str) {
         let log = self.0.join("log");
         let text = format!(
             "#!/bin/sh\nprintf '%s' \"{name} by $(/usr/bin/id -u):\" >> {log}\n\
@@ -55,7 +55,7 @@ impl Bench {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// Runs `xtask run` as a user who is not root. What the stand-ins wrote
+    /// Runs `xtask run` as a user who is not root. What the fake binaries wrote
     /// down, and what was printed.
     fn run(&self, sudo: bool, variables: &[(&str, &str)], args: &[&str]) -> (Vec<String>, String) {
         let _ = fs::remove_file(self.0.join("log"));

@@ -296,7 +296,7 @@ fn startup(live: u32) -> impl Iterator<Item = WalkMessage> {
     });
     let namespace = WalkMessage::NamespaceBegin {
         netns: NETNS,
-        stand_in: false,
+        surrogate: false,
         t0_ns: 1,
         ephemeral: (32_768, 60_999),
     };
@@ -317,7 +317,7 @@ fn startup(live: u32) -> impl Iterator<Item = WalkMessage> {
         .chain([end, WalkMessage::End(WalkSummary::default())])
 }
 
-fn rows(first: u32, live: u32, figures: bool) -> Vec<Row> {
+fn rows(first: u32, live: u32, stats: bool) -> Vec<Row> {
     (first..live.min(first + BATCH_ROWS as u32))
         .map(|n| Row {
             state: ESTABLISHED,
@@ -327,7 +327,7 @@ fn rows(first: u32, live: u32, figures: bool) -> Vec<Row> {
             id: 0,
             receive_queue: 0,
             send_queue: 0,
-            traffic: figures.then(Traffic::default),
+            traffic: stats.then(Traffic::default),
             owner: Owner::default(),
         })
         .collect()

@@ -97,10 +97,10 @@ pub enum WalkMessage {
         /// Inode. Where the walker may not read namespace inodes (no
         /// CAP_SYS_PTRACE), the inode of the namespace's `/proc/<pid>/net/tcp`
         /// stands in: unique among the namespaces of a walk and stable, but
-        /// not what events carry; [`WalkSummary::stand_ins`] counts them.
+        /// not what events carry; [`WalkSummary::surrogates`] counts them.
         netns: NetnsId,
-        /// Whether `netns` is such a stand-in.
-        stand_in: bool,
+        /// Whether `netns` is such a surrogate id.
+        surrogate: bool,
         /// CLOCK_MONOTONIC before the dump was asked for.
         t0_ns: u64,
         /// `net.ipv4.ip_local_port_range` of the namespace, inclusive.
@@ -138,8 +138,8 @@ pub struct WalkSummary {
     /// The list of namespaces is not whole: one that this walk did not name
     /// may be there all the same.
     pub unlisted: bool,
-    /// Namespaces named by a stand-in, see [`WalkMessage::NamespaceBegin`].
-    pub stand_ins: u32,
+    /// Namespaces named by a surrogate id, see [`WalkMessage::NamespaceBegin`].
+    pub surrogates: u32,
     /// Lines of /proc or netlink messages that did not parse and were skipped.
     pub undecodable: u64,
     /// The time for owners was up before all were found; a walk of listeners

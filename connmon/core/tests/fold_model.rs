@@ -603,7 +603,7 @@ impl World {
         self.drain(usize::MAX);
         self.tell(WalkMessage::NamespaceBegin {
             netns: NETNS[namespace],
-            stand_in: false,
+            surrogate: false,
             t0_ns: self.now,
             ephemeral: (32_768, 60_999),
         });
@@ -1190,7 +1190,7 @@ impl Chaos {
             }),
             190..=199 => WalkMessage::NamespaceBegin {
                 netns: socket.netns,
-                stand_in: how.is_multiple_of(8),
+                surrogate: how.is_multiple_of(8),
                 t0_ns: self.now,
                 ephemeral: (32_768, 60_999),
             },

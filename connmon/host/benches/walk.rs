@@ -39,26 +39,26 @@ fn main() -> ExitCode {
     let holders = Holder::fill(sockets / 2);
 
     let mut walks = Walks::new();
-    let mut figures = Figures::default();
+    let mut stats = Stats::default();
     for round in 0..=rounds {
         let discard = [read_and_discard(false), read_and_discard(true)];
         let walk = [walks.run(false), walks.run(true)];
         for (seen, what) in [discard[0].sockets, discard[1].sockets]
             .into_iter()
             .chain([walk[0].sockets, walk[1].sockets])
-            .zip(["dump", "dump with figures", "walk", "walk with figures"])
+            .zip(["dump", "dump with stats", "walk", "walk with stats"])
         {
             assert!(seen >= sockets, "{what}: {seen} of {sockets} sockets");
         }
         if round > 0 {
-            figures.note(&discard, &walk);
+            stats.note(&discard, &walk);
         }
     }
     println!(
         "{sockets} sockets in {} processes, {rounds} rounds, medians:",
         holders.len()
     );
-    let bounded = figures.report();
+    let bounded = stats.report();
     drop(holders);
     drop(namespace);
     if bounded {
@@ -78,12 +78,12 @@ struct Reading {
 }
 
 #[derive(Default)]
-struct Figures {
+struct Stats {
     discard: [Vec<Reading>; 2],
     walk: [Vec<Reading>; 2],
 }
 
-impl Figures {
+impl Stats {
     fn note(&mut self, discard: &[Reading; 2], walk: &[Reading; 2]) {
         for info in 0..2 {
             self.discard[info].push(discard[info]);
@@ -93,7 +93,7 @@ impl Figures {
 
     fn report(&self) -> bool {
         let mut bounded = true;
-        for (info, what) in ["sockets", "sockets with figures"].into_iter().enumerate() {
+        for (info, what) in ["sockets", "sockets with stats"].into_iter().enumerate() {
             let median = |readings: &[Reading], time: fn(&Reading) -> Duration| {
                 let mut times: Vec<_> = readings.iter().map(time).collect();
                 times.sort_unstable();

@@ -133,7 +133,7 @@ fn traffic(events: &[Event]) -> Traffic {
             Event::Close { traffic, .. } => *traffic,
             _ => None,
         })
-        .expect("a close with figures")
+        .expect("a close with stats")
 }
 
 fn is_closed(events: &[Event], local: u16, remote: u16) -> bool {
@@ -234,14 +234,14 @@ fn every_scenario(options: &TracerOptions, method: Method) {
         for (side, is_active, sent, received) in
             [(&active, true, 1000, 500), (&passive, false, 500, 1000)]
         {
-            let figures = traffic(side);
+            let stats = traffic(side);
             assert_eq!(
-                (figures.sent_payload(is_active), figures.received_bytes),
+                (stats.sent_payload(is_active), stats.received_bytes),
                 (sent, received),
                 "{to}"
             );
-            assert_eq!(figures.retransmitted_segments, 0);
-            assert!(figures.srtt_us > 0, "{to}: no round-trip time");
+            assert_eq!(stats.retransmitted_segments, 0);
+            assert!(stats.srtt_us > 0, "{to}: no round-trip time");
         }
         let expected = to.ip().to_canonical();
         for event in active.iter().chain(&passive) {

@@ -153,21 +153,21 @@ fn nothing_is_read_before_the_beginning_is_folded() {
 
 #[test]
 fn figures_are_exactly_what_was_moved() {
-    if !may_run("figures are exactly what was moved") {
+    if !may_run("stats are exactly what was moved") {
         return;
     }
     let (namespace, _held, expected) = moved();
     let mut walker = Handle::new(false, false);
     let seen = walker.walk(SAMPLE);
-    assert_eq!(figures(seen.only(namespace.inode())), expected);
+    assert_eq!(stats(seen.only(namespace.inode())), expected);
     for traffic in [true, false] {
-        let Some(mut walker) = Handle::of_table("figures of the table's walk") else {
+        let Some(mut walker) = Handle::of_table("stats of the table's walk") else {
             return;
         };
         let seen = walker.walk(Walk { traffic, ..STARTUP });
-        let figures = figures(seen.only(namespace.inode()));
+        let stats = stats(seen.only(namespace.inode()));
         assert_eq!(
-            figures,
+            stats,
             if traffic {
                 expected.clone()
             } else {
@@ -210,7 +210,7 @@ fn moved() -> (Namespace, Vec<(TcpListener, TcpStream, TcpStream)>, Moved) {
     (namespace, held, expected)
 }
 
-fn figures(part: &Part) -> Moved {
+fn stats(part: &Part) -> Moved {
     let mut found = BTreeMap::new();
     for row in &part.rows {
         if let Some(Traffic {
@@ -226,8 +226,8 @@ fn figures(part: &Part) -> Moved {
                 .iter()
                 .any(|other| other.state == 10 && other.tuple.local_port == row.tuple.local_port);
             let sent_bytes = sent_bytes - if listens { 0 } else { SYN_BYTES };
-            let figures = (sent_bytes as usize, received_bytes as usize);
-            found.insert((row.tuple.local_port, row.tuple.remote_port), figures);
+            let stats = (sent_bytes as usize, received_bytes as usize);
+            found.insert((row.tuple.local_port, row.tuple.remote_port), stats);
             // A starved machine sends a few again.
             assert!(retransmitted_segments < 100, "{retransmitted_segments}");
             // Both ends measured the handshake or the data.
@@ -392,15 +392,15 @@ fn an_unprivileged_walker_reads_proc_once_per_namespace() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{output:?}");
 
-    let stand_ins: Vec<u64> = [0, 3]
+    let surrogates: Vec<u64> = [0, 3]
         .map(|first: usize| {
             let table = format!("/proc/{}/net/tcp", residents[first].pid());
             std::fs::metadata(table).unwrap().ino()
         })
         .to_vec();
-    assert_ne!(stand_ins[0], stand_ins[1]);
-    for (scene, stand_in) in scenes.iter().zip(stand_ins) {
-        let head = format!("namespace {stand_in} Proc true");
+    assert_ne!(surrogates[0], surrogates[1]);
+    for (scene, surrogate) in scenes.iter().zip(surrogates) {
+        let head = format!("namespace {surrogate} Proc true");
         assert_eq!(text.matches(&head).count(), 1, "{head}\n{text}");
         let body = text.split(&head).nth(1).unwrap();
         let rows: Vec<&str> = body
@@ -439,7 +439,7 @@ fn unprivileged_child() {
         }
     }
     println!("{:?}", seen.summary);
-    assert!(seen.summary.stand_ins >= 2);
+    assert!(seen.summary.surrogates >= 2);
 }
 
 #[test]
@@ -519,8 +519,8 @@ fn a_mount_and_an_unreadable_process_are_one_namespace() {
     .unwrap();
     let seen = Handle { walker, messages }.walk(AUDIT);
     assert_eq!(seen.only(namespace.inode()).access, Access::Diag);
-    let stand_in = u32::try_from(table.ino()).unwrap();
-    assert_eq!(seen.parts(stand_in).count(), 0, "it was read twice");
+    let surrogate = u32::try_from(table.ino()).unwrap();
+    assert_eq!(seen.parts(surrogate).count(), 0, "it was read twice");
 }
 
 /// For the calling thread alone.

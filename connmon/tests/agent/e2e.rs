@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use crate::harness::{Agent, Scrape};
 use crate::load::{alone, inconclusive};
 use crate::namespaces::Namespace;
-use crate::stand_ins::Nobody;
 use crate::support;
+use crate::surrogates::Nobody;
 use crate::traffic::{ClosedPort, Family, Server, ss, ss_open};
 
 const INCLUDE: [&str; 2] = ["--filter.loopback", "include"];

@@ -22,11 +22,11 @@ mod namespaces;
 mod page;
 mod privileges;
 mod same_endpoints;
-mod stand_ins;
 mod stderr;
 mod storm;
 #[path = "../support/mod.rs"]
 mod support;
+mod surrogates;
 mod terminal;
 mod tools;
 mod traffic;

@@ -6,8 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use connmon_common::state;
 use connmon_common::wire::{
-    self, Change, Close, Connect, EndsV4, EndsV6, Figures, Head, Listen, Live, Open, Task, flag,
-    kind,
+    self, Change, Close, Connect, EndsV4, EndsV6, Head, Listen, Live, Open, Stats, Task, flag, kind,
 };
 
 use super::{Cookie, Event, Owner, Socket, SocketId, Traffic, Tuple};
@@ -128,7 +127,7 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
             tuple: bytes.ends(offset_of!(Change<EndsV4>, ends), v6),
         },
         kind::CLOSE => {
-            let figures = offset_of!(Close<EndsV4>, figures);
+            let stats = offset_of!(Close<EndsV4>, stats);
             let read = flags & flag::ERROR != 0;
             Event::Close {
                 socket,
@@ -136,13 +135,13 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
                 tuple: bytes.ends(offset_of!(Close<EndsV4>, ends), v6),
                 old,
                 error: if read {
-                    bytes.u32(figures + offset_of!(Figures, error))
+                    bytes.u32(stats + offset_of!(Stats, error))
                 } else {
                     0
                 },
-                segments_out: read.then(|| bytes.u32(figures + offset_of!(Figures, segments_out))),
+                segments_out: read.then(|| bytes.u32(stats + offset_of!(Stats, segments_out))),
                 shut_down: flags & flag::SHUT_DOWN != 0,
-                traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(figures)),
+                traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(stats)),
             }
         }
         kind::LISTEN => {
@@ -222,13 +221,13 @@ pub fn decode_live(place: &[u8]) -> Result<LiveSocket, Undecodable> {
     if old != new || left_out || !(state::ESTABLISHED..=state::CLOSING).contains(&new) {
         return Err(Undecodable::States { old, new });
     }
-    let figures = offset_of!(Live<EndsV4>, figures);
+    let stats = offset_of!(Live<EndsV4>, stats);
     Ok(LiveSocket {
         state: new,
         id: bytes.u64(offset_of!(Head, id)),
         cookie: bytes.u64(offset_of!(Head, cookie)),
         tuple: bytes.ends(offset_of!(Live<EndsV4>, ends), v6),
-        traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(figures)),
+        traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(stats)),
     })
 }
 
@@ -297,10 +296,10 @@ impl Bytes<'_> {
 
     fn traffic(&self, at: usize) -> Traffic {
         Traffic {
-            received_bytes: self.u64(at + offset_of!(Figures, received_bytes)),
-            sent_bytes: self.u64(at + offset_of!(Figures, sent_bytes)),
-            retransmitted_segments: self.u32(at + offset_of!(Figures, retransmitted_segments)),
-            srtt_us: self.u32(at + offset_of!(Figures, srtt_us)),
+            received_bytes: self.u64(at + offset_of!(Stats, received_bytes)),
+            sent_bytes: self.u64(at + offset_of!(Stats, sent_bytes)),
+            retransmitted_segments: self.u32(at + offset_of!(Stats, retransmitted_segments)),
+            srtt_us: self.u32(at + offset_of!(Stats, srtt_us)),
         }
     }
 }
@@ -476,8 +475,8 @@ mod tests {
     fn a_close_has_what_its_flags_say() {
         let close = |flags| {
             let record = Record::new(kind::CLOSE, flags, 9, 7).u64(8);
-            let figures = record.u64(1000).u64(500).u32(2).u32(250).u32(12).u32(104);
-            decode(&figures.v4().0).unwrap()
+            let stats = record.u64(1000).u64(500).u32(2).u32(250).u32(12).u32(104);
+            decode(&stats.v4().0).unwrap()
         };
         let expected = |error, segments_out, shut_down, traffic| Event::Close {
             socket: SOCKET,
@@ -534,16 +533,16 @@ mod tests {
 
     #[test]
     fn a_socket_decodes_or_is_refused() {
-        let figures = |record: Record| record.u64(10).u64(20).u32(3).u32(40).u32(0).u32(0);
+        let stats = |record: Record| record.u64(10).u64(20).u32(3).u32(40).u32(0).u32(0);
         let local = "2001:db8::1".parse::<Ipv6Addr>().unwrap();
-        let v6 = figures(Record::new(kind::LIVE, flag::V6 | flag::TRAFFIC, 1, 1)).v6(local);
+        let v6 = stats(Record::new(kind::LIVE, flag::V6 | flag::TRAFFIC, 1, 1)).v6(local);
         let socket = decode_live(&v6.0).unwrap();
         assert_eq!((socket.state, socket.cookie), (1, SOCKET.cookie));
         assert_eq!(socket.tuple.local, IpAddr::V6(local));
         assert_eq!(socket.traffic.unwrap().sent_bytes, 20);
         assert_eq!(decode_live(&v6.0[..95]), Err(Undecodable::Short(95)));
         // In a place for the longer one.
-        let mut v4 = figures(Record::new(kind::LIVE, 0, 3, 3)).v4().0;
+        let mut v4 = stats(Record::new(kind::LIVE, 0, 3, 3)).v4().0;
         v4.resize(96, 0xff);
         let socket = decode_live(&v4).unwrap();
         assert_eq!((socket.state, socket.traffic), (3, None));
@@ -555,7 +554,7 @@ mod tests {
             (kind::LIVE, 0, 6, 6),
             (kind::LIVE, 0, 12, 12),
         ] {
-            let record = figures(Record::new(kind, flags, old, new)).v4();
+            let record = stats(Record::new(kind, flags, old, new)).v4();
             assert!(
                 decode_live(&record.0).is_err(),
                 "{kind} {flags} {old} {new}"

@@ -4,8 +4,8 @@
 //! lengths, owners and what the events missed. A group that two complete
 //! walks in a row do not show, and no event speaks of, ends.
 //!
-//! A namespace read under a stand-in goes by another name in events. A group
-//! that only events told of and one of a stand-in at the same address and
+//! A namespace read under a surrogate id goes by another name in events. A group
+//! that only events told of and one of a surrogate id at the same address and
 //! port are then taken for the same, once a walk has shown the second.
 
 use std::collections::BTreeMap;
@@ -57,11 +57,11 @@ struct State {
     missed: bool,
     /// No row has shown it.
     told: bool,
-    /// Its rows come under a stand-in for its namespace.
-    stand_in: bool,
+    /// Its rows come under a surrogate id for its namespace.
+    surrogate: bool,
     /// Which walk showed it first.
     seen: u32,
-    /// Of a stand-in: its namespace in events; 0 where none spoke of it.
+    /// Of a surrogate id: its namespace in events; 0 where none spoke of it.
     heard_as: NetnsId,
 }
 
@@ -72,8 +72,8 @@ pub(super) struct Listeners {
     max: usize,
     host: NetnsId,
     groups: BTreeMap<Group, State>,
-    /// Some group came under a stand-in, so events may go by another name.
-    stand_ins: bool,
+    /// Some group came under a surrogate id, so events may go by another name.
+    surrogates: bool,
     /// Walks so far.
     walks: u32,
     /// Groups that ended since the walk under way began; `None` without one.
@@ -92,7 +92,7 @@ impl Listeners {
             max,
             host,
             groups: BTreeMap::new(),
-            stand_ins: false,
+            surrogates: false,
             walks: 0,
             ended: None,
             unplaced: BTreeMap::new(),
@@ -103,7 +103,7 @@ impl Listeners {
     /// A socket began to listen.
     pub(super) fn listen(&mut self, netns: NetnsId, address: IpAddr, port: u16, owner: &Owner) {
         let group = (netns, address, port);
-        let group = self.under_stand_in(group, false).unwrap_or(group);
+        let group = self.under_surrogate(group, false).unwrap_or(group);
         if let Some(state) = self.group(group) {
             state.told |= state.now.count == 0;
             state.touched = true;
@@ -116,7 +116,7 @@ impl Listeners {
     /// A socket stopped listening. Who owns what is left, the next walk says.
     pub(super) fn unlisten(&mut self, netns: NetnsId, address: IpAddr, port: u16) {
         let group = (netns, address, port);
-        let group = self.under_stand_in(group, true).unwrap_or(group);
+        let group = self.under_surrogate(group, true).unwrap_or(group);
         let Some(state) = self.groups.get_mut(&group) else {
             return;
         };
@@ -132,17 +132,17 @@ impl Listeners {
         }
     }
 
-    /// The group of a stand-in that an event about `group` means, unless it
+    /// The group of a surrogate id that an event about `group` means, unless it
     /// has one of its own: the one that an event has named so before, or, where
     /// it may be a `guess`, the only one that none has named.
-    fn under_stand_in(&self, group: Group, guess: bool) -> Option<Group> {
-        if !self.stand_ins || self.groups.contains_key(&group) {
+    fn under_surrogate(&self, group: Group, guess: bool) -> Option<Group> {
+        if !self.surrogates || self.groups.contains_key(&group) {
             return None;
         }
         let (netns, address, port) = group;
         let mut unnamed = Vec::new();
         for (&found, state) in &self.groups {
-            if state.stand_in && (found.1, found.2) == (address, port) {
+            if state.surrogate && (found.1, found.2) == (address, port) {
                 match state.heard_as {
                     0 => unnamed.push(found),
                     heard_as if heard_as == netns => return Some(found),
@@ -168,9 +168,9 @@ impl Listeners {
         }
     }
 
-    /// A LISTEN row, of a namespace or of a stand-in for one.
-    pub(super) fn row(&mut self, netns: NetnsId, stand_in: bool, row: &Row) {
-        self.stand_ins |= stand_in;
+    /// A LISTEN row, of a namespace or of a surrogate id for one.
+    pub(super) fn row(&mut self, netns: NetnsId, surrogate: bool, row: &Row) {
+        self.surrogates |= surrogate;
         let group = (netns, row.tuple.local, row.tuple.local_port);
         let may_have_ended = self
             .ended
@@ -188,7 +188,7 @@ impl Listeners {
                 state.seen = walks;
             }
             state.told = false;
-            state.stand_in = stand_in;
+            state.surrogate = surrogate;
             state.next.count += 1;
             state.next.add_owner(&row.owner);
             state.next.queue_length += u64::from(row.receive_queue);
@@ -247,14 +247,14 @@ impl Listeners {
     /// A walk is over; `covered` says which namespaces still exist, under the
     /// name that they were read by, or may. Groups of the others end the way
     /// absent ones do; those that only events told of end at once where a
-    /// stand-in has them.
+    /// surrogate id has them.
     pub(super) fn end(&mut self, covered: impl Fn(NetnsId) -> bool, all: bool) {
         self.ended = None;
         if !all {
             return;
         }
         self.walks = self.walks.wrapping_add(1);
-        if self.stand_ins {
+        if self.surrogates {
             self.find_told(&covered);
         }
         self.groups.retain(|group, state| {
@@ -266,7 +266,7 @@ impl Listeners {
         self.unplaced.retain(|group, met| covered(group.0) || *met);
     }
 
-    /// Gives groups that only events told of to those of stand-ins: each to
+    /// Gives groups that only events told of to those of surrogate ids: each to
     /// the one first seen last, among those that no event has named.
     fn find_told(&mut self, covered: impl Fn(NetnsId) -> bool) {
         let told: Vec<Group> = (self.groups.iter())
@@ -276,7 +276,7 @@ impl Listeners {
         for group in told {
             let same = (self.groups.iter())
                 .filter(|(found, state)| {
-                    let unnamed = state.stand_in && state.heard_as == 0;
+                    let unnamed = state.surrogate && state.heard_as == 0;
                     unnamed && (found.1, found.2) == (group.1, group.2)
                 })
                 .min_by_key(|(_, state)| self.walks.wrapping_sub(state.seen))

@@ -74,8 +74,8 @@ pub(super) struct Progress {
     /// The namespace of the rows' keys: 0, which matches any, where `netns`
     /// only stands in for what events carry.
     key_netns: NetnsId,
-    /// A namespace was read under a stand-in.
-    stand_ins: bool,
+    /// A namespace was read under a surrogate id.
+    surrogates: bool,
     /// Pass of the rows last come.
     pass: u8,
     t0_ns: u64,
@@ -128,7 +128,7 @@ impl Progress {
             seeding,
             netns: 0,
             key_netns: 0,
-            stand_ins: false,
+            surrogates: false,
             pass: 0,
             t0_ns: 0,
             ephemeral: (0, 0),
@@ -213,7 +213,7 @@ impl Progress {
         match self.covered.get(&netns) {
             Some(&coverage) => coverage,
             // Wherever it is, it was read, or in part.
-            None if netns == 0 || self.stand_ins => match self.all_complete {
+            None if netns == 0 || self.surrogates => match self.all_complete {
                 true => Coverage::Complete,
                 false if self.any_incomplete => Coverage::Incomplete,
                 false => Coverage::Unlisted,
@@ -244,7 +244,7 @@ impl Fold {
             WalkMessage::Begin(_) => {}
             WalkMessage::NamespaceBegin {
                 netns,
-                stand_in,
+                surrogate,
                 t0_ns,
                 ephemeral,
             } => {
@@ -254,11 +254,11 @@ impl Fold {
                 self.tombstones.begin_namespace(t0_ns);
                 // More than a walk may name are all told apart from none.
                 progress.ordinal = progress.ordinal.saturating_add(1);
-                // Without events a stand-in is as good as the inode.
-                let stand_in = stand_in && !self.config.polling;
+                // Without events a surrogate id is as good as the inode.
+                let surrogate = surrogate && !self.config.polling;
                 progress.netns = netns;
-                progress.key_netns = if stand_in { 0 } else { netns };
-                progress.stand_ins |= stand_in;
+                progress.key_netns = if surrogate { 0 } else { netns };
+                progress.surrogates |= surrogate;
                 progress.t0_ns = t0_ns;
                 progress.ephemeral = ephemeral;
             }
@@ -383,8 +383,8 @@ impl Fold {
         let port = row.tuple.local_port;
         progress.listening.insert(row.tuple.local, port);
         if progress.pass == 0 {
-            let stand_in = progress.netns != progress.key_netns;
-            self.listeners.row(progress.netns, stand_in, row);
+            let surrogate = progress.netns != progress.key_netns;
+            self.listeners.row(progress.netns, surrogate, row);
         }
         if !self.filter.hides_listener(row.tuple.local) {
             progress.listening_anywhere.insert(port);
@@ -588,14 +588,14 @@ impl Fold {
             // What could not be looked for yet goes after the next walk.
             self.lost = true;
         }
-        // Where stand-ins were read, a namespace that was not read under its
+        // Where surrogate ids were read, a namespace that was not read under its
         // own name was under one of theirs, unless some were not read at all.
         let some_unread = !progress.listed || progress.any_incomplete || summary.unaudited > 0;
         self.listeners.end(
             |netns| match progress.covered.get(&netns) {
                 Some(Coverage::Complete | Coverage::Incomplete) => true,
-                Some(_) if !progress.stand_ins => true,
-                _ => !progress.listed || (progress.stand_ins && some_unread),
+                Some(_) if !progress.surrogates => true,
+                _ => !progress.listed || (progress.surrogates && some_unread),
             },
             progress.audits(),
         );

@@ -107,7 +107,7 @@ impl KernelTypes {
     }
 }
 
-/// A stand-in for the kernel's BTF in which only the types that programs
+/// A surrogate id for the kernel's BTF in which only the types that programs
 /// attach to exist, under their own ids: aya asks it for nothing else, and
 /// its parse of the real one takes 20 MB.
 fn attach_types(types: &btf::Btf<'_>) -> Result<Btf, BtfError> {
@@ -235,7 +235,7 @@ mod tests {
     use aya_obj::btf::BtfKind;
 
     #[test]
-    fn the_stand_in_keeps_ids() {
+    fn the_surrogate_keeps_ids() {
         // Needs no privilege, only a kernel that shows its BTF.
         let Ok(blob) = std::fs::read(btf::SYS_PATH) else {
             println!("not applicable: BTF ids: this kernel shows no BTF");

@@ -33,11 +33,11 @@ pub enum Handle {
 /// A namespace that was there when the walk looked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
-    /// Inode, or a stand-in.
+    /// Inode, or a surrogate id.
     pub id: NetnsId,
     /// Whether `id` is the inode of its `/proc/<pid>/net/tcp` instead, for
     /// want of the right to read the namespace's own.
-    pub stand_in: bool,
+    pub surrogate: bool,
     /// Inode of its `/proc/<pid>/net/tcp`, where it is that which tells it
     /// from others because its own may not be read, or not for long.
     pub table: Option<u64>,
@@ -154,7 +154,7 @@ impl Roots {
         };
         Ok(Namespace {
             id: host,
-            stand_in: false,
+            surrogate: false,
             table: self.table(&handle, Family::V4).and_then(inode),
             handles: vec![handle],
         })
@@ -292,7 +292,7 @@ impl Roots {
             match self.living(pid, |task| Ok(fs::metadata(table(task))?.ino())) {
                 Ok((task, inode)) => {
                     if !known.contains(&inode) {
-                        finder.note(stand_in(inode), true, Handle::Process(task));
+                        finder.note(surrogate(inode), true, Handle::Process(task));
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -496,9 +496,9 @@ struct Finder {
 }
 
 impl Finder {
-    fn note(&mut self, id: NetnsId, stand_in: bool, handle: Handle) {
+    fn note(&mut self, id: NetnsId, surrogate: bool, handle: Handle) {
         let namespaces = &mut self.found.namespaces;
-        match self.places.get(&(id, stand_in)) {
+        match self.places.get(&(id, surrogate)) {
             Some(Some(place)) => {
                 let handles = &mut namespaces[*place].handles;
                 let is_mount = |handle: &Handle| matches!(handle, Handle::Mount(_));
@@ -509,16 +509,16 @@ impl Finder {
             }
             Some(None) => {}
             None if namespaces.len() < MAX_NAMESPACES => {
-                self.places.insert((id, stand_in), Some(namespaces.len()));
+                self.places.insert((id, surrogate), Some(namespaces.len()));
                 namespaces.push(Namespace {
                     id,
-                    stand_in,
-                    table: stand_in.then_some(id.into()),
+                    surrogate,
+                    table: surrogate.then_some(id.into()),
                     handles: vec![handle],
                 });
             }
             None if self.places.len() < 4 * MAX_NAMESPACES => {
-                self.places.insert((id, stand_in), None);
+                self.places.insert((id, surrogate), None);
                 self.found.overflow += 1;
             }
             // Beyond any sense; no longer told apart.
@@ -529,7 +529,7 @@ impl Finder {
 
 /// Inodes of /proc come from the same 32-bit range as namespaces' own
 /// (`proc_alloc_inum`), so they are distinct.
-fn stand_in(inode: u64) -> NetnsId {
+fn surrogate(inode: u64) -> NetnsId {
     inode as NetnsId
 }
 

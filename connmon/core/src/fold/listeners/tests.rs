@@ -117,26 +117,26 @@ fn two_absences_end_a_group_one_does_not() {
     assert!(listeners.snapshot().is_empty(), "its namespace is gone");
 }
 
-/// A walk that reads one namespace, under a stand-in for it.
-fn walk_stand_in(listeners: &mut Listeners, stand_in: NetnsId, rows: &[Row]) {
+/// A walk that reads one namespace, under a surrogate id for it.
+fn walk_surrogate(listeners: &mut Listeners, surrogate: NetnsId, rows: &[Row]) {
     listeners.begin();
     for row in rows {
-        listeners.row(stand_in, true, row);
+        listeners.row(surrogate, true, row);
     }
-    listeners.end_namespace(stand_in, true, true);
-    listeners.end(|other| other == stand_in, true);
+    listeners.end_namespace(surrogate, true, true);
+    listeners.end(|other| other == surrogate, true);
 }
 
 #[test]
-fn a_listener_under_a_stand_in_is_the_one_that_events_spoke_of() {
-    const STAND_IN: NetnsId = 4_000_000_000;
+fn a_listener_under_a_surrogate_is_the_one_that_events_spoke_of() {
+    const SURROGATE: NetnsId = 4_000_000_000;
     let mut listeners = Listeners::new(true, 10, 1);
     let rows = [row("0.0.0.0", 80, (0, 1), owner(0, b""))];
     listeners.listen(7, ANY, 80, &owner(20, b"nginx"));
-    walk_stand_in(&mut listeners, STAND_IN, &rows);
+    walk_surrogate(&mut listeners, SURROGATE, &rows);
     let seen = listeners.snapshot();
     assert_eq!(seen.len(), 1, "{seen:?}");
-    assert_eq!((seen[0].netns, seen[0].sockets), (STAND_IN, 1));
+    assert_eq!((seen[0].netns, seen[0].sockets), (SURROGATE, 1));
     assert_eq!((seen[0].process.as_str(), seen[0].pid), ("nginx", 20));
     // Further events of that namespace mean the same group.
     listeners.listen(7, ANY, 80, &owner(10, b"nginx"));
@@ -152,10 +152,10 @@ fn a_listener_under_a_stand_in_is_the_one_that_events_spoke_of() {
 }
 
 #[test]
-fn a_listener_of_before_under_a_stand_in_ends_with_its_event() {
+fn a_listener_of_before_under_a_surrogate_ends_with_its_event() {
     let mut listeners = Listeners::new(true, 10, 1);
     let rows = [row("0.0.0.0", 80, (0, 1), owner(0, b""))];
-    walk_stand_in(&mut listeners, 4_000_000_000, &rows);
+    walk_surrogate(&mut listeners, 4_000_000_000, &rows);
     listeners.unlisten(7, ANY, 81);
     assert_eq!(listeners.snapshot().len(), 1);
     listeners.unlisten(7, ANY, 80);
@@ -163,9 +163,9 @@ fn a_listener_of_before_under_a_stand_in_ends_with_its_event() {
     // Of two, nobody knows which: the walks will tell.
     let mut listeners = Listeners::new(true, 10, 1);
     listeners.begin();
-    for stand_in in [4_000_000_000, 4_000_000_001] {
-        listeners.row(stand_in, true, &rows[0]);
-        listeners.end_namespace(stand_in, true, true);
+    for surrogate in [4_000_000_000, 4_000_000_001] {
+        listeners.row(surrogate, true, &rows[0]);
+        listeners.end_namespace(surrogate, true, true);
     }
     listeners.end(|other| other != 7, true);
     listeners.unlisten(7, ANY, 80);
@@ -173,16 +173,16 @@ fn a_listener_of_before_under_a_stand_in_ends_with_its_event() {
 }
 
 #[test]
-fn a_listener_goes_to_the_stand_in_that_is_new_and_with_its_namespace() {
+fn a_listener_goes_to_the_surrogate_that_is_new_and_with_its_namespace() {
     let mut listeners = Listeners::new(true, 10, 1);
     let rows = [row("0.0.0.0", 80, (0, 1), owner(0, b""))];
-    let read = |listeners: &mut Listeners, stand_ins: &[NetnsId]| {
+    let read = |listeners: &mut Listeners, surrogates: &[NetnsId]| {
         listeners.begin();
-        for &stand_in in stand_ins {
-            listeners.row(stand_in, true, &rows[0]);
-            listeners.end_namespace(stand_in, true, true);
+        for &surrogate in surrogates {
+            listeners.row(surrogate, true, &rows[0]);
+            listeners.end_namespace(surrogate, true, true);
         }
-        listeners.end(|other| stand_ins.contains(&other), true);
+        listeners.end(|other| surrogates.contains(&other), true);
     };
     read(&mut listeners, &[4_000_000_001, 4_000_000_003]);
     listeners.listen(7, ANY, 80, &owner(20, b"nginx"));
@@ -201,7 +201,7 @@ fn a_listener_goes_to_the_stand_in_that_is_new_and_with_its_namespace() {
 }
 
 #[test]
-fn a_listener_that_is_told_while_a_stand_in_is_read_waits_for_the_next_walk() {
+fn a_listener_that_is_told_while_a_surrogate_is_read_waits_for_the_next_walk() {
     let mut listeners = Listeners::new(true, 10, 1);
     let rows = [row("0.0.0.0", 80, (0, 1), owner(0, b""))];
     listeners.begin();
@@ -210,7 +210,7 @@ fn a_listener_that_is_told_while_a_stand_in_is_read_waits_for_the_next_walk() {
     listeners.end_namespace(4_000_000_000, true, true);
     listeners.end(|other| other != 7, true);
     assert_eq!(listeners.snapshot().len(), 2, "it may be another's");
-    walk_stand_in(&mut listeners, 4_000_000_000, &rows);
+    walk_surrogate(&mut listeners, 4_000_000_000, &rows);
     assert_eq!(listeners.snapshot().len(), 1);
 }
 

@@ -175,7 +175,7 @@ impl Bench {
         self.now += MS;
         self.walk(WalkMessage::NamespaceBegin {
             netns,
-            stand_in: false,
+            surrogate: false,
             t0_ns: self.now,
             ephemeral: (32768, 60999),
         });
@@ -317,7 +317,7 @@ fn listen_row(port: u16) -> Row {
     row
 }
 
-fn figures(received: u64, sent: u64, retransmitted: u32, srtt_us: u32) -> Traffic {
+fn stats(received: u64, sent: u64, retransmitted: u32, srtt_us: u32) -> Traffic {
     Traffic {
         received_bytes: received,
         sent_bytes: sent,

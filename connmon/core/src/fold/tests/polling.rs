@@ -156,7 +156,7 @@ fn opens_at_the_cap_are_counted_once_whether_they_get_a_place_or_not() {
     let rows: Vec<Row> = (1..=6)
         .map(|n| row(ESTABLISHED, tuple(40000 + n, US), 0))
         .collect();
-    let figures = |bench: &Bench| {
+    let stats = |bench: &Bench| {
         let snapshot = bench.fold.snapshot();
         let flow = bench.port(443, Direction::Outbound).unwrap().flow;
         (
@@ -167,26 +167,26 @@ fn opens_at_the_cap_are_counted_once_whether_they_get_a_place_or_not() {
     };
     // Of three seeds one finds no room, and that is no open.
     poll(&mut bench, rows[..3].to_vec());
-    assert_eq!(figures(&bench), ((0, 0, 2), (1, 0), 0));
+    assert_eq!(stats(&bench), ((0, 0, 2), (1, 0), 0));
     // Two are new, once.
     for _ in 0..2 {
         poll(&mut bench, rows[..5].to_vec());
-        assert_eq!(figures(&bench), ((2, 0, 2), (3, 2), 0));
+        assert_eq!(stats(&bench), ((2, 0, 2), (3, 2), 0));
     }
     // Two close; their places are free from the next poll on, when two that
     // had none take them, as seen before.
     poll(&mut bench, rows[2..5].to_vec());
-    assert_eq!(figures(&bench), ((2, 2, 0), (3, 2), 0));
+    assert_eq!(stats(&bench), ((2, 2, 0), (3, 2), 0));
     poll(&mut bench, rows[2..5].to_vec());
-    assert_eq!(figures(&bench), ((2, 2, 2), (1, 2), 2));
+    assert_eq!(stats(&bench), ((2, 2, 2), (1, 2), 2));
     // One more opens at the cap.
     poll(&mut bench, rows[2..6].to_vec());
-    assert_eq!(figures(&bench), ((3, 2, 2), (2, 3), 2));
+    assert_eq!(stats(&bench), ((3, 2, 2), (2, 3), 2));
     // Places for all, and then a new one that takes one.
     poll(&mut bench, rows[4..5].to_vec());
-    assert_eq!(figures(&bench), ((3, 4, 0), (1, 3), 2));
+    assert_eq!(stats(&bench), ((3, 4, 0), (1, 3), 2));
     poll(&mut bench, rows[3..5].to_vec());
-    assert_eq!(figures(&bench), ((4, 4, 2), (0, 3), 3));
+    assert_eq!(stats(&bench), ((4, 4, 2), (0, 3), 3));
 }
 
 #[test]

@@ -12,7 +12,7 @@ fn sampled(state: u8, cookie: Cookie, traffic: Traffic) -> Row {
 
 /// Of a connection that was opened by connect(), whose SYN counts.
 fn of_active(received: u64, sent: u64, retransmitted: u32, srtt_us: u32) -> Traffic {
-    figures(received, sent + SYN_BYTES, retransmitted, srtt_us)
+    stats(received, sent + SYN_BYTES, retransmitted, srtt_us)
 }
 
 fn sample(bench: &mut Bench, row: Row) {
@@ -68,9 +68,9 @@ fn a_born_connection_counts_from_zero_and_never_twice() {
 #[test]
 fn what_moved_before_start_is_not_counted() {
     let mut bench = Bench::new(config());
-    bench.startup(vec![sampled(ESTABLISHED, 5, figures(7000, 8000, 9, 100))]);
+    bench.startup(vec![sampled(ESTABLISHED, 5, stats(7000, 8000, 9, 100))]);
     assert_eq!(moved(&bench), (0, 0, 0));
-    close(&mut bench, 5, figures(7010, 8020, 9, 100));
+    close(&mut bench, 5, stats(7010, 8020, 9, 100));
     assert_eq!(moved(&bench), (10, 20, 0));
 }
 
@@ -80,16 +80,16 @@ fn a_seed_without_figures_starts_at_its_first_sample_or_adds_nothing() {
     bench.startup(vec![row(ESTABLISHED, tuple(40000, US), 5)]);
     sample(
         &mut bench,
-        sampled(ESTABLISHED, 5, figures(7000, 8000, 9, 100)),
+        sampled(ESTABLISHED, 5, stats(7000, 8000, 9, 100)),
     );
     sample(
         &mut bench,
-        sampled(ESTABLISHED, 5, figures(7001, 8002, 9, 100)),
+        sampled(ESTABLISHED, 5, stats(7001, 8002, 9, 100)),
     );
     assert_eq!(moved(&bench), (1, 2, 0));
     let mut bench = Bench::new(config());
     bench.startup(vec![row(ESTABLISHED, tuple(40000, US), 5)]);
-    close(&mut bench, 5, figures(7000, 8000, 9, 100));
+    close(&mut bench, 5, stats(7000, 8000, 9, 100));
     assert_eq!(moved(&bench), (0, 0, 0));
 }
 
@@ -99,8 +99,8 @@ fn without_a_single_sample_a_close_counts_in_full_what_was_born_and_nothing_of_a
         let mut bench = Bench::new(config());
         bench.startup(vec![]);
         bench.open(1, tuple(40000, US), old, ESTABLISHED);
-        let figures = if old == SYN_SENT { of_active } else { figures };
-        close(&mut bench, 5, figures(7000, 8000, 9, 100));
+        let stats = if old == SYN_SENT { of_active } else { stats };
+        close(&mut bench, 5, stats(7000, 8000, 9, 100));
         let flow = bench.country("US").flows[usize::from(old == SYN_SENT)];
         let moved = (
             flow.received_bytes,
@@ -123,7 +123,7 @@ fn without_a_single_sample_a_close_counts_in_full_what_was_born_and_nothing_of_a
         let mut bench = Bench::new(config());
         seed(&mut bench, row);
         assert_eq!(bench.fold.snapshot().tracked, 1);
-        close(&mut bench, 5, figures(7000, 8000, 9, 100));
+        close(&mut bench, 5, stats(7000, 8000, 9, 100));
         let snapshot = bench.fold.snapshot();
         assert_eq!(snapshot.tracked, 0);
         for flow in bench.country("US").flows {
@@ -209,7 +209,7 @@ fn where_the_source_has_no_figures_none_are_counted() {
         ..config()
     });
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
-    close(&mut bench, 0, figures(4, 5, 6, 7));
+    close(&mut bench, 0, stats(4, 5, 6, 7));
     assert_eq!(moved(&bench), (0, 0, 0));
     assert!(!bench.fold.snapshot().traffic_known);
 }

@@ -170,7 +170,7 @@ fn a_socket_connected_again_within_a_walk_keeps_its_cookie_and_its_entry() {
     }
     // The row, with the figures of the first life, says nothing of the second.
     let mut first_life = row(ESTABLISHED, tuple(40000, US), 5);
-    first_life.traffic = Some(figures(1000, 1000, 0, 0));
+    first_life.traffic = Some(stats(1000, 1000, 0, 0));
     bench.rows(0, vec![first_life]);
     bench.namespace_end(1, true);
     bench.end();
@@ -204,13 +204,13 @@ const TWINS: u64 = 4;
 /// The row of a twin, which has sent ten times its number.
 fn twin(number: u64) -> Row {
     let mut row = row(ESTABLISHED, tuple(40000, US), 100 + number);
-    row.traffic = Some(figures(0, 10 * number, 0, 0));
+    row.traffic = Some(stats(0, 10 * number, 0, 0));
     row
 }
 
 /// The close of a twin, whose cookie is known by now.
 fn close_twin(bench: &mut Bench, number: u64) {
-    let sent = figures(0, 10 * number + 1, 0, 0);
+    let sent = stats(0, 10 * number + 1, 0, 0);
     let (cookie, ends) = (100 + number, tuple(40000, US));
     bench.close_with(number, cookie, ends, ESTABLISHED, 0, None, Some(sent));
 }
@@ -628,7 +628,7 @@ fn events_without_a_namespace_meet_rows_of_any() {
 }
 
 #[test]
-fn rows_under_a_stand_in_meet_the_events_of_the_namespace_it_stands_for() {
+fn rows_under_a_surrogate_meet_the_events_of_the_namespace_it_stands_for() {
     let mut bench = Bench::new(config());
     bench.open(1, tuple(22, DE), SYN_RECV, ESTABLISHED);
     bench.open(2, tuple(23, DE), SYN_RECV, ESTABLISHED);
@@ -636,7 +636,7 @@ fn rows_under_a_stand_in_meet_the_events_of_the_namespace_it_stands_for() {
         bench.begin(Trigger::Interval);
         bench.walk(WalkMessage::NamespaceBegin {
             netns: 4_000_000_000,
-            stand_in: true,
+            surrogate: true,
             t0_ns: bench.now,
             ephemeral: (32768, 60999),
         });
@@ -774,11 +774,11 @@ fn a_forgotten_pending_open_goes_after_ten_minutes() {
 }
 
 /// A namespace known by its table's inode, with rows from /proc.
-fn stand_in(bench: &mut Bench, netns: NetnsId, rows: Vec<Row>) {
+fn surrogate(bench: &mut Bench, netns: NetnsId, rows: Vec<Row>) {
     bench.now += MS;
     bench.walk(WalkMessage::NamespaceBegin {
         netns,
-        stand_in: true,
+        surrogate: true,
         t0_ns: bench.now,
         ephemeral: (32768, 60999),
     });
@@ -787,14 +787,14 @@ fn stand_in(bench: &mut Bench, netns: NetnsId, rows: Vec<Row>) {
 }
 
 #[test]
-fn the_same_endpoints_under_two_stand_ins_are_two_connections() {
+fn the_same_endpoints_under_two_surrogates_are_two_connections() {
     let mut bench = Bench::new(config());
     let twin = row(ESTABLISHED, tuple(22, DE), 0);
     for trigger in [Trigger::Startup, Trigger::Interval, Trigger::Interval] {
         bench.begin(trigger);
         // Twice: rows may come again.
-        stand_in(&mut bench, 4_000_000_000, vec![twin, twin]);
-        stand_in(&mut bench, 4_000_000_001, vec![twin, twin]);
+        surrogate(&mut bench, 4_000_000_000, vec![twin, twin]);
+        surrogate(&mut bench, 4_000_000_001, vec![twin, twin]);
         bench.end();
         let snapshot = bench.fold.snapshot();
         assert_eq!((snapshot.established, snapshot.corrections.seeded), (2, 2));

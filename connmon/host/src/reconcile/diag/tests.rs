@@ -123,7 +123,7 @@ fn recorded_dumps_read_as_ss_showed_them() {
 #[test]
 fn recorded_figures_are_payload_alone() {
     let rows = rows(INET_INFO);
-    let figures = |port: u16, state: u8| -> Vec<_> {
+    let stats = |port: u16, state: u8| -> Vec<_> {
         rows.iter()
             .filter(|row| row.tuple.local_port == port && row.state == state)
             .map(|row| {
@@ -134,11 +134,11 @@ fn recorded_figures_are_payload_alone() {
             .collect()
     };
     // 321 bytes were sent from port 8080, on the second of two children.
-    assert_eq!(figures(8080, state::ESTABLISHED), [(0, 0), (0, 321)]);
-    assert_eq!(figures(50494, state::ESTABLISHED), [(321, 0)]);
+    assert_eq!(stats(8080, state::ESTABLISHED), [(0, 0), (0, 321)]);
+    assert_eq!(stats(50494, state::ESTABLISHED), [(321, 0)]);
     // The kernel reads 1 here, for the peer's FIN.
-    assert_eq!(figures(8081, state::CLOSE_WAIT), [(0, 0)]);
-    assert_eq!(figures(57534, state::FIN_WAIT2), [(0, 0)]);
+    assert_eq!(stats(8081, state::CLOSE_WAIT), [(0, 0)]);
+    assert_eq!(stats(57534, state::FIN_WAIT2), [(0, 0)]);
     for row in &rows {
         let opened = States::OPEN.has(row.state);
         assert_eq!(row.traffic.is_some(), opened, "{}", show(row));
@@ -148,7 +148,7 @@ fn recorded_figures_are_payload_alone() {
 #[test]
 fn figures_come_from_their_offsets_and_only_when_all_are_there() {
     let full = info(1_000, 3_552, 3, 250);
-    let figures = |state, info: &[u8]| match parse_message(&with_info(state, info)) {
+    let stats = |state, info: &[u8]| match parse_message(&with_info(state, info)) {
         Message::Row(row) => row.traffic,
         other => panic!("{other:?}"),
     };
@@ -173,15 +173,15 @@ fn figures_come_from_their_offsets_and_only_when_all_are_there() {
             sent_bytes: 3_552 - ours,
             ..expected
         };
-        assert_eq!(figures(state, &full), Some(expected), "{state}");
+        assert_eq!(stats(state, &full), Some(expected), "{state}");
     }
     for state in [2, 3, 10] {
-        assert_eq!(figures(state, &full), None);
+        assert_eq!(stats(state, &full), None);
     }
     for length in 0..TCPI_BYTES_RETRANS + 8 {
-        assert_eq!(figures(1, &full[..length]), None, "{length}");
+        assert_eq!(stats(1, &full[..length]), None, "{length}");
     }
-    assert_eq!(figures(1, &full[..TCPI_BYTES_RETRANS + 8]), Some(expected));
+    assert_eq!(stats(1, &full[..TCPI_BYTES_RETRANS + 8]), Some(expected));
 }
 
 #[test]

@@ -42,7 +42,7 @@ impl Session {
             Access::Diag => self.summary.diag += 1,
             Access::Proc | Access::Unaudited => self.summary.proc += 1,
         }
-        self.summary.stand_ins += u32::from(namespace.stand_in);
+        self.summary.surrogates += u32::from(namespace.surrogate);
         if let (None, Some(reason)) = (&self.summary.reason, entered.reason) {
             self.summary.reason = Some(reason);
         }
@@ -149,7 +149,7 @@ impl Session {
         namespace: &Namespace,
         entered: &mut Entered,
         pass: u8,
-        figures: bool,
+        stats: bool,
     ) -> Result<(Access, bool), Closed> {
         self.outbox.batch.pass = pass;
         let (mut access, mut complete) = (Access::Diag, true);
@@ -157,7 +157,7 @@ impl Session {
         if let Some(socket) = &mut entered.socket {
             let dumped = socket.dump_both(
                 self.outbox.wanted,
-                figures,
+                stats,
                 &mut self.buffers[0],
                 &mut self.summary.undecodable,
                 |row| self.outbox.push(row).is_ok(),
@@ -181,7 +181,7 @@ impl Session {
                 let dumped = socket.dump(
                     family,
                     self.outbox.wanted,
-                    figures,
+                    stats,
                     &mut self.buffers[0],
                     &mut self.summary.undecodable,
                     |row| self.outbox.push(row).is_ok(),
@@ -297,8 +297,8 @@ impl Session {
 }
 
 /// Inode and queues are of use for listeners only, of which a source has none.
-fn row_of(socket: LiveSocket, figures: bool) -> Row {
-    let figures = figures && States::OPEN.has(socket.state);
+fn row_of(socket: LiveSocket, stats: bool) -> Row {
+    let stats = stats && States::OPEN.has(socket.state);
     Row {
         state: socket.state,
         tuple: socket.tuple,
@@ -307,7 +307,7 @@ fn row_of(socket: LiveSocket, figures: bool) -> Row {
         inode: 0,
         receive_queue: 0,
         send_queue: 0,
-        traffic: socket.traffic.filter(|_| figures),
+        traffic: socket.traffic.filter(|_| stats),
         owner: Owner::default(),
     }
 }
@@ -330,13 +330,13 @@ fn second_pass(
     socket: &mut diag::Socket,
     mut batch: Batch,
     wanted: States,
-    figures: bool,
+    stats: bool,
 ) -> Result<Outcome, Closed> {
     let cpu = now_ns(ClockId::ThreadCPUTime);
     let mut undecodable = 0;
     let dumped = socket.dump_both(
         wanted,
-        figures,
+        stats,
         &mut DumpBuffer::shorter(),
         &mut undecodable,
         |row| batch.push(row).is_ok(),

@@ -162,10 +162,10 @@ impl Session {
         }
         // A name under /run/netns that may not be entered and a process whose
         // namespace may not be read can be of the same namespace, and mostly
-        // are: only names beyond what was read by a stand-in are unread.
+        // are: only names beyond what was read by a surrogate id are unread.
         // Which of them is not known, so all are named: what was not seen
         // anywhere may be in one.
-        let beyond = (mounts.len() as u32).saturating_sub(self.summary.stand_ins);
+        let beyond = (mounts.len() as u32).saturating_sub(self.summary.surrogates);
         for (namespace, _) in &mounts {
             self.begin(namespace, netns::DEFAULT_EPHEMERAL)?;
             self.end(namespace, Access::Unaudited, false)?;
@@ -202,7 +202,8 @@ impl Session {
             }
         };
         for before in gone {
-            let is_same = |now: &&Namespace| (now.id, now.stand_in) == (before.id, before.stand_in);
+            let is_same =
+                |now: &&Namespace| (now.id, now.surrogate) == (before.id, before.surrogate);
             let Some(now) = found.namespaces.iter().find(is_same) else {
                 self.summary.unlisted |= found.short;
                 continue;
@@ -234,7 +235,7 @@ impl Session {
 
     /// Finds a way to read a namespace: sock_diag, else `/proc`.
     pub(super) fn enter(&self, namespace: &Namespace) -> Entry {
-        let is_own = namespace.id == self.own && !namespace.stand_in;
+        let is_own = namespace.id == self.own && !namespace.surrogate;
         let mut reason = None;
         if is_own && self.options.force_proc {
             return self.enter_proc(namespace, netns::ephemeral_ports(), None);
@@ -330,7 +331,7 @@ impl Session {
     ) -> Result<(), Closed> {
         self.outbox.send(WalkMessage::NamespaceBegin {
             netns: namespace.id,
-            stand_in: namespace.stand_in,
+            surrogate: namespace.surrogate,
             t0_ns: now_ns(ClockId::Monotonic),
             ephemeral,
         })

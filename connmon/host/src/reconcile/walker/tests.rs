@@ -60,7 +60,7 @@ fn a_namespace_whose_processes_ended_is_looked_for_again() {
         namespaces: [9, 10, 11]
             .map(|id| Namespace {
                 id,
-                stand_in: false,
+                surrogate: false,
                 table: None,
                 handles: vec![Handle::Process(1_000)],
             })
@@ -128,7 +128,7 @@ fn first_walk(source: Scripted) -> (Passes, Vec<(u8, Row)>, bool) {
             session.outbox.begin_walk(walk, false);
             let own = Namespace {
                 id: 7,
-                stand_in: false,
+                surrogate: false,
                 table: None,
                 handles: Vec::new(),
             };
