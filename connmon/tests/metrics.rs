@@ -10,7 +10,7 @@ use std::path::Path;
 
 use connmon::expose::families::{FAMILIES, Kind};
 use connmon::expose::metrics::Metrics;
-use connmon::expose::process::ProcessFigures;
+use connmon::expose::process::ProcessStats;
 use connmon_core::geo::Country;
 use connmon_core::probe::Method;
 use connmon_core::report::{Report, Source};
@@ -33,7 +33,7 @@ const FULL: Size = Size {
     listeners: 512,
 };
 
-const PROCESS: ProcessFigures = ProcessFigures {
+const PROCESS: ProcessStats = ProcessStats {
     cpu_seconds: 1.23,
     open_fds: 17.0,
     max_fds: 1_024.0,

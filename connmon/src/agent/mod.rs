@@ -1,32 +1,33 @@
 //! The only wiring: threads, channels and shutdown of the agent.
 //!
-//! Three threads: the walker (reconcile), the fold (ring, state) and this
-//! one (HTTP, signals, files). They share nothing but channels. A fourth
-//! writes what they log.
+//! Three threads work: the walker (socket tables), the fold (ring buffer,
+//! state) and this one (HTTP, signals, files). They send each other messages
+//! and share only what does not change. A fourth writes the log.
 
-mod content;
-mod first_words;
 mod pipeline;
 mod reporter;
 mod schedule;
 mod serve;
+mod startup;
 mod status;
 
 use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use anyhow::Context as _;
 use connmon_core::event::{LiveSocket, NetnsId};
 use connmon_core::fold::{Fold, FoldConfig, RemoteFilter};
 use connmon_core::geo::{Database, Locator};
-use connmon_core::probe::{AttachFailure, Method, Stage};
+use connmon_core::probe::{AttachFailure, Method, Rung, Stage};
 use connmon_core::report::Source;
 use connmon_host::kernel::{Tracer, TracerOptions};
 use connmon_host::reconcile::netns::Roots;
-use connmon_host::reconcile::{SocketSource, Walker, WalkerOptions};
+use connmon_host::reconcile::{SocketSource, WalkMessages, Walker, WalkerOptions};
 use connmon_host::sandbox::{self, Plan};
 use connmon_http::{ServeError, Server};
-use log::warn;
+use log::{debug, warn};
+use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::{Config, SourceChoice};
@@ -34,12 +35,11 @@ use crate::database::Reloader;
 use crate::logging;
 use crate::notify::Notify;
 
-use content::AgentContent;
-use pipeline::Parts;
-use serve::{DatabaseWatch, Serving, Signals};
+use pipeline::{Inputs, Pipeline};
+use serve::{AgentContent, DatabaseWatch, Serving, Signals};
 use status::StatusBoard;
 
-/// What the exit code is when a thread panicked; Rust's own.
+/// Exit code after a panic in any thread; Rust's own.
 const PANIC_EXIT: i32 = 101;
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -51,60 +51,22 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     logging::write_in_background().context("cannot start the log thread")?;
     exit_on_panic();
     connmon_host::kernel::return_memory_at_once();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the serving runtime")?;
-    // Before anything that takes its time, so that a signal then ends the
-    // agent as cleanly as later.
+    let runtime = runtime().context("cannot start the serving runtime")?;
+    // First, so that a signal during a slow start ends the agent cleanly too.
     let signals = {
         let _runtime = runtime.enter();
         Signals::new()?
     };
     let (reloader, database) = open_database(&config)?;
+    let database = Arc::new(database);
     let server = bind(&config)?;
     let host = Roots::default()
         .host()
         .context("cannot read /proc/self/ns/net; is /proc mounted?")?;
-    let attached = attach(&config, host)?;
-    let mut tracer = attached.tracer;
-    let source = if tracer.is_some() {
-        Source::Ebpf
-    } else {
-        Source::Proc
-    };
-    let traffic = tracer.as_ref().is_some_and(Tracer::traffic_known);
-    // Every thread closes itself in, once what it needs is open.
-    let mut plan = config.sandbox_plan();
-    for file in server.files() {
-        plan.also_readable(file);
-    }
-    let plan = Arc::new(plan);
-    logging::close_in({
-        let plan = Arc::clone(&plan);
-        // With --sandbox strict what is missing here ends the others, which
-        // are to have the same and more.
-        move || drop(plan.enter_log())
-    });
-    let (walker, messages) = Walker::spawn_after(
-        WalkerOptions {
-            all_netns: config.all_netns,
-            listeners: config.listeners,
-            force_proc: source == Source::Proc,
-            source: tracer.as_mut().and_then(socket_source),
-            ..WalkerOptions::default()
-        },
-        {
-            let plan = Arc::clone(&plan);
-            move || {
-                #[cfg(debug_assertions)]
-                panic_if_asked("walker");
-                plan.enter_walker().map(drop).map_err(io::Error::other)
-            }
-        },
-    )
-    .context("cannot start the reconcile thread")?;
-    if let Some(tracer) = &mut tracer {
+    let mut attached = attach(&config, host)?;
+    let plan = sandbox_plan(&config, &server);
+    let (walker, messages) = spawn_walker(&config, &plan, attached.tracer.as_mut())?;
+    if let Some(tracer) = &mut attached.tracer {
         tracer.close_maps();
     }
 
@@ -112,92 +74,158 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let (databases, new_databases) = mpsc::channel(1);
     let (stop, stopping) = watch::channel(false);
     let (ready, is_ready) = watch::channel(false);
-    let (ended, fold_ended) = oneshot::channel();
-    let audit_every = match source {
-        Source::Ebpf => config.reconcile_interval,
-        Source::Proc => config.proc_interval,
-    };
-    let rungs = match &tracer {
-        Some(tracer) => tracer.rungs().to_vec(),
-        None => connmon_host::kernel::no_rungs(&attached.failures),
-    };
-    status::log_rungs(&rungs);
-    let database = Arc::new(database);
-    let board = StatusBoard::new(
-        source,
-        attached.degraded,
-        rungs,
-        database.info(0, 0),
-        audit_every,
-        config.demo,
-        ready,
-    );
-    let parts = Parts {
-        fold: Fold::new(fold_config(&config, host, tracer.as_ref(), traffic)),
-        tracer,
-        locator: Locator::new(Arc::clone(&database)),
-        walker,
+    let inputs = Inputs {
         messages,
         requests,
         databases: new_databases,
-        shutdown: stopping.clone(),
-        board,
-        audit_every,
-        traffic,
-        traffic_every: config.traffic_interval.filter(|_| traffic),
+        shutdown: stopping,
     };
-    let fold_thread = std::thread::Builder::new()
-        .name("connmon-fold".into())
-        .spawn({
-            let plan = Arc::clone(&plan);
-            move || {
-                // Nobody left to tell when the receiver is gone.
-                let _ = ended.send(run_fold(parts, &plan));
-            }
-        })
-        .context("cannot start the fold thread")?;
-
-    let url = server.url();
+    let mut when_ready = Vec::from_iter(server.url().map(|url| urls(&url, &config)));
+    when_ready.extend(attached.not_measured());
+    let pipeline = pipeline(&config, host, attached, &database, walker, ready);
+    let (fold_thread, fold_ended) = spawn_fold(pipeline, inputs, &plan)?;
     let serving = {
         let _runtime = runtime.enter();
         Serving {
             server,
-            content: AgentContent::new(&config),
+            content: AgentContent::new(&config.telemetry_path),
             reporter,
-            page: url.map(|url| page_words(&url, &config)),
+            when_ready,
             ready: is_ready,
             fold_ended,
             stop,
             signals,
-            database: DatabaseWatch::new(reloader, database, databases),
+            database: DatabaseWatch {
+                reloader,
+                current: database,
+                fold: databases,
+            },
             notify: Notify::from_env(),
         }
     };
-    let result = runtime.block_on(serve::run(serving, &plan));
-    // A database under check or a password under test is not waited for.
+    let result = runtime.block_on(serving.run(&plan));
+    // Does not wait for the check of a database or a password.
     runtime.shutdown_background();
-    // The fold thread has been told to stop; on errors the process ends anyway.
+    // The fold thread stops on request; after an error the process ends anyway.
     if result.is_ok() {
         drop(fold_thread.join());
     }
     result
 }
 
-/// The second line a person sees.
-fn page_words(url: &str, config: &Config) -> String {
+fn runtime() -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+}
+
+/// The second line of the log at info.
+fn urls(url: &str, config: &Config) -> String {
     let telemetry = config.telemetry_path.trim_start_matches('/');
     let demo = if config.demo { " of a demo" } else { "" };
     format!("{url} shows the map{demo}, {url}{telemetry} the metrics")
 }
 
-fn run_fold(parts: Parts, plan: &Plan) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the fold runtime")?;
-    // After the runtime: its signal pipe is a socket pair.
-    plan.enter_fold()?;
-    runtime.block_on(pipeline::run(parts))
+/// What each thread may still do; the log thread enters its sandbox at once.
+fn sandbox_plan(config: &Config, server: &Server) -> Arc<Plan> {
+    let mut plan = config.sandbox_plan();
+    for file in server.files() {
+        plan.also_readable(file);
+    }
+    let plan = Arc::new(plan);
+    logging::close_in({
+        let plan = Arc::clone(&plan);
+        // With --sandbox strict the threads after it fail for the same reason
+        // and end the agent.
+        move || drop(plan.enter_log())
+    });
+    plan
+}
+
+fn spawn_walker(
+    config: &Config,
+    plan: &Arc<Plan>,
+    tracer: Option<&mut Tracer>,
+) -> anyhow::Result<(Walker, WalkMessages)> {
+    let options = WalkerOptions {
+        all_netns: config.all_netns,
+        listeners: config.listeners,
+        force_proc: tracer.is_none(),
+        source: tracer.and_then(socket_source),
+        ..WalkerOptions::default()
+    };
+    let plan = Arc::clone(plan);
+    Walker::spawn_after(options, move || {
+        #[cfg(debug_assertions)]
+        panic_if_asked("walker");
+        plan.enter_walker().map(drop).map_err(io::Error::other)
+    })
+    .context("cannot start the walker thread")
+}
+
+fn pipeline(
+    config: &Config,
+    host: NetnsId,
+    attached: Attached,
+    database: &Arc<Database>,
+    walker: Walker,
+    ready: watch::Sender<bool>,
+) -> Pipeline {
+    let rungs = attached.rungs();
+    for rung in &rungs {
+        let reason = rung.reason().map(|reason| format!(": {reason}"));
+        debug!(
+            "{} attached by {}{}",
+            rung.probe.label(),
+            rung.method.label(),
+            reason.unwrap_or_default()
+        );
+    }
+    let (source, audit_every) = match attached.tracer {
+        Some(_) => (Source::Ebpf, config.reconcile_interval),
+        None => (Source::Proc, config.proc_interval),
+    };
+    let fold = Fold::new(fold_config(config, host, attached.tracer.as_ref()));
+    Pipeline::new(
+        attached.tracer,
+        fold,
+        Locator::new(Arc::clone(database)),
+        walker,
+        StatusBoard::new(
+            source,
+            attached.degraded,
+            rungs,
+            database.info(0, 0),
+            audit_every,
+            config.demo,
+            ready,
+        ),
+        audit_every,
+        config.traffic_interval,
+    )
+}
+
+type FoldEnded = oneshot::Receiver<anyhow::Result<()>>;
+
+fn spawn_fold(
+    pipeline: Pipeline,
+    inputs: Inputs,
+    plan: &Arc<Plan>,
+) -> anyhow::Result<(JoinHandle<()>, FoldEnded)> {
+    let (ended, fold_ended) = oneshot::channel();
+    let plan = Arc::clone(plan);
+    let run = move || {
+        let runtime = runtime().context("cannot start the fold runtime")?;
+        // After the runtime: its signal pipe is a socket pair.
+        plan.enter_fold()?;
+        runtime.block_on(pipeline.run(inputs))
+    };
+    let thread = std::thread::Builder::new()
+        .name("connmon-fold".into())
+        // Nobody is left to receive it while the process ends.
+        .spawn(move || drop(ended.send(run())))
+        .context("cannot start the fold thread")?;
+    Ok((thread, fold_ended))
 }
 
 /// A panic in any thread ends the process: stale numbers are worse than none.
@@ -209,11 +237,11 @@ fn exit_on_panic() {
     }));
 }
 
-/// Stands in for a bug in the tests of what a panic does.
+/// Panics in the named thread, for the tests of what a panic does.
 #[cfg(debug_assertions)]
-fn panic_if_asked(room: &str) {
-    if std::env::var_os("CONNMON_TEST_PANIC").is_some_and(|asked| asked == room) {
-        panic!("asked for by CONNMON_TEST_PANIC");
+fn panic_if_asked(thread: &str) {
+    if std::env::var_os("CONNMON_TEST_PANIC").is_some_and(|asked| asked == thread) {
+        panic!("requested by CONNMON_TEST_PANIC");
     }
 }
 
@@ -247,6 +275,21 @@ struct Attached {
     /// Why it polls, unless the configuration asks for that.
     degraded: Option<String>,
     failures: Vec<AttachFailure>,
+}
+
+impl Attached {
+    fn rungs(&self) -> Vec<Rung> {
+        match &self.tracer {
+            Some(tracer) => tracer.rungs().to_vec(),
+            None => connmon_host::kernel::no_rungs(&self.failures),
+        }
+    }
+
+    /// For the log; where the agent polls, a warning has said more.
+    fn not_measured(&self) -> Option<String> {
+        let tracer = self.tracer.as_ref()?;
+        startup::not_measured(tracer.rungs(), tracer.traffic_known())
+    }
 }
 
 fn attach(config: &Config, host: NetnsId) -> anyhow::Result<Attached> {
@@ -308,18 +351,13 @@ fn socket_source(tracer: &mut Tracer) -> Option<Box<dyn SocketSource>> {
             scan.read(sink)
         })),
         Err(reason) => {
-            log::debug!("the first walk is two dumps: {reason}");
+            debug!("initial scan by two sock_diag dumps, not by BPF: {reason}");
             None
         }
     }
 }
 
-fn fold_config(
-    config: &Config,
-    host: NetnsId,
-    tracer: Option<&Tracer>,
-    traffic: bool,
-) -> FoldConfig {
+fn fold_config(config: &Config, host: NetnsId, tracer: Option<&Tracer>) -> FoldConfig {
     FoldConfig {
         filter: RemoteFilter {
             exclude_loopback: config.exclude_loopback,
@@ -333,7 +371,7 @@ fn fold_config(
         listeners_max: config.listeners_max,
         host_netns: host,
         hash_key: random_key(),
-        traffic,
+        traffic: tracer.is_some_and(Tracer::traffic_known),
         accepts: tracer.is_some_and(Tracer::accepts_known),
         polling: tracer.is_none(),
     }

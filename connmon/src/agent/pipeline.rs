@@ -1,5 +1,6 @@
-//! The fold thread: drains the ring, folds events and walks, answers report
-//! requests. Nothing else touches the state, so nothing needs a lock.
+//! The fold thread: drains the ring buffer, folds events and the rows of walks,
+//! answers report requests. No other thread touches this state, so it has no
+//! lock.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -12,33 +13,33 @@ use connmon_core::report::{DatabaseInfo, Report};
 use connmon_core::scan::{Trigger, Walk, WalkMessage, WalkSummary};
 use connmon_host::kernel::{self, Tracer, monotonic_ns};
 use connmon_host::reconcile::{Refused, WalkMessages, Walker, cpu_time, rest_after};
-use log::{debug, info};
+use log::{debug, info, warn};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 
-use super::first_words;
 use super::reporter::Request;
 use super::schedule::{Ended, Schedule};
 use super::status::{StatusBoard, WalkState};
 
-/// Records below the wake-up threshold wait for this at most; half of the
-/// promised 100 ms.
+/// Longest wait of records below the wake-up threshold; half of the 100 ms that
+/// `connmon trace` may be late.
 const TICK: Duration = Duration::from_millis(50);
 
-/// Events folded before other work gets its turn: some milliseconds.
+/// Most events folded before other work: some milliseconds.
 const DRAIN_BUDGET: usize = 16_384;
 
-/// A full ring takes a fraction of this; with more the kernel fills it faster
-/// than a starved agent can read, and scrapes and the order to stop wait.
+/// Longest drain of the ring. A full ring takes a fraction of it; a longer one
+/// means that the kernel fills the ring faster than the agent reads, and scrapes
+/// and the shutdown must not wait for that.
 const DRAIN_TIME: Duration = Duration::from_millis(250);
 
-/// How long a row waits for the records that were produced before it, should
-/// one of them be half written: far beyond any interrupt, short beside a scrape.
+/// How long a row waits for a record before it that is still being written: far
+/// longer than an interrupt, short beside a scrape.
 const WRITING: Duration = Duration::from_millis(10);
 
-/// A walk that says nothing for so long hangs.
-const SILENCE: Duration = Duration::from_secs(60);
+/// A walk that sends no message for so long has stalled.
+const STALLED: Duration = Duration::from_secs(60);
 
 /// How often the kernel's loss counters are read.
 const COUNTERS_EVERY: Duration = Duration::from_millis(250);
@@ -49,16 +50,10 @@ const SAME_INSTANT_TRIES: usize = 4;
 /// Report requests answered together.
 const REQUEST_BATCH: usize = 64;
 
-/// What the pipeline is built from.
-pub struct Parts {
-    /// Kernel side; `None` polls.
-    pub tracer: Option<Tracer>,
-    /// State machine.
-    pub fold: Fold,
-    /// Country database.
-    pub locator: Locator,
-    /// Commands the walker thread.
-    pub walker: Walker,
+const WALKER_ENDED: &str = "the walker thread has ended";
+
+/// The channels that end in the fold thread.
+pub struct Inputs {
     /// Messages of the walker.
     pub messages: WalkMessages,
     /// Report requests.
@@ -67,14 +62,6 @@ pub struct Parts {
     pub databases: mpsc::Receiver<DatabaseChange>,
     /// Becomes true at shutdown.
     pub shutdown: watch::Receiver<bool>,
-    /// Everything a report says of the agent itself.
-    pub board: StatusBoard,
-    /// How often to audit, at most.
-    pub audit_every: Duration,
-    /// Whether the source knows traffic figures.
-    pub traffic: bool,
-    /// How often to sample traffic, at most; `None` never.
-    pub traffic_every: Option<Duration>,
 }
 
 /// The country database changed, or a change of it was refused.
@@ -82,12 +69,13 @@ pub struct Parts {
 pub struct DatabaseChange {
     /// The new one; `None` keeps the one in use.
     pub locator: Option<Locator>,
-    /// What reports say from now on.
+    /// What reports show from now on.
     pub info: DatabaseInfo,
 }
 
 /// The thread's state.
-struct Pipeline {
+pub struct Pipeline {
+    /// `None` polls.
     tracer: Option<Tracer>,
     fold: Fold,
     locator: Locator,
@@ -97,116 +85,107 @@ struct Pipeline {
     audit_every: Duration,
     traffic_every: Option<Duration>,
     walk: Option<Walk>,
-    /// When the walk began or last told of something.
-    heard: Instant,
+    /// When the walk began or last sent a message.
+    last_progress: Instant,
     /// CPU time that folding the walk's rows took so far.
     walk_cpu: Duration,
     /// The most of it between two drains of the ring.
     walk_step: Duration,
     settling: Option<WalkSummary>,
     counters_read: Instant,
-    /// Active opens not kept that the log was told of.
+    /// Connects without a place in the table that the log has reported.
     pending_overflow: u64,
 }
 
-/// Runs until shutdown.
-///
-/// # Errors
-/// When the ring cannot be watched or the walker is gone.
-pub async fn run(parts: Parts) -> anyhow::Result<()> {
-    let Parts {
-        tracer,
-        fold,
-        locator,
-        walker,
-        mut messages,
-        mut requests,
-        mut databases,
-        mut shutdown,
-        board,
-        audit_every,
-        traffic,
-        traffic_every,
-    } = parts;
-    let now_ns = monotonic_ns();
-    let ring = match &tracer {
-        Some(tracer) => Some(kernel::watch(tracer.ring_fd())?),
-        None => None,
-    };
-    let mut pipeline = Pipeline {
-        tracer,
-        fold,
-        locator,
-        walker,
-        board,
-        schedule: Schedule::new(now_ns, audit_every, traffic_every),
-        audit_every,
-        traffic_every,
-        walk: None,
-        heard: Instant::now(),
-        walk_cpu: Duration::ZERO,
-        walk_step: Duration::ZERO,
-        settling: None,
-        counters_read: Instant::now(),
-        pending_overflow: 0,
-    };
-    pipeline.request(Walk {
-        trigger: Trigger::Startup,
-        // Without samples too: what a seed moved before start is not counted.
-        traffic,
-        audit: true,
-    })?;
-    let mut tick = tokio::time::interval(TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut waiting: Vec<Request> = Vec::with_capacity(REQUEST_BATCH);
-    loop {
-        tokio::select! {
-            ready = readable(ring.as_ref()) => {
-                let mut guard = ready?;
-                // Edge-triggered: clear first, then drain to the end, so that
-                // a record submitted meanwhile raises the next edge.
-                guard.clear_ready();
-                pipeline.drain();
-            }
-            _ = tick.tick() => pipeline.tick()?,
-            count = requests.recv_many(&mut waiting, REQUEST_BATCH) => {
-                if count == 0 {
-                    return Ok(());
-                }
-                let report = Arc::new(pipeline.report());
-                for request in waiting.drain(..) {
-                    // A client that went away has no use for it.
-                    let _ = request.send(Arc::clone(&report));
-                }
-            }
-            () = tokio::task::yield_now(), if pipeline.settling.is_some() => pipeline.settle(),
-            message = messages.next(), if pipeline.settling.is_none() => {
-                pipeline.walk(message.context("the reconcile thread has ended")?);
-            }
-            Some(change) = databases.recv() => {
-                // Events already in the ring belong to the old database.
-                pipeline.drain();
-                if let Some(locator) = change.locator {
-                    pipeline.locator = locator;
-                }
-                pipeline.board.database(change.info);
-            }
-            _ = shutdown.changed() => return Ok(()),
+impl Pipeline {
+    /// Audits every `audit_every` at most, and samples the bytes of live
+    /// connections every `traffic_every` at most, `None` never.
+    pub fn new(
+        tracer: Option<Tracer>,
+        fold: Fold,
+        locator: Locator,
+        walker: Walker,
+        board: StatusBoard,
+        audit_every: Duration,
+        traffic_every: Option<Duration>,
+    ) -> Self {
+        let traffic = tracer.as_ref().is_some_and(Tracer::traffic_known);
+        let traffic_every = traffic_every.filter(|_| traffic);
+        Self {
+            tracer,
+            fold,
+            locator,
+            walker,
+            board,
+            schedule: Schedule::new(monotonic_ns(), audit_every, traffic_every),
+            audit_every,
+            traffic_every,
+            walk: None,
+            last_progress: Instant::now(),
+            walk_cpu: Duration::ZERO,
+            walk_step: Duration::ZERO,
+            settling: None,
+            counters_read: Instant::now(),
+            pending_overflow: 0,
         }
     }
-}
 
-/// Resolves when the ring has data; never without a ring.
-async fn readable(
-    ring: Option<&AsyncFd<OwnedFd>>,
-) -> std::io::Result<tokio::io::unix::AsyncFdReadyGuard<'_, OwnedFd>> {
-    match ring {
-        Some(ring) => ring.readable().await,
-        None => std::future::pending().await,
+    /// Runs until shutdown.
+    ///
+    /// # Errors
+    /// When the ring cannot be watched or the walker is gone.
+    pub async fn run(mut self, mut inputs: Inputs) -> anyhow::Result<()> {
+        let ring = match &self.tracer {
+            Some(tracer) => Some(kernel::watch(tracer.ring_fd())?),
+            None => None,
+        };
+        self.request(Walk {
+            trigger: Trigger::Startup,
+            // Without samples too: the bytes that a connection moved before
+            // the start are not counted.
+            traffic: self.tracer.as_ref().is_some_and(Tracer::traffic_known),
+            audit: true,
+        })?;
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut waiting: Vec<Request> = Vec::with_capacity(REQUEST_BATCH);
+        loop {
+            tokio::select! {
+                ready = readable(ring.as_ref()) => {
+                    let mut guard = ready?;
+                    // Edge-triggered: clear first, then drain to the end, so
+                    // that a record submitted meanwhile raises the next edge.
+                    guard.clear_ready();
+                    self.drain();
+                }
+                _ = tick.tick() => self.tick()?,
+                count = inputs.requests.recv_many(&mut waiting, REQUEST_BATCH) => {
+                    if count == 0 {
+                        return Ok(());
+                    }
+                    let report = Arc::new(self.report());
+                    for request in waiting.drain(..) {
+                        // A client that went away does not receive it.
+                        let _ = request.send(Arc::clone(&report));
+                    }
+                }
+                () = tokio::task::yield_now(), if self.settling.is_some() => self.settle(),
+                message = inputs.messages.next(), if self.settling.is_none() => {
+                    self.walk(message.context(WALKER_ENDED)?);
+                }
+                Some(change) = inputs.databases.recv() => {
+                    // Events already in the ring belong to the old database.
+                    self.drain();
+                    if let Some(locator) = change.locator {
+                        self.locator = locator;
+                    }
+                    self.board.database(change.info);
+                }
+                _ = inputs.shutdown.changed() => return Ok(()),
+            }
+        }
     }
-}
 
-impl Pipeline {
     /// Folds what lies in the ring, to its end or for [`DRAIN_TIME`].
     fn drain(&mut self) {
         let started = Instant::now();
@@ -236,7 +215,7 @@ impl Pipeline {
         };
         let produced = tracer.produced();
         let mut stuck = None;
-        // An end is in sight, however much is produced meanwhile.
+        // Ends however much is produced meanwhile.
         loop {
             let more = self.drain_some();
             let through = self
@@ -261,8 +240,8 @@ impl Pipeline {
         if self.counters_read.elapsed() >= COUNTERS_EVERY {
             self.counters_read = Instant::now();
             self.read_counters();
-            self.tell_of_unkept();
-            self.tell_of_silence();
+            self.warn_of_untimed();
+            self.warn_of_stalled_walk();
         }
         let now_ns = monotonic_ns();
         if let Some(walk) = self.schedule.due(now_ns) {
@@ -275,13 +254,13 @@ impl Pipeline {
     fn request(&mut self, walk: Walk) -> anyhow::Result<()> {
         debug!("walk starts: {walk:?}");
         self.walk = Some(walk);
-        self.heard = Instant::now();
+        self.last_progress = Instant::now();
         self.walk_cpu = Duration::ZERO;
         self.walk_step = Duration::ZERO;
         match self.walker.request(walk) {
             Ok(()) => Ok(()),
             Err(Refused::Busy) => anyhow::bail!("bug: two walks at once"),
-            Err(Refused::Gone) => anyhow::bail!("the reconcile thread has ended"),
+            Err(Refused::Gone) => anyhow::bail!(WALKER_ENDED),
         }
     }
 
@@ -292,57 +271,57 @@ impl Pipeline {
         };
         let counters = tracer.counters();
         let lost = self.board.counters(&counters);
-        if lost.any() {
-            // A missed run of a function probe costs a name or a time, never
-            // a connection.
-            if lost.costs_connections() {
-                self.fold.lost(lost.events);
-            }
-            self.schedule.loss(monotonic_ns());
-            let remedy = match lost.events {
-                0 => "",
-                _ => "; a larger --ebpf.ring-buffer-size may help",
-            };
-            log::warn!(
-                "{} events dropped and {} program runs missed: auditing now{remedy}",
-                lost.events,
-                lost.missed_runs,
-            );
+        if !lost.any() {
+            return;
         }
+        // A missed run of a function probe costs a name or a time, never a
+        // connection.
+        if lost.costs_connections() {
+            self.fold.lost(lost.events);
+        }
+        self.schedule.loss(monotonic_ns());
+        let remedy = match lost.events {
+            0 => "",
+            _ => "; the ring buffer was full, a larger --ebpf.ring-buffer-size may help",
+        };
+        warn!(
+            "{} events dropped and {} probe runs missed: auditing now{remedy}",
+            lost.events, lost.missed_runs,
+        );
     }
 
     /// Connects beyond the bound lose their latency and nothing else, so they
-    /// are worth a line, not an audit.
-    fn tell_of_unkept(&mut self) {
-        let unkept = self.fold.pending_overflow();
-        let more = unkept - std::mem::replace(&mut self.pending_overflow, unkept);
+    /// get a log line and no audit.
+    fn warn_of_untimed(&mut self) {
+        let untimed = self.fold.pending_overflow();
+        let more = untimed - std::mem::replace(&mut self.pending_overflow, untimed);
         if more > 0 {
-            log::warn!(
-                "{more} connects not timed: no room for them in the connection table, an \
-                     eighth of which is theirs; if it is no scan, a larger \
-                     --connections.max helps",
+            warn!(
+                "connect latency of {more} connections not measured: connects under way fill \
+                 their eighth of the connection table; unless it is a port scan, raise \
+                 --connections.max"
             );
         }
     }
 
-    /// A figure of a socket is read under its lock, and whoever keeps that,
-    /// by a write that never ends, keeps the walk as well.
-    fn tell_of_silence(&self) {
-        let silence = self.heard.elapsed();
-        if self.walk.is_some() && silence >= SILENCE {
+    /// The kernel reads a socket's counters under the socket's lock. A process
+    /// that holds the lock, by a write that never ends, also stops the walk.
+    fn warn_of_stalled_walk(&self) {
+        let stalled = self.last_progress.elapsed();
+        if self.walk.is_some() && stalled >= STALLED {
             log::error!(
-                "the walk of the kernel's socket tables has told of nothing for {} s: a socket or \
-                 a file that it reads is held by another process; until it ends there are no \
-                 audits, and the gauges rest on events alone",
-                silence.as_secs()
+                "socket-table scan: no progress for {} s: another process holds the lock of a \
+                 socket, or a file that the scan reads; there are no audits until it releases \
+                 it, and gauges rest on events alone; end that process",
+                stalled.as_secs()
             );
         }
     }
 
     fn walk(&mut self, message: WalkMessage) {
-        self.heard = Instant::now();
-        // The merge is sound because a trace precedes the state it tells of:
-        // what a row shows was produced by the time the row is here.
+        self.last_progress = Instant::now();
+        // Sound because a program runs before the state that it reports is
+        // visible: what a row shows was produced by the time the row is here.
         self.drain_produced();
         if let WalkMessage::End(summary) = &message {
             self.settling = Some(summary.clone());
@@ -353,15 +332,15 @@ impl Pipeline {
         self.drain_some();
     }
 
-    /// Counts a step of the walk that began at this CPU time; the ring was
-    /// drained before it and will be after it.
+    /// Counts a step of the walk that began at this CPU time. The ring is drained
+    /// before and after it.
     fn count_step(&mut self, started: Duration) {
         let step = cpu_time().saturating_sub(started);
         self.walk_cpu += step;
         self.walk_step = self.walk_step.max(step);
     }
 
-    /// One slice of the scans that end a walk, then its bookkeeping.
+    /// One slice of the work that ends a walk; after the last, [`Self::end_walk`].
     fn settle(&mut self) {
         self.drain_some();
         let started = cpu_time();
@@ -370,19 +349,23 @@ impl Pipeline {
         if more {
             return;
         }
-        let (Some(mut summary), Some(walk)) = (self.settling.take(), self.walk.take()) else {
-            return;
-        };
-        debug!(
-            "walk folded in {} µs of CPU time, at most {} µs of it between two drains of the ring",
-            self.walk_cpu.as_micros(),
-            self.walk_step.as_micros()
-        );
+        if let (Some(summary), Some(walk)) = (self.settling.take(), self.walk.take()) {
+            debug!(
+                "walk folded in {} µs of CPU time, at most {} µs of it between two drains of the ring",
+                self.walk_cpu.as_micros(),
+                self.walk_step.as_micros()
+            );
+            self.end_walk(walk, summary);
+        }
+    }
+
+    /// Plans the next walk and reports what this one found.
+    fn end_walk(&mut self, walk: Walk, mut summary: WalkSummary) {
         let unlisted = self.fold.unlisted_namespaces();
         if unlisted > 0 {
             summary.unaudited += unlisted;
             summary.reason.get_or_insert_with(|| {
-                format!("{unlisted} with connections are of no process and no mount")
+                format!("{unlisted} with connections have neither a process nor a mount")
             });
         }
         let now_ns = monotonic_ns();
@@ -404,11 +387,11 @@ impl Pipeline {
             owners_wait: summary.owners_wait,
         };
         self.schedule.finished(now_ns, walk, ended);
-        // A loss that shows only now explains them.
+        // First, since a loss that shows only now explains removals.
         self.read_counters();
         if let Some(unexplained) = self.fold.take_unexplained() {
-            log::warn!(
-                "the audit removed connections whose closes no event told, though no event is \
+            warn!(
+                "the audit removed connections whose close no event reported, though no event is \
                  known to be lost: {unexplained}; please report this line"
             );
         }
@@ -421,10 +404,10 @@ impl Pipeline {
         });
         if first {
             let snapshot = self.fold.snapshot();
-            info!("{}", first_words::line(&snapshot, &self.board));
+            info!("{}", self.board.summary(&snapshot));
             self.board.ready();
         }
-        // What the first walk and the search after it needed for a moment.
+        // Gives back what the initial scan and the search for owners after it used.
         if first || !walk.audit && !walk.traffic {
             kernel::trim_memory();
         }
@@ -443,9 +426,9 @@ impl Pipeline {
         Report { snapshot, status }
     }
 
-    /// Drains the ring and reads the counters so that both tell of the same
-    /// instant, if the traffic leaves one: nothing was produced between a
-    /// reading and the end of the drain after it.
+    /// Drains the ring and reads the counters so that both show the same
+    /// instant, if the traffic allows: nothing was produced between a reading and
+    /// the end of the drain after it.
     fn drain_whole(&mut self) {
         for _ in 0..SAME_INSTANT_TRIES {
             self.read_counters();
@@ -456,5 +439,15 @@ impl Pipeline {
                 return;
             }
         }
+    }
+}
+
+/// Resolves when the ring has data; never without a ring.
+async fn readable(
+    ring: Option<&AsyncFd<OwnedFd>>,
+) -> std::io::Result<tokio::io::unix::AsyncFdReadyGuard<'_, OwnedFd>> {
+    match ring {
+        Some(ring) => ring.readable().await,
+        None => std::future::pending().await,
     }
 }

@@ -1,38 +1,42 @@
-//! The serving thread: HTTP, signals, file watching, the service manager.
+//! The serving thread: HTTP, signals, the file of the country database, the
+//! service manager.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use bytes::Bytes;
 use connmon_core::geo::{Database, Locator};
-use connmon_core::report::Reporter;
+use connmon_core::report::{Report, Reporter};
 use connmon_host::sandbox::Plan;
-use connmon_http::Server;
+use connmon_http::{Asset, Content, Server};
 use log::info;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::database::{Outcome, Reloader};
+use crate::expose::metrics::Metrics;
+use crate::expose::page::Page;
+use crate::expose::summary;
 use crate::notify::Notify;
 
-use super::content::AgentContent;
 use super::pipeline::DatabaseChange;
 use super::reporter::FoldReporter;
 
 /// How often the database file is looked at.
 const DATABASE_POLL: Duration = Duration::from_secs(1);
 
-/// What the serving thread works with; made before its sandbox closes.
+/// What the serving thread works with; made before it enters its sandbox.
 pub struct Serving {
     /// Bound, not yet serving.
     pub server: Server,
-    /// What it hands out.
+    /// What it serves.
     pub content: AgentContent,
     /// Where reports come from.
     pub reporter: FoldReporter,
-    /// The line that names the page.
-    pub page: Option<String>,
-    /// Becomes true with the first merge.
+    /// Logged once the agent is ready.
+    pub when_ready: Vec<String>,
+    /// Becomes true after the initial scan.
     pub ready: watch::Receiver<bool>,
     /// Resolves when the fold thread ends.
     pub fold_ended: oneshot::Receiver<anyhow::Result<()>>,
@@ -46,76 +50,65 @@ pub struct Serving {
     pub notify: Notify,
 }
 
-/// Serves until a signal.
-///
-/// # Errors
-/// When the sandbox is strict and incomplete, or a thread failed.
-pub async fn run(serving: Serving, plan: &Plan) -> anyhow::Result<()> {
-    let Serving {
-        server,
-        content,
-        reporter,
-        page,
-        mut ready,
-        mut fold_ended,
-        stop,
-        signals,
-        database,
-        notify,
-    } = serving;
-    plan.enter_serve()?;
-    let notify = Arc::new(notify);
-    let Signals {
-        mut term,
-        mut int,
-        hangup,
-    } = signals;
-    let mut stopped = stop.subscribe();
-    let http = server.serve(Arc::new(reporter.clone()), content, async move {
-        let _ = stopped.changed().await;
-    });
-    let mut http = std::pin::pin!(http);
-    // A panic in one of these ends the process by the panic hook.
-    tokio::spawn(database.run(hangup));
-    tokio::spawn(feed_watchdog(Arc::clone(&notify), reporter));
-    let mut said = false;
-    loop {
-        tokio::select! {
-            done = &mut http => {
-                done.context("the HTTP server failed")?;
-                anyhow::bail!("the HTTP server ended by itself");
-            }
-            outcome = &mut fold_ended => {
-                return match outcome {
-                    Ok(Err(error)) => Err(error.context("the fold thread failed")),
-                    Ok(Ok(())) | Err(_) => anyhow::bail!("the fold thread ended by itself"),
-                };
-            }
-            _ = term.recv() => {
-                info!("SIGTERM received: stopping");
-                break;
-            }
-            _ = int.recv() => {
-                info!("SIGINT received: stopping");
-                break;
-            }
-            changed = ready.changed(), if !said => {
-                said = true;
-                if changed.is_ok() {
-                    if let Some(page) = &page {
-                        info!("{page}");
+impl Serving {
+    /// Serves until a signal.
+    ///
+    /// # Errors
+    /// When the sandbox is strict and incomplete, or a thread failed.
+    pub async fn run(mut self, plan: &Plan) -> anyhow::Result<()> {
+        plan.enter_serve()?;
+        let notify = Arc::new(self.notify);
+        let Signals {
+            mut term,
+            mut int,
+            hangup,
+        } = self.signals;
+        let mut stopped = self.stop.subscribe();
+        let reporter = Arc::new(self.reporter.clone());
+        let http = self.server.serve(reporter, self.content, async move {
+            let _ = stopped.changed().await;
+        });
+        let mut http = std::pin::pin!(http);
+        // A panic in one of these ends the process by the panic hook.
+        tokio::spawn(self.database.run(hangup));
+        tokio::spawn(feed_watchdog(Arc::clone(&notify), self.reporter));
+        let mut logged = false;
+        loop {
+            tokio::select! {
+                done = &mut http => {
+                    done.context("the HTTP server failed")?;
+                    anyhow::bail!("the HTTP server ended by itself");
+                }
+                outcome = &mut self.fold_ended => {
+                    return match outcome {
+                        Ok(Err(error)) => Err(error.context("the fold thread failed")),
+                        Ok(Ok(())) | Err(_) => anyhow::bail!("the fold thread ended by itself"),
+                    };
+                }
+                _ = term.recv() => {
+                    info!("SIGTERM received: stopping");
+                    break;
+                }
+                _ = int.recv() => {
+                    info!("SIGINT received: stopping");
+                    break;
+                }
+                changed = self.ready.changed(), if !logged => {
+                    logged = true;
+                    if changed.is_ok() {
+                        self.when_ready.iter().for_each(|line| info!("{line}"));
+                        notify.ready("watching");
                     }
-                    notify.ready("watching");
                 }
             }
         }
+        notify.stopping();
+        self.stop.send_replace(true);
+        http.await.context("the HTTP server failed while stopping")
     }
-    notify.stopping();
-    stop.send_replace(true);
-    http.await.context("the HTTP server failed while stopping")
 }
 
-/// Tells the service manager that the fold still answers.
+/// Reports to the service manager that the fold still answers.
 async fn feed_watchdog(notify: Arc<Notify>, reporter: FoldReporter) {
     let Some(interval) = notify.interval() else {
         return;
@@ -129,7 +122,39 @@ async fn feed_watchdog(notify: Arc<Notify>, reporter: FoldReporter) {
     }
 }
 
-/// The signals the agent knows.
+/// What the server serves: metrics, summary, page.
+pub struct AgentContent {
+    metrics: Metrics,
+    page: Page,
+}
+
+impl AgentContent {
+    /// Content whose page links to the metrics at this path.
+    pub fn new(telemetry_path: &str) -> Self {
+        Self {
+            metrics: Metrics::new(),
+            page: Page::new(telemetry_path),
+        }
+    }
+}
+
+impl Content for AgentContent {
+    fn metrics(&mut self, report: &Report) -> Bytes {
+        #[cfg(debug_assertions)]
+        super::panic_if_asked("serve");
+        self.metrics.render(report)
+    }
+
+    fn summary(&mut self, report: &Report) -> Bytes {
+        summary::render(report)
+    }
+
+    fn asset(&self, path: &str) -> Option<Asset> {
+        self.page.asset(path)
+    }
+}
+
+/// The signals that the agent handles.
 pub struct Signals {
     term: Signal,
     int: Signal,
@@ -137,7 +162,8 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// From now on they no longer kill. To be called inside a runtime.
+    /// From now on they no longer end the process. To be called inside a
+    /// runtime.
     ///
     /// # Errors
     /// When a handler cannot be installed.
@@ -153,27 +179,17 @@ impl Signals {
     }
 }
 
-/// Watches the country database's file and hands new ones to the fold thread.
+/// Watches the country database's file and passes new ones to the fold thread.
 pub struct DatabaseWatch {
-    reloader: Option<Reloader>,
-    current: Arc<Database>,
-    fold: mpsc::Sender<DatabaseChange>,
+    /// `None`: the embedded database, which never changes.
+    pub reloader: Option<Reloader>,
+    /// The database in use.
+    pub current: Arc<Database>,
+    /// Where changes go.
+    pub fold: mpsc::Sender<DatabaseChange>,
 }
 
 impl DatabaseWatch {
-    /// Watches what `reloader` watches; without one there is nothing to do.
-    pub fn new(
-        reloader: Option<Reloader>,
-        current: Arc<Database>,
-        fold: mpsc::Sender<DatabaseChange>,
-    ) -> Self {
-        Self {
-            reloader,
-            current,
-            fold,
-        }
-    }
-
     async fn run(mut self, mut hangup: Signal) {
         let mut tick = tokio::time::interval(DATABASE_POLL);
         loop {
@@ -185,13 +201,12 @@ impl DatabaseWatch {
         }
     }
 
-    /// Looks at the file; with `force` reads it whatever it looks like.
-    /// Reading and checking take a while, so they happen on another thread.
+    /// Looks at the file; with `force` reads it even if it did not change.
+    /// Reading and checking take a while, so another thread does both.
     async fn poll(&mut self, force: bool) {
-        // Not while a database waits for the fold, which has another: a third
-        // one has no place in memory. A fold thread that is gone is noticed
-        // elsewhere.
-        let Ok(place) = self.fold.clone().reserve_owned().await else {
+        // Not while the fold has yet to take the database before this one:
+        // memory is meant for two. A fold thread that ended is noticed elsewhere.
+        let Ok(permit) = self.fold.clone().reserve_owned().await else {
             return;
         };
         let Some(mut reloader) = self.reloader.take() else {
@@ -201,8 +216,8 @@ impl DatabaseWatch {
             let outcome = reloader.poll(force);
             (reloader, outcome)
         });
+        // A panic there has ended the process; else the runtime ends.
         let Ok((reloader, outcome)) = polled.await else {
-            // A panic there has ended the process; else the runtime ends.
             return;
         };
         let (ok, failed) = reloader.counts();
@@ -216,6 +231,6 @@ impl DatabaseWatch {
             }
         };
         let info = self.current.info(ok, failed);
-        place.send(DatabaseChange { locator, info });
+        permit.send(DatabaseChange { locator, info });
     }
 }

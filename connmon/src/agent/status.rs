@@ -1,4 +1,5 @@
-//! What a report says of the agent itself: source, rungs, counters, walks.
+//! The agent's own part of a report: source, attached probes, counters of loss,
+//! audits, readiness.
 
 use std::time::{Duration, Instant};
 
@@ -7,17 +8,19 @@ use connmon_core::probe::{Probe, Rung};
 use connmon_core::report::{DatabaseInfo, ProgramStats, Source, Status};
 use connmon_core::scan::{Trigger, Walk, WalkSummary};
 use connmon_host::kernel::{Counters, monotonic_ns};
-use log::{error, info, warn};
+use log::{error, warn};
 use tokio::sync::watch;
 
-/// Readiness waits this long for the first merge at most.
+use super::startup;
+
+/// Readiness waits this long for the initial scan at most.
 const READY_AT_LATEST: Duration = Duration::from_secs(10);
 
 /// `connmon_up` wants an audit younger than this many intervals.
-const UP_INTERVALS: u32 = 3;
+const UP_INTERVALS: f64 = 3.0;
 
-/// Sockets that appear while no event comes for so many audits say that the
-/// probe does not deliver any more.
+/// After so many audits without an event between them, a socket that appears
+/// shows that the probe no longer delivers.
 const STILL_AUDITS: u32 = 2;
 
 /// A walk that ended.
@@ -42,7 +45,7 @@ pub struct Lost {
     pub events: u64,
     /// Program runs that the kernel skipped.
     pub missed_runs: u64,
-    /// Those of them that would have told of state changes.
+    /// Those of them at the probe of state changes.
     pub missed_changes: u64,
 }
 
@@ -62,34 +65,27 @@ impl Lost {
 #[derive(Debug)]
 pub struct StatusBoard {
     started: Instant,
-    source: Source,
-    degraded: Option<String>,
-    rungs: Vec<Rung>,
-    demo: bool,
-    database: DatabaseInfo,
+    /// The report's part, as of the last walk; [`StatusBoard::status`] fills in
+    /// what changes between walks.
+    status: Status,
     counters: Counters,
-    undecodable: u64,
-    runs: [u64; 3],
     /// Attempts to produce a record at the end of the last audit.
     produced_before: u64,
     /// Audits in a row between which no event came.
     still: u32,
-    /// What the audits before the last had found that no event told of.
+    /// What the audits before the last had found that no event reported.
     found_before: u64,
     /// The last audit found changes although no event comes any more.
     silent: bool,
     last_audit_ns: Option<u64>,
-    duration_s: f64,
-    interval: Duration,
-    namespaces: [u64; 3],
     namespace_reason: Option<String>,
-    merged: bool,
+    scanned: bool,
     ready: watch::Sender<bool>,
 }
 
 impl StatusBoard {
-    /// A board before the first walk; `ready` becomes true with the first
-    /// merge, or when it takes too long.
+    /// A board before the initial scan; `ready` becomes true after it, or when
+    /// it takes too long.
     pub fn new(
         source: Source,
         degraded: Option<String>,
@@ -101,55 +97,64 @@ impl StatusBoard {
     ) -> Self {
         Self {
             started: Instant::now(),
-            source,
-            degraded,
-            rungs,
-            demo,
-            database,
+            status: Status {
+                source,
+                degraded,
+                rungs,
+                up: false,
+                ready: false,
+                waiting_for: None,
+                uptime_s: 0.0,
+                events_produced: 0,
+                events_folded: 0,
+                dropped_ring_full: 0,
+                dropped_undecodable: 0,
+                missed_runs: Vec::new(),
+                reconcile_runs: [0; 3],
+                reconcile_duration_s: 0.0,
+                reconcile_interval_s: interval.as_secs_f64(),
+                namespaces: [0; 3],
+                programs: Vec::new(),
+                database,
+                demo,
+            },
             counters: Counters::default(),
-            undecodable: 0,
-            runs: [0; 3],
             produced_before: 0,
             still: 0,
             found_before: 0,
             silent: false,
             last_audit_ns: None,
-            duration_s: 0.0,
-            interval,
-            namespaces: [0; 3],
             namespace_reason: None,
-            merged: false,
+            scanned: false,
             ready,
         }
     }
 
-    /// Time since the start.
-    pub fn waited(&self) -> Duration {
-        self.started.elapsed()
-    }
-
-    /// Where the events come from.
-    pub fn source(&self) -> Source {
-        self.source
+    /// The startup summary of the log.
+    pub fn summary(&self, snapshot: &Snapshot) -> String {
+        startup::summary(snapshot, self.namespaces(), self.status.source)
     }
 
     /// Namespaces that the last walk knew of.
-    pub fn namespaces(&self) -> u64 {
-        self.namespaces.iter().sum()
+    fn namespaces(&self) -> u64 {
+        self.status.namespaces.iter().sum()
     }
 
     /// A new country database is in use.
     pub fn database(&mut self, database: DatabaseInfo) {
-        self.database = database;
+        self.status.database = database;
     }
 
     /// Records that did not decode.
     pub fn undecodable(&mut self, records: u64) {
-        self.undecodable += records;
-        log::error!("{records} records of the kernel side did not decode and were dropped",);
+        self.status.dropped_undecodable += records;
+        log::error!(
+            "{records} records of the ring buffer not decoded and dropped: agent and BPF programs \
+             do not match; install one release"
+        );
     }
 
-    /// Takes a reading of the kernel's counters; says what was lost since
+    /// Takes a reading of the kernel's counters and returns what was lost since
     /// the last one.
     pub fn counters(&mut self, counters: &Counters) -> Lost {
         let missed = |counters: &Counters, which: fn(Probe) -> bool| -> u64 {
@@ -183,26 +188,20 @@ impl StatusBoard {
         self.counters.produced
     }
 
-    /// A walk ended; true when it was the first merge.
+    /// A walk ended; true when it was the initial scan.
     pub fn walked(&mut self, ended: WalkState) -> bool {
-        let WalkState {
-            walk,
-            summary,
-            now_ns,
-            audit_every,
-            corrections,
-        } = ended;
-        let read = summary.diag + summary.proc > 0;
-        if walk.audit {
-            let trigger = match walk.trigger {
+        let summary = ended.summary;
+        let status = &mut self.status;
+        if ended.walk.audit {
+            let trigger = match ended.walk.trigger {
                 Trigger::Startup => 0,
                 Trigger::Interval => 1,
                 Trigger::Loss => 2,
             };
-            self.runs[trigger] += 1;
+            status.reconcile_runs[trigger] += 1;
             // One that could read nothing proves nothing.
-            if read {
-                self.last_audit_ns = Some(now_ns);
+            if summary.diag + summary.proc > 0 {
+                self.last_audit_ns = Some(ended.now_ns);
             }
             // Two audits, since the first may still mend what was lost before.
             self.still = match self.counters.produced == self.produced_before {
@@ -210,103 +209,73 @@ impl StatusBoard {
                 false => 0,
             };
             self.produced_before = self.counters.produced;
-            let found = corrections.added + corrections.updated;
-            self.silent = self.source == Source::Ebpf
+            let found = ended.corrections.added + ended.corrections.updated;
+            self.silent = status.source == Source::Ebpf
                 && self.still >= STILL_AUDITS
                 && found > self.found_before;
             self.found_before = found;
-            self.duration_s = summary.duration_ns as f64 / 1e9;
-            self.interval = audit_every;
+            status.reconcile_duration_s = summary.duration_ns as f64 / 1e9;
+            status.reconcile_interval_s = ended.audit_every.as_secs_f64();
         }
-        self.namespaces = [
-            summary.diag.into(),
-            summary.proc.into(),
-            summary.unaudited.into(),
-        ];
+        status.namespaces = [summary.diag, summary.proc, summary.unaudited].map(u64::from);
         if summary.reason != self.namespace_reason {
             if let Some(reason) = &summary.reason {
                 warn!(
-                    "{} of {} namespaces cannot be read by sock_diag: {reason}",
+                    "{} of {} network namespaces cannot be read by sock_diag: {reason}",
                     summary.proc + summary.unaudited,
                     self.namespaces(),
                 );
             }
             self.namespace_reason = summary.reason;
         }
-        let first = !self.merged;
-        self.merged = true;
-        first
+        !std::mem::replace(&mut self.scanned, true)
     }
 
-    /// The first merge is folded and said.
+    /// The initial scan is folded and logged.
     pub fn ready(&self) {
         self.ready.send_replace(true);
     }
 
-    /// Ends the wait for the first merge when it takes too long.
+    /// Ends the wait for the initial scan when it takes too long.
     pub fn give_up_waiting(&self, waited: Duration) {
         if !*self.ready.borrow() && waited >= READY_AT_LATEST {
             error!(
-                "the first reconcile is not done after {} s: serving with connmon_up 0",
+                "the initial scan is not done after {} s: serving with connmon_up 0 until it is",
                 READY_AT_LATEST.as_secs()
             );
-            self.ready.send_replace(true);
+            self.ready();
         }
+    }
+
+    /// Time since the start.
+    pub fn waited(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// `connmon_up`: the source delivers and the last audit is young.
     fn up(&self, now_ns: u64) -> bool {
         // The next audit needs its time, too.
-        let limit = self
-            .interval
-            .saturating_mul(UP_INTERVALS)
-            .saturating_add(Duration::try_from_secs_f64(self.duration_s).unwrap_or_default());
-        let limit_ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        let young = self
-            .last_audit_ns
-            .is_some_and(|at| now_ns.saturating_sub(at) <= limit_ns);
-        young && !self.silent
+        let limit_s =
+            self.status.reconcile_interval_s * UP_INTERVALS + self.status.reconcile_duration_s;
+        let age_s = |at_ns| now_ns.saturating_sub(at_ns) as f64 / 1e9;
+        !self.silent && self.last_audit_ns.is_some_and(|at| age_s(at) <= limit_s)
     }
 
     /// The agent's part of a report.
     pub fn status(&self, snapshot: &Snapshot, programs: Vec<ProgramStats>) -> Status {
         let ready = *self.ready.borrow();
         Status {
-            source: self.source,
-            degraded: self.degraded.clone(),
-            rungs: self.rungs.clone(),
             up: self.up(monotonic_ns()),
             ready,
-            waiting_for: (!ready).then(|| {
-                "the first reconcile with the kernel's socket tables is not folded yet".to_owned()
-            }),
+            waiting_for: (!ready)
+                .then(|| "the initial scan of the kernel's socket tables".to_owned()),
             uptime_s: self.started.elapsed().as_secs_f64(),
             events_produced: self.counters.produced,
             events_folded: snapshot.folded,
             dropped_ring_full: self.counters.ring_full,
-            dropped_undecodable: self.undecodable,
             missed_runs: self.counters.missed.clone(),
-            reconcile_runs: self.runs,
-            reconcile_duration_s: self.duration_s,
-            reconcile_interval_s: self.interval.as_secs_f64(),
-            namespaces: self.namespaces,
             programs,
-            database: self.database.clone(),
-            demo: self.demo,
-        }
-    }
-}
-
-/// One line of the log for each probe: its rung, and why it is not higher.
-pub fn log_rungs(rungs: &[Rung]) {
-    for rung in rungs {
-        match rung.reason() {
-            None => info!("{} attached by {}", rung.probe.label(), rung.method.label()),
-            Some(reason) => info!(
-                "{} attached by {}: {reason}",
-                rung.probe.label(),
-                rung.method.label()
-            ),
+            ..self.status.clone()
         }
     }
 }
@@ -363,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn up_wants_an_audit_younger_than_three_intervals_that_read_something() {
+    fn up_needs_an_audit_of_the_last_three_intervals() {
         let (mut board, _ready) = board();
         assert!(!board.up(0), "never audited");
         audit(&mut board, Trigger::Startup, 100, 1, 0);
@@ -385,14 +354,17 @@ mod tests {
         audit(&mut board, Trigger::Interval, 60, 1, 3);
         assert!(board.up(60 * SECOND_NS), "nothing happens");
         audit(&mut board, Trigger::Interval, 120, 1, 4);
-        assert!(!board.up(120 * SECOND_NS), "a socket nobody told of");
+        assert!(
+            !board.up(120 * SECOND_NS),
+            "a socket that no event reported"
+        );
         board.counters(&counters(11, 0, &[]));
         audit(&mut board, Trigger::Interval, 180, 1, 4);
-        assert!(board.up(180 * SECOND_NS), "events come again");
+        assert!(board.up(180 * SECOND_NS), "events come once more");
     }
 
     #[test]
-    fn readiness_waits_ten_seconds_for_the_first_merge() {
+    fn readiness_waits_ten_seconds_at_most() {
         let (board, ready) = board();
         board.give_up_waiting(Duration::from_secs(9));
         assert!(!*ready.borrow());
@@ -401,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn losses_are_told_by_what_they_cost() {
+    fn losses_differ_by_what_they_cost() {
         let (mut board, _ready) = board();
         assert!(
             !board

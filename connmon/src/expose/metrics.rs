@@ -1,29 +1,32 @@
 //! Report → telemetry text, format 0.0.4.
 //!
-//! What is not known is absent rather than zero: byte and round-trip families
-//! without traffic figures, accept waits without an accept probe, connect
-//! latency and failures in polling mode, which sees no handshakes, limits of
-//! accept queues that were read from /proc.
+//! What is not known is absent rather than zero: bytes and round-trip times
+//! where the source has none, accept waits without an accept probe, connect
+//! latency and failures in polling mode, which sees no handshakes, and limits
+//! of accept queues that were read from /proc.
+
+use std::hash::{BuildHasher as _, RandomState};
 
 use bytes::Bytes;
 use connmon_core::fold::{
-    AUDITED_STATES, CountryRow, Direction, FailureReason, ListenerRow, PortLabel, PortRow,
-    Snapshot, Sum,
+    AUDITED_STATES, CountryRow, Direction, FailureReason, Flow, PortLabel, PortRow, Snapshot, Sum,
 };
 use connmon_core::report::{Report, Source, Status};
 
 use crate::version;
 
 use super::families::{FAMILIES, Id};
-use super::process::{Process, ProcessFigures};
+use super::process::{Process, ProcessStats};
 use super::rows::{Rows, seconds};
 
-/// Renders reports. Keeps rows between scrapes, so that a scrape mostly
-/// writes numbers.
+/// Renders reports. Keeps rows between scrapes, so that a scrape writes
+/// numbers and few labels.
 #[derive(Debug)]
 pub struct Metrics {
     rows: Vec<Rows>,
-    listeners: ListenerKeys,
+    /// Keys of rows whose labels are text. Keyed with a secret, since a local
+    /// user chooses process names.
+    keys: RandomState,
     process: Option<Process>,
     /// Length of the last text, the guess for the next one.
     last_length: usize,
@@ -37,7 +40,7 @@ impl Metrics {
             .ok();
         Self {
             rows: FAMILIES.iter().map(Rows::new).collect(),
-            listeners: ListenerKeys::default(),
+            keys: RandomState::new(),
             process,
             last_length: 16 * 1024,
         }
@@ -49,8 +52,8 @@ impl Metrics {
         self.render_with(report, process)
     }
 
-    /// The telemetry text with given process figures, for tests.
-    pub fn render_with(&mut self, report: &Report, process: Option<ProcessFigures>) -> Bytes {
+    /// The telemetry text with a given state of the process, for tests.
+    pub fn render_with(&mut self, report: &Report, process: Option<ProcessStats>) -> Bytes {
         self.rows.iter_mut().for_each(Rows::begin);
         let known = Known {
             traffic: report.snapshot.traffic_known,
@@ -65,7 +68,7 @@ impl Metrics {
         }
         self.cross(&report.snapshot);
         self.totals(&report.snapshot, known);
-        self.listeners(report);
+        self.listeners(&report.snapshot);
         self.fold(&report.snapshot);
         self.events(&report.status);
         self.reconcile(&report.status);
@@ -91,73 +94,81 @@ impl Metrics {
         let code = row.country.code();
         for direction in Direction::ALL {
             let flow = &row.flows[direction as usize];
-            let key = key | direction as u64;
-            let mut value = |id, value| {
-                self.count(id, key, value, |label| {
-                    label(code);
-                    label(direction.label());
-                });
-            };
-            value(Id::CountryConnections, flow.connections);
-            value(Id::CountryOpened, flow.opened);
-            value(Id::CountryClosed, flow.closed);
-            if known.traffic {
-                value(Id::CountryReceivedBytes, flow.received_bytes);
-                value(Id::CountrySentBytes, flow.sent_bytes);
-                value(Id::CountryRetransmitted, flow.retransmitted_segments);
-            }
+            self.flow(&COUNTRY, key, direction, flow, known, |label| label(code));
         }
         if known.connects {
-            for reason in FailureReason::ALL {
-                let count = row.failures[reason as usize];
-                let key = key | reason as u64;
-                self.count(Id::CountryConnectFailures, key, count, |label| {
-                    label(code);
-                    label(reason.label());
-                });
-            }
-            self.summary(Id::CountryConnectLatency, key, row.connect_latency, code);
+            self.failures(Id::CountryConnectFailures, key, &row.failures, |label| {
+                label(code);
+            });
+            self.summary(
+                Id::CountryConnectLatency,
+                key,
+                row.connect_latency,
+                |label| label(code),
+            );
         }
         if known.traffic {
-            self.summary(Id::CountryRtt, key, row.rtt, code);
+            self.summary(Id::CountryRtt, key, row.rtt, |label| label(code));
         }
     }
 
     fn port(&mut self, row: &PortRow, known: Known) {
-        let direction = row.direction;
         let key = port_key(row.port) << 8;
-        let mut value = |id, value| {
-            self.count(id, key | direction as u64, value, |label| {
-                label(&port_text(row.port));
-                label(direction.label());
-            });
-        };
-        value(Id::PortConnections, row.flow.connections);
-        value(Id::PortOpened, row.flow.opened);
-        value(Id::PortClosed, row.flow.closed);
-        value(Id::PortCloseWait, row.close_wait);
-        if known.traffic {
-            value(Id::PortReceivedBytes, row.flow.received_bytes);
-            value(Id::PortSentBytes, row.flow.sent_bytes);
-            value(Id::PortRetransmitted, row.flow.retransmitted_segments);
-        }
+        let port = |label: &mut dyn FnMut(&str)| label(&row.port.to_string());
+        self.flow(&PORT, key, row.direction, &row.flow, known, port);
+        let direction = row.direction;
+        let directed = key | direction as u64;
+        self.count(Id::PortCloseWait, directed, row.close_wait, |label| {
+            port(label);
+            label(direction.label());
+        });
         if let (Some(failures), true) = (&row.failures, known.connects) {
-            for reason in FailureReason::ALL {
-                let count = failures[reason as usize];
-                self.count(
-                    Id::PortConnectFailures,
-                    key | reason as u64,
-                    count,
-                    |label| {
-                        label(&port_text(row.port));
-                        label(reason.label());
-                    },
-                );
-            }
+            self.failures(Id::PortConnectFailures, key, failures, port);
         }
         if let (Some(wait), true) = (row.accept_wait, known.accepts) {
-            let rows = &mut self.rows[Id::PortAcceptWait as usize];
-            rows.summary(key, wait, |label| label(&port_text(row.port)));
+            self.summary(Id::PortAcceptWait, key, wait, port);
+        }
+    }
+
+    /// What country and port rows have in common, for one direction.
+    fn flow(
+        &mut self,
+        ids: &[Id; 6],
+        key: u64,
+        direction: Direction,
+        flow: &Flow,
+        known: Known,
+        first: impl Fn(&mut dyn FnMut(&str)),
+    ) {
+        let values = [
+            flow.connections,
+            flow.opened,
+            flow.closed,
+            flow.received_bytes,
+            flow.sent_bytes,
+            flow.retransmitted_segments,
+        ];
+        let shown = if known.traffic { 6 } else { 3 };
+        for (id, value) in ids.iter().zip(values).take(shown) {
+            self.count(*id, key | direction as u64, value, |label| {
+                first(label);
+                label(direction.label());
+            });
+        }
+    }
+
+    fn failures(
+        &mut self,
+        id: Id,
+        key: u64,
+        counts: &[u64; FailureReason::COUNT],
+        first: impl Fn(&mut dyn FnMut(&str)),
+    ) {
+        for (reason, count) in FailureReason::ALL.into_iter().zip(counts) {
+            self.count(id, key | reason as u64, *count, |label| {
+                first(label);
+                label(reason.label());
+            });
         }
     }
 
@@ -168,7 +179,7 @@ impl Metrics {
             let mut value = |id, value| {
                 self.count(id, key, value, |label| {
                     label(row.country.code());
-                    label(&port_text(row.port));
+                    label(&row.port.to_string());
                     label(row.direction.label());
                 });
             };
@@ -206,12 +217,13 @@ impl Metrics {
         }
     }
 
-    fn listeners(&mut self, report: &Report) {
-        let rows = &report.snapshot.listeners;
-        self.listeners.update(rows);
-        for (row, key) in rows.iter().zip(&self.listeners.keys) {
-            let mut value = |id: Id, value: u64, owner: bool| {
-                self.rows[id as usize].value(*key, value as f64, |label| {
+    fn listeners(&mut self, snapshot: &Snapshot) {
+        for row in &snapshot.listeners {
+            let owner = (row.process.as_str(), row.pid);
+            let place = (row.netns, row.host, row.address.as_str(), row.port);
+            let key = self.keys.hash_one((place, owner));
+            let mut value = |id: Id, value: u64, with_owner: bool| {
+                self.count(id, key, value, |label| {
                     if row.host {
                         label("host");
                     } else {
@@ -219,7 +231,7 @@ impl Metrics {
                     }
                     label(&row.address);
                     label(&row.port.to_string());
-                    if owner {
+                    if with_owner {
                         label(&row.process);
                         label(&row.pid.to_string());
                     }
@@ -283,7 +295,7 @@ impl Metrics {
             });
         }
         for program in &status.programs {
-            let key = text_key(&program.program);
+            let key = self.keys.hash_one(&program.program);
             let mut value = |id: Id, value| {
                 self.rows[id as usize].value(key, value, |label| label(&program.program));
             };
@@ -323,8 +335,9 @@ impl Metrics {
             label(status.source.label());
         });
         let database = &status.database;
-        // Another database is another row: its build time tells it apart.
-        let key = database.build_timestamp << 16 | database.reloads_ok & 0xffff;
+        let key = self
+            .keys
+            .hash_one((&database.database_type, database.source));
         self.count(Id::GeoipInfo, key, 1, |label| {
             label(&database.database_type);
             label(database.source);
@@ -339,7 +352,7 @@ impl Metrics {
         );
     }
 
-    fn process(&mut self, process: &ProcessFigures) {
+    fn process(&mut self, process: &ProcessStats) {
         self.single(Id::ProcessCpuSeconds, process.cpu_seconds);
         self.single(Id::ProcessOpenFds, process.open_fds);
         self.single(Id::ProcessMaxFds, process.max_fds);
@@ -352,6 +365,7 @@ impl Metrics {
         self.single(Id::ProcessStartTime, process.start_time_seconds);
     }
 
+    /// The only row of a family without labels.
     fn single(&mut self, id: Id, value: f64) {
         self.rows[id as usize].value(0, value, |_| {});
     }
@@ -360,14 +374,15 @@ impl Metrics {
         self.rows[id as usize].value(key, value as f64, labels);
     }
 
-    fn summary(&mut self, id: Id, key: u64, sum: Sum, label_value: &str) {
-        self.rows[id as usize].summary(key, sum, |label| label(label_value));
+    fn summary(&mut self, id: Id, key: u64, sum: Sum, labels: impl FnOnce(&mut dyn FnMut(&str))) {
+        self.rows[id as usize].summary(key, sum, labels);
     }
 
     /// Rows with one label, few of them.
     fn labelled(&mut self, id: Id, rows: &[(&str, u64)]) {
         for (value, count) in rows {
-            self.count(id, text_key(value), *count, |label| label(value));
+            let key = self.keys.hash_one(value);
+            self.count(id, key, *count, |label| label(value));
         }
     }
 }
@@ -378,7 +393,7 @@ impl Default for Metrics {
     }
 }
 
-/// What the source can tell.
+/// What the source can know.
 #[derive(Clone, Copy)]
 struct Known {
     traffic: bool,
@@ -386,57 +401,27 @@ struct Known {
     connects: bool,
 }
 
-/// FNV-1a, for the few families whose labels are words of our own.
-fn text_key(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
-}
+/// The families of [`Metrics::flow`], those of traffic last.
+const COUNTRY: [Id; 6] = [
+    Id::CountryConnections,
+    Id::CountryOpened,
+    Id::CountryClosed,
+    Id::CountryReceivedBytes,
+    Id::CountrySentBytes,
+    Id::CountryRetransmitted,
+];
+const PORT: [Id; 6] = [
+    Id::PortConnections,
+    Id::PortOpened,
+    Id::PortClosed,
+    Id::PortReceivedBytes,
+    Id::PortSentBytes,
+    Id::PortRetransmitted,
+];
 
 fn port_key(port: PortLabel) -> u64 {
     match port {
         PortLabel::Port(port) => port.into(),
         PortLabel::Other => 1 << 16,
     }
-}
-
-fn port_text(port: PortLabel) -> String {
-    match port {
-        PortLabel::Port(port) => port.to_string(),
-        PortLabel::Other => "other".to_owned(),
-    }
-}
-
-/// Numbers for listener rows, whose labels are too long to be keys: the same
-/// number for as long as a row stays at its place with the same labels.
-#[derive(Debug, Default)]
-struct ListenerKeys {
-    rows: Vec<ListenerRow>,
-    keys: Vec<u64>,
-    issued: u64,
-}
-
-impl ListenerKeys {
-    fn update(&mut self, rows: &[ListenerRow]) {
-        self.rows.truncate(rows.len());
-        self.keys.truncate(rows.len());
-        for (at, row) in rows.iter().enumerate() {
-            if self.rows.get(at).is_some_and(|old| same_labels(old, row)) {
-                continue;
-            }
-            self.issued += 1;
-            if at < self.rows.len() {
-                self.rows[at] = row.clone();
-                self.keys[at] = self.issued;
-            } else {
-                self.rows.push(row.clone());
-                self.keys.push(self.issued);
-            }
-        }
-    }
-}
-
-fn same_labels(a: &ListenerRow, b: &ListenerRow) -> bool {
-    let labels = |row: &ListenerRow| (row.netns, row.host, row.port, row.pid);
-    labels(a) == labels(b) && a.address == b.address && a.process == b.process
 }

@@ -1,4 +1,4 @@
-//! State → text, JSON, page.
+//! What the agent shows: a report as telemetry text, as JSON, and as the page.
 
 pub mod families;
 pub mod metrics;
@@ -6,5 +6,6 @@ pub mod page;
 pub mod process;
 mod rows;
 #[cfg(test)]
+#[path = "../../tests/support/sample.rs"]
 pub(crate) mod sample;
 pub mod summary;

@@ -9,7 +9,7 @@ use rustix::process::{Resource, getrlimit};
 
 /// What Prometheus client libraries export about a process.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ProcessFigures {
+pub struct ProcessStats {
     /// User and system CPU time in seconds, to the hundredth.
     pub cpu_seconds: f64,
     /// Open file descriptors.
@@ -53,12 +53,12 @@ impl Process {
     }
 
     /// The figures now; `None` when the kernel no longer answers.
-    pub fn read(&self) -> Option<ProcessFigures> {
+    pub fn read(&self) -> Option<ProcessStats> {
         let mut buffer = [0; 1024];
         let length = self.stat.read_at(&mut buffer, 0).ok()?;
         let stat = Stat::parse(&buffer[..length])?;
         let ticks = rustix::param::clock_ticks_per_second() as f64;
-        Some(ProcessFigures {
+        Some(ProcessStats {
             cpu_seconds: hundredths(stat.cpu_ticks as f64 / ticks),
             open_fds: self.open_fds()?,
             max_fds: limit(Resource::Nofile),

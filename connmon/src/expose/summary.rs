@@ -1,8 +1,8 @@
-//! `/api/v1/summary`: the figures behind the page, as one JSON object.
+//! `/api/v1/summary`: what the page shows, as one JSON object.
 //!
 //! Field names are stable: new ones may appear, none is renamed or removed.
-//! Label values are the metrics' own (`country`, `port`, `direction`,
-//! `reason`, `probe`, `method`), and every figure equals the sample of the
+//! Label values are those of the metrics (`country`, `port`, `direction`,
+//! `reason`, `probe`, `method`), and every number equals the sample of the
 //! same name in a scrape of the same instant. What the source cannot know is
 //! `null`, never 0. No remote address and no address of a listener appears.
 //!
@@ -25,34 +25,34 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use connmon_core::fold::{CountryRow, Direction, FailureReason, Flow, PortLabel, Snapshot, Sum};
-use connmon_core::probe::AttachFailure;
+use connmon_core::fold::{CountryRow, DIRECTIONS, FailureReason, Flow, PortLabel, Snapshot, Sum};
 use connmon_core::report::{DatabaseInfo, Report, Source, Status};
 use serde::Serialize;
+use serde_json::{Value, json};
 
-/// Most process names shown for one port; more say nothing to a reader.
+/// Most process names shown for one port.
 const PROCESSES_PER_PORT: usize = 4;
 
 /// The JSON of one report, UTF-8.
 pub fn render(report: &Report) -> Bytes {
     let Report { snapshot, status } = report;
-    // Polling sees no handshakes.
-    let connects_known = status.source == Source::Ebpf;
+    let known = Known {
+        traffic: snapshot.traffic_known,
+        // Polling sees no handshakes.
+        connects: status.source == Source::Ebpf,
+    };
+    let countries = snapshot.countries.iter();
     let summary = Summary {
-        countries: snapshot
-            .countries
-            .iter()
-            .map(|row| Country::new(row, snapshot.traffic_known, connects_known))
-            .collect(),
-        ports: ports(snapshot, connects_known),
+        countries: countries.map(|row| Country::new(row, known)).collect(),
+        ports: ports(snapshot, known),
         established: snapshot.established,
         tracked: snapshot.tracked,
         untracked: snapshot.untracked,
-        hidden: Hidden {
-            loopback: snapshot.hidden_loopback,
-            excluded: snapshot.hidden_excluded,
-        },
-        agent: Agent::new(snapshot, status),
+        hidden: json!({
+            "loopback": snapshot.hidden_loopback,
+            "excluded": snapshot.hidden_excluded,
+        }),
+        agent: agent(snapshot, status),
     };
     // Only maps with keys that are not strings and failing `Serialize`
     // implementations make this fail; there are none of either here.
@@ -65,6 +65,13 @@ pub fn render(report: &Report) -> Bytes {
     }
 }
 
+/// What the source can know.
+#[derive(Clone, Copy)]
+struct Known {
+    traffic: bool,
+    connects: bool,
+}
+
 #[derive(Serialize)]
 struct Summary<'a> {
     countries: Vec<Country>,
@@ -72,36 +79,30 @@ struct Summary<'a> {
     established: u64,
     tracked: u64,
     untracked: u64,
-    hidden: Hidden,
-    agent: Agent<'a>,
+    hidden: Value,
+    agent: Value,
 }
 
+/// One number for each value of the label `direction`.
 #[derive(Serialize)]
-struct Hidden {
-    loopback: u64,
-    excluded: u64,
-}
-
-/// One figure for each value of the label `direction`.
-#[derive(Clone, Copy, Default, Serialize)]
 struct ByDirection {
     inbound: u64,
     outbound: u64,
     unknown: u64,
 }
 
-impl ByDirection {
-    fn add(&mut self, direction: Direction, value: u64) {
-        match direction {
-            Direction::Inbound => self.inbound += value,
-            Direction::Outbound => self.outbound += value,
-            Direction::Unknown => self.unknown += value,
+impl From<[u64; DIRECTIONS]> for ByDirection {
+    fn from([inbound, outbound, unknown]: [u64; DIRECTIONS]) -> Self {
+        Self {
+            inbound,
+            outbound,
+            unknown,
         }
     }
 }
 
 /// What countries and ports have in common.
-#[derive(Clone, Default, Serialize)]
+#[derive(Serialize)]
 struct Flows {
     connections: ByDirection,
     opened: ByDirection,
@@ -109,51 +110,31 @@ struct Flows {
     received_bytes: Option<ByDirection>,
     sent_bytes: Option<ByDirection>,
     retransmitted_segments: Option<ByDirection>,
+    /// By the label `reason`, every reason present.
+    failures: Option<BTreeMap<&'static str, u64>>,
 }
 
 impl Flows {
-    fn new(traffic_known: bool) -> Self {
-        let traffic = traffic_known.then(ByDirection::default);
+    fn new(flows: [Flow; DIRECTIONS], failures: [u64; FailureReason::COUNT], known: Known) -> Self {
+        let by_direction = |field: fn(Flow) -> u64| ByDirection::from(flows.map(field));
+        let traffic = |field| known.traffic.then(|| by_direction(field));
+        let reasons = FailureReason::ALL.map(FailureReason::label);
         Self {
-            received_bytes: traffic,
-            sent_bytes: traffic,
-            retransmitted_segments: traffic,
-            ..Self::default()
+            connections: by_direction(|flow| flow.connections),
+            opened: by_direction(|flow| flow.opened),
+            closed: by_direction(|flow| flow.closed),
+            received_bytes: traffic(|flow| flow.received_bytes),
+            sent_bytes: traffic(|flow| flow.sent_bytes),
+            retransmitted_segments: traffic(|flow| flow.retransmitted_segments),
+            failures: known
+                .connects
+                .then(|| reasons.into_iter().zip(failures).collect()),
         }
     }
-
-    fn add(&mut self, direction: Direction, flow: &Flow) {
-        self.connections.add(direction, flow.connections);
-        self.opened.add(direction, flow.opened);
-        self.closed.add(direction, flow.closed);
-        for (sum, value) in [
-            (&mut self.received_bytes, flow.received_bytes),
-            (&mut self.sent_bytes, flow.sent_bytes),
-            (
-                &mut self.retransmitted_segments,
-                flow.retransmitted_segments,
-            ),
-        ] {
-            if let Some(sum) = sum {
-                sum.add(direction, value);
-            }
-        }
-    }
-}
-
-/// Failed connects by the label `reason`, every reason present.
-type Failures = BTreeMap<&'static str, u64>;
-
-fn failures(counts: &[u64; FailureReason::COUNT]) -> Failures {
-    FailureReason::ALL
-        .iter()
-        .zip(counts)
-        .map(|(reason, count)| (reason.label(), *count))
-        .collect()
 }
 
 /// Count and sum of a summary family.
-#[derive(Clone, Copy, Default, Serialize)]
+#[derive(Serialize)]
 struct Seconds {
     count: u64,
     sum: f64,
@@ -163,7 +144,7 @@ impl From<Sum> for Seconds {
     fn from(sum: Sum) -> Self {
         Self {
             count: sum.count,
-            sum: sum.sum_ns as f64 / 1e9,
+            sum: super::rows::seconds(sum.sum_ns),
         }
     }
 }
@@ -173,23 +154,17 @@ struct Country {
     country: &'static str,
     #[serde(flatten)]
     flows: Flows,
-    failures: Option<Failures>,
     connect_latency_seconds: Option<Seconds>,
     rtt_seconds: Option<Seconds>,
 }
 
 impl Country {
-    fn new(row: &CountryRow, traffic_known: bool, connects_known: bool) -> Self {
-        let mut flows = Flows::new(traffic_known);
-        for direction in Direction::ALL {
-            flows.add(direction, &row.flows[direction as usize]);
-        }
+    fn new(row: &CountryRow, known: Known) -> Self {
         Self {
             country: row.country.code(),
-            flows,
-            failures: connects_known.then(|| failures(&row.failures)),
-            connect_latency_seconds: connects_known.then(|| row.connect_latency.into()),
-            rtt_seconds: traffic_known.then(|| row.rtt.into()),
+            flows: Flows::new(row.flows, row.failures, known),
+            connect_latency_seconds: known.connects.then(|| row.connect_latency.into()),
+            rtt_seconds: known.traffic.then(|| row.rtt.into()),
         }
     }
 }
@@ -199,40 +174,31 @@ struct Port<'a> {
     port: String,
     #[serde(flatten)]
     flows: Flows,
-    failures: Option<Failures>,
     close_wait: ByDirection,
     accept_wait_seconds: Option<Seconds>,
     processes: Vec<&'a str>,
 }
 
-/// The fold's rows are one per port and direction; here a port is one row,
-/// in the order of port numbers, `other` last.
-fn ports(snapshot: &Snapshot, connects_known: bool) -> Vec<Port<'_>> {
-    let mut by_label: BTreeMap<PortLabel, Port<'_>> = BTreeMap::new();
+/// A port's rows of every direction.
+#[derive(Default)]
+struct PortParts<'a> {
+    flows: [Flow; DIRECTIONS],
+    failures: [u64; FailureReason::COUNT],
+    close_wait: [u64; DIRECTIONS],
+    accept_wait: Option<Sum>,
+    processes: Vec<&'a str>,
+}
+
+/// The fold has one row per port and direction; here a port is one row, in
+/// the order of port numbers, `other` last.
+fn ports(snapshot: &Snapshot, known: Known) -> Vec<Port<'_>> {
+    let mut by_label: BTreeMap<PortLabel, PortParts<'_>> = BTreeMap::new();
     for row in &snapshot.ports {
-        let port = by_label.entry(row.port).or_insert_with(|| Port {
-            port: match row.port {
-                PortLabel::Port(port) => port.to_string(),
-                PortLabel::Other => "other".to_owned(),
-            },
-            flows: Flows::new(snapshot.traffic_known),
-            failures: connects_known.then(|| failures(&[0; FailureReason::COUNT])),
-            close_wait: ByDirection::default(),
-            accept_wait_seconds: None,
-            processes: Vec::new(),
-        });
-        port.flows.add(row.direction, &row.flow);
-        port.close_wait.add(row.direction, row.close_wait);
-        if let (Some(counts), Some(failures)) = (&row.failures, &mut port.failures) {
-            for (reason, count) in FailureReason::ALL.iter().zip(counts) {
-                *failures.entry(reason.label()).or_default() += count;
-            }
-        }
-        if snapshot.accept_known
-            && let Some(wait) = row.accept_wait
-        {
-            port.accept_wait_seconds = Some(wait.into());
-        }
+        let port = by_label.entry(row.port).or_default();
+        port.flows[row.direction as usize] = row.flow;
+        port.close_wait[row.direction as usize] = row.close_wait;
+        port.failures = row.failures.unwrap_or(port.failures);
+        port.accept_wait = row.accept_wait.or(port.accept_wait);
     }
     for listener in &snapshot.listeners {
         if let Some(port) = by_label.get_mut(&PortLabel::Port(listener.port))
@@ -242,208 +208,98 @@ fn ports(snapshot: &Snapshot, connects_known: bool) -> Vec<Port<'_>> {
             port.processes.push(&listener.process);
         }
     }
-    by_label.into_values().collect()
+    by_label
+        .into_iter()
+        .map(|(label, parts)| Port {
+            port: label.to_string(),
+            flows: Flows::new(parts.flows, parts.failures, known),
+            close_wait: parts.close_wait.into(),
+            accept_wait_seconds: parts
+                .accept_wait
+                .filter(|_| snapshot.accept_known)
+                .map(Seconds::from),
+            processes: parts.processes,
+        })
+        .collect()
 }
 
-#[derive(Serialize)]
-struct Agent<'a> {
-    version: &'static str,
-    up: bool,
-    ready: bool,
-    waiting_for: Option<&'a str>,
-    demo: bool,
-    uptime_seconds: f64,
-    source: &'static str,
-    degraded: Option<&'a str>,
-    probes: Vec<ProbeState<'a>>,
-    drift: Option<u64>,
-    events: Events,
-    /// By probe; empty where the kernel does not tell.
-    missed_runs: BTreeMap<&'static str, u64>,
-    namespaces: Namespaces,
-    reconcile: Reconcile,
-    corrections: Corrections,
-    overflow: Overflow,
-    database: Database<'a>,
+fn agent(snapshot: &Snapshot, status: &Status) -> Value {
+    let probe = |rung: &connmon_core::probe::Rung| {
+        json!({
+            "probe": rung.probe.label(),
+            "method": rung.method.label(),
+            // Why the method is not a better one, in one line.
+            "reason": rung.reason(),
+            // The same by method: stage, errno, message, verifier_log.
+            "failures": rung.failures,
+        })
+    };
+    let probes: Vec<Value> = status.rungs.iter().map(probe).collect();
+    let missed_runs = status.missed_runs.iter();
+    let missed_runs: BTreeMap<_, _> = missed_runs
+        .map(|(probe, count)| (probe.label(), *count))
+        .collect();
+    let series: BTreeMap<_, _> = snapshot.series_overflow.iter().copied().collect();
+    let [diag, proc, unaudited] = status.namespaces;
+    let [startup, interval, loss] = status.reconcile_runs;
+    let database = &status.database;
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "up": status.up,
+        "ready": status.ready,
+        "waiting_for": status.waiting_for,
+        "demo": status.demo,
+        "uptime_seconds": status.uptime_s,
+        "source": status.source.label(),
+        "degraded": status.degraded,
+        "probes": probes,
+        "drift": snapshot.drift,
+        "events": {
+            "produced": status.events_produced,
+            "folded": status.events_folded,
+            "dropped": {
+                "ring_full": status.dropped_ring_full,
+                "undecodable": status.dropped_undecodable,
+            },
+            "unattributed": snapshot.unattributed,
+        },
+        // Empty where the kernel does not count them.
+        "missed_runs": missed_runs,
+        "namespaces": { "diag": diag, "proc": proc, "unaudited": unaudited },
+        "reconcile": {
+            "runs": { "startup": startup, "interval": interval, "loss": loss },
+            "duration_seconds": status.reconcile_duration_s,
+            "interval_seconds": status.reconcile_interval_s,
+        },
+        "corrections": {
+            "seeded": snapshot.corrections.seeded,
+            "added": snapshot.corrections.added,
+            "removed": snapshot.corrections.removed,
+            "updated": snapshot.corrections.updated,
+        },
+        // What did not fit, since start.
+        "overflow": { "table": snapshot.table_overflow, "series": series },
+        "database": {
+            "type": database.database_type,
+            "source": database.source,
+            "build_timestamp": database.build_timestamp,
+            "reloads": { "success": database.reloads_ok, "failure": database.reloads_failed },
+            "attribution": attribution(database).map(|(text, url)| json!({ "text": text, "url": url })),
+        },
+    })
 }
 
-#[derive(Serialize)]
-struct ProbeState<'a> {
-    probe: &'static str,
-    method: &'static str,
-    /// Why it is not on a higher rung, in one line.
-    reason: Option<String>,
-    /// The same by method tried: stage, errno, message, verifier_log.
-    failures: &'a [AttachFailure],
-}
-
-#[derive(Serialize)]
-struct Events {
-    produced: u64,
-    folded: u64,
-    dropped: Dropped,
-    unattributed: u64,
-}
-
-#[derive(Serialize)]
-struct Dropped {
-    ring_full: u64,
-    undecodable: u64,
-}
-
-#[derive(Serialize)]
-struct Namespaces {
-    diag: u64,
-    proc: u64,
-    unaudited: u64,
-}
-
-#[derive(Serialize)]
-struct Reconcile {
-    runs: Runs,
-    duration_seconds: f64,
-    interval_seconds: f64,
-}
-
-#[derive(Serialize)]
-struct Runs {
-    startup: u64,
-    interval: u64,
-    loss: u64,
-}
-
-#[derive(Serialize)]
-struct Corrections {
-    seeded: u64,
-    added: u64,
-    removed: u64,
-    updated: u64,
-}
-
-/// What did not fit, since start.
-#[derive(Serialize)]
-struct Overflow {
-    table: u64,
-    series: BTreeMap<&'static str, u64>,
-}
-
-#[derive(Serialize)]
-struct Database<'a> {
-    #[serde(rename = "type")]
-    database_type: &'a str,
-    source: &'static str,
-    /// Unix seconds.
-    build_timestamp: u64,
-    reloads: Reloads,
-    /// What the database's licence wants shown, where connmon knows it.
-    attribution: Option<Attribution>,
-}
-
-#[derive(Serialize)]
-struct Reloads {
-    success: u64,
-    failure: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-struct Attribution {
-    text: &'static str,
-    url: &'static str,
-}
-
-/// The embedded database is DB-IP's, whose CC BY 4.0 licence asks for a link
-/// wherever its results are shown; files of the two common vendors are told
-/// by their type.
-fn attribution(database: &DatabaseInfo) -> Option<Attribution> {
+/// Text and link that the licence of the database asks for, where connmon
+/// knows it. DB-IP's CC BY 4.0 wants both wherever its results are shown.
+fn attribution(database: &DatabaseInfo) -> Option<(&'static str, &'static str)> {
     let database_type = database.database_type.to_ascii_lowercase();
     if database.source == "embedded" || database_type.starts_with("dbip") {
-        Some(Attribution {
-            text: "IP Geolocation by DB-IP",
-            url: "https://db-ip.com",
-        })
+        Some(("IP Geolocation by DB-IP", "https://db-ip.com"))
     } else if database_type.starts_with("geolite") {
-        Some(Attribution {
-            text: "This product includes GeoLite Data created by MaxMind",
-            url: "https://www.maxmind.com",
-        })
+        let text = "This product includes GeoLite Data created by MaxMind";
+        Some((text, "https://www.maxmind.com"))
     } else {
         None
-    }
-}
-
-impl<'a> Agent<'a> {
-    fn new(snapshot: &Snapshot, status: &'a Status) -> Self {
-        let [diag, proc, unaudited] = status.namespaces;
-        let [startup, interval, loss] = status.reconcile_runs;
-        Self {
-            version: env!("CARGO_PKG_VERSION"),
-            up: status.up,
-            ready: status.ready,
-            waiting_for: status.waiting_for.as_deref(),
-            demo: status.demo,
-            uptime_seconds: status.uptime_s,
-            source: status.source.label(),
-            degraded: status.degraded.as_deref(),
-            probes: status
-                .rungs
-                .iter()
-                .map(|rung| ProbeState {
-                    probe: rung.probe.label(),
-                    method: rung.method.label(),
-                    reason: rung.reason(),
-                    failures: &rung.failures,
-                })
-                .collect(),
-            drift: snapshot.drift,
-            events: Events {
-                produced: status.events_produced,
-                folded: status.events_folded,
-                dropped: Dropped {
-                    ring_full: status.dropped_ring_full,
-                    undecodable: status.dropped_undecodable,
-                },
-                unattributed: snapshot.unattributed,
-            },
-            missed_runs: status
-                .missed_runs
-                .iter()
-                .map(|(probe, count)| (probe.label(), *count))
-                .collect(),
-            namespaces: Namespaces {
-                diag,
-                proc,
-                unaudited,
-            },
-            reconcile: Reconcile {
-                runs: Runs {
-                    startup,
-                    interval,
-                    loss,
-                },
-                duration_seconds: status.reconcile_duration_s,
-                interval_seconds: status.reconcile_interval_s,
-            },
-            corrections: Corrections {
-                seeded: snapshot.corrections.seeded,
-                added: snapshot.corrections.added,
-                removed: snapshot.corrections.removed,
-                updated: snapshot.corrections.updated,
-            },
-            overflow: Overflow {
-                table: snapshot.table_overflow,
-                series: snapshot.series_overflow.iter().copied().collect(),
-            },
-            database: Database {
-                database_type: &status.database.database_type,
-                source: status.database.source,
-                build_timestamp: status.database.build_timestamp,
-                reloads: Reloads {
-                    success: status.database.reloads_ok,
-                    failure: status.database.reloads_failed,
-                },
-                attribution: attribution(&status.database),
-            },
-        }
     }
 }
 

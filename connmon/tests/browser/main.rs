@@ -4,10 +4,10 @@
 
 mod fake;
 mod webdriver;
-// The report that the unit tests use.
+// `support/sample.rs` names these by their short paths.
 use connmon_core::probe::{AttachFailure, Method, Stage};
 use connmon_core::{fold, geo, report};
-#[path = "../../src/expose/sample.rs"]
+#[path = "../support/sample.rs"]
 mod sample;
 
 use std::path::{Path, PathBuf};

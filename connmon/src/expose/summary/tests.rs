@@ -1,5 +1,7 @@
 use serde_json::{Value, json};
 
+use connmon_core::fold::Direction;
+
 use super::*;
 use crate::expose::sample;
 
@@ -14,7 +16,7 @@ fn by<'a>(rows: &'a Value, key: &str, value: &str) -> &'a Value {
 }
 
 #[test]
-fn countries_carry_every_figure_by_direction() {
+fn countries_have_every_field_by_direction() {
     let summary = rendered(&sample::report());
     let germany = by(&summary["countries"], "country", "DE");
     assert_eq!(
@@ -48,7 +50,7 @@ fn a_port_is_one_row_whatever_its_directions() {
 }
 
 #[test]
-fn the_agent_says_how_it_is() {
+fn the_agent_reports_its_state() {
     let summary = rendered(&sample::report());
     let agent = &summary["agent"];
     assert_eq!(agent["source"], "ebpf");
@@ -90,10 +92,10 @@ fn what_cannot_be_known_is_null() {
     assert_eq!(summary["agent"]["drift"], Value::Null);
 }
 
-/// Every figure of the summary is the sample of the same name and labels
+/// Every number of the summary is the sample of the same name and labels
 /// in a scrape of the same report.
 #[test]
-fn every_figure_is_the_metrics_own() {
+fn every_number_equals_its_sample() {
     const DIRECTIONS: [&str; 3] = ["inbound", "outbound", "unknown"];
     let report = sample::report();
     let summary = rendered(&report);
@@ -106,9 +108,9 @@ fn every_figure_is_the_metrics_own() {
         .map(|(series, value)| (series, value.parse().unwrap()))
         .collect();
     let mut compared = std::collections::BTreeSet::new();
-    let mut same = |series: String, figure: &Value| {
+    let mut same = |series: String, number: &Value| {
         let sample = samples.get(series.as_str());
-        assert_eq!(figure.as_f64(), sample.copied(), "{series}");
+        assert_eq!(number.as_f64(), sample.copied(), "{series}");
         compared.insert(series);
     };
     let families = [
@@ -127,13 +129,13 @@ fn every_figure_is_the_metrics_own() {
                 for direction in DIRECTIONS {
                     let series =
                         format!("connmon_{id}_{family}{{{label},direction=\"{direction}\"}}");
-                    let figure = &row[key][direction];
+                    let number = &row[key][direction];
                     // A port that never was one way has no series for it.
-                    if id == "port" && *figure == 0 && !samples.contains_key(series.as_str()) {
+                    if id == "port" && *number == 0 && !samples.contains_key(series.as_str()) {
                         continue;
                     }
                     if key != "close_wait" || id == "port" {
-                        same(series, figure);
+                        same(series, number);
                     }
                 }
             }
@@ -153,15 +155,15 @@ fn every_figure_is_the_metrics_own() {
                 "accept_wait_seconds",
             ] {
                 for part in ["count", "sum"] {
-                    if let figure @ Value::Number(_) = &row[key][part] {
-                        same(format!("connmon_{id}_{key}_{part}{{{label}}}"), figure);
+                    if let number @ Value::Number(_) = &row[key][part] {
+                        same(format!("connmon_{id}_{key}_{part}{{{label}}}"), number);
                     }
                 }
             }
         }
     }
     let agent = &summary["agent"];
-    for (series, figure) in [
+    for (series, number) in [
         (
             "connmon_state_connections{state=\"established\"}",
             &summary["established"],
@@ -220,7 +222,7 @@ fn every_figure_is_the_metrics_own() {
             &agent["database"]["build_timestamp"],
         ),
     ] {
-        same(series.to_owned(), figure);
+        same(series.to_owned(), number);
     }
     // Nothing by country or by port is in the scrape alone.
     let of_tables = samples
@@ -247,7 +249,7 @@ fn the_sample_adds_up() {
         .flat_map(|row| row.flows)
         .collect();
     let ports: Vec<Flow> = snapshot.ports.iter().map(|row| row.flow).collect();
-    for (what, figure) in [
+    for (what, number) in [
         ("connections", (|flow| flow.connections) as fn(&Flow) -> u64),
         ("opened", |flow| flow.opened),
         ("closed", |flow| flow.closed),
@@ -255,7 +257,7 @@ fn the_sample_adds_up() {
         ("sent", |flow| flow.sent_bytes),
         ("retransmitted", |flow| flow.retransmitted_segments),
     ] {
-        let sum = |flows: &[Flow]| flows.iter().map(figure).sum::<u64>();
+        let sum = |flows: &[Flow]| flows.iter().map(number).sum::<u64>();
         assert_eq!(sum(&countries), sum(&ports), "{what}");
     }
     let failures = |counts: &[u64; FailureReason::COUNT]| counts.iter().sum::<u64>();
@@ -271,7 +273,7 @@ fn the_sample_adds_up() {
         .map(failures)
         .sum();
     assert_eq!(by_country, by_port);
-    let sum = |figure: fn(&Flow) -> u64| countries.iter().map(figure).sum::<u64>();
+    let sum = |number: fn(&Flow) -> u64| countries.iter().map(number).sum::<u64>();
     assert_eq!(sum(|flow| flow.connections), snapshot.established);
     let states: u64 = snapshot.audited_states.iter().sum();
     assert_eq!(snapshot.tracked, snapshot.established + states);
@@ -345,7 +347,7 @@ fn databases_are_attributed_by_their_licence() {
         reloads_ok: 0,
         reloads_failed: 0,
     };
-    let url = |d| attribution(&d).map(|a| a.url);
+    let url = |d| attribution(&d).map(|(_, url)| url);
     assert_eq!(url(database("embedded", "?")), Some("https://db-ip.com"));
     assert_eq!(
         url(database("file", "DBIP-Country-Lite")),

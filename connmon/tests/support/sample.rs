@@ -1,5 +1,5 @@
-//! A report for tests, with something in every field. Also compiled into the
-//! browser test.
+//! A report for tests, with something in every field. The unit tests and the
+//! browser test show the same one.
 
 use connmon_core::fold::{
     Corrections, CountryRow, Direction, FailureReason, Flow, Histogram, ListenerRow, PortLabel,
