@@ -254,17 +254,13 @@ fn bind(config: &Config) -> anyhow::Result<Server> {
 }
 
 fn open_database(config: &Config) -> anyhow::Result<(Option<Reloader>, Database)> {
-    Ok(match &config.geoip_database {
-        None => (
-            None,
-            Database::embedded().context("the embedded country database")?,
-        ),
-        Some(path) => {
-            let (reloader, database) =
-                Reloader::open(path).map_err(|error| config.refused("geoip.database", error))?;
-            (Some(reloader), database)
-        }
-    })
+    let Some(path) = &config.geoip_database else {
+        let database = Database::embedded().context("the embedded country database")?;
+        return Ok((None, database));
+    };
+    let (reloader, database) =
+        Reloader::open(path).map_err(|error| config.refused("geoip.database", error))?;
+    Ok((Some(reloader), database))
 }
 
 /// The attached programs, or why there are none.
@@ -293,12 +289,11 @@ impl Attached {
 }
 
 fn attach(config: &Config, host: NetnsId) -> anyhow::Result<Attached> {
+    let mut attached = Attached::default();
     if config.source == SourceChoice::Proc {
         let asked = AttachFailure::new(Method::None, Stage::Configuration, "--source proc");
-        return Ok(Attached {
-            failures: vec![asked],
-            ..Attached::default()
-        });
+        attached.failures.push(asked);
+        return Ok(attached);
     }
     let options = TracerOptions {
         attach: config.attach,
@@ -309,7 +304,7 @@ fn attach(config: &Config, host: NetnsId) -> anyhow::Result<Attached> {
         traffic: true,
         log_level: config.log_level,
     };
-    match Tracer::attach(&options) {
+    let error = match Tracer::attach(&options) {
         Ok(mut tracer) => {
             if config.bpf_stats
                 && let Err(error) = tracer.enable_stats()
@@ -319,30 +314,23 @@ fn attach(config: &Config, host: NetnsId) -> anyhow::Result<Attached> {
                      grant CAP_SYS_ADMIN, or set kernel.bpf_stats_enabled=1"
                 );
             }
-            Ok(Attached {
-                tracer: Some(tracer),
-                ..Attached::default()
-            })
+            attached.tracer = Some(tracer);
+            return Ok(attached);
         }
-        Err(error) => {
-            let reason = match sandbox::missing_for_tracing() {
-                Some(missing) => format!("{missing}: {error}"),
-                None => error.to_string(),
-            };
-            if config.source == SourceChoice::Ebpf {
-                anyhow::bail!("--source ebpf: {reason}");
-            }
-            warn!(
-                "no eBPF, polling /proc every {:?} instead: {reason}",
-                config.proc_interval
-            );
-            Ok(Attached {
-                tracer: None,
-                degraded: Some(reason),
-                failures: error.failures,
-            })
-        }
+        Err(error) => error,
+    };
+    let reason = match sandbox::missing_for_tracing() {
+        Some(missing) => format!("{missing}: {error}"),
+        None => error.to_string(),
+    };
+    if config.source == SourceChoice::Ebpf {
+        anyhow::bail!("--source ebpf: {reason}");
     }
+    let every = config.proc_interval;
+    warn!("no eBPF, polling /proc every {every:?} instead: {reason}");
+    attached.degraded = Some(reason);
+    attached.failures = error.failures;
+    Ok(attached)
 }
 
 fn socket_source(tracer: &mut Tracer) -> Option<Box<dyn SocketSource>> {

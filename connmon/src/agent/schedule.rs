@@ -1,4 +1,5 @@
-//! When to walk the kernel's tables, and why. Pure: time is an argument.
+//! When the next walk over the kernel's socket tables starts, and for what: an
+//! audit, a traffic sample or owners of listeners. Pure: time is an argument.
 
 use std::time::Duration;
 
@@ -9,31 +10,30 @@ const SECOND_NS: u64 = 1_000_000_000;
 /// How soon after a loss the next audit starts; losses within it are one.
 const LOSS_DELAY_NS: u64 = SECOND_NS / 4;
 
-/// How long after the last loss it is taken to be over: the counters are read
-/// every 250 ms, or a tick later.
+/// Losses are over when none came for so long: the counters are read every
+/// 250 ms, or a tick later.
 const QUIET_NS: u64 = 400_000_000;
 
-/// How soon a second audit follows one that found entries absent: removal
-/// needs absence from two audits. After a loss it follows at once.
+/// How soon a second audit follows one that found entries absent, since only a
+/// second absence removes them. After a loss it follows at once.
 const FOLLOW_UP_NS: u64 = SECOND_NS;
 
-/// Audits that may run ahead of their share of a core: two after a loss that is
-/// over, of which the second settles what the first left open; as many where
-/// no loss was.
+/// Audits that may run ahead of their share of a core: the two after a loss, of
+/// which the second removes what the first found absent, and two without one.
 const AHEAD: u64 = 2;
 
-/// How many times the usual share audits may take while losses go on: 5 % of a
-/// core.
+/// While losses go on, audits may take this many times their usual share: 5 %
+/// of a core.
 const LOSS_SHARE: u64 = 10;
 
-/// What a walk that ended means for the next ones.
+/// What a finished walk changes for the next ones.
 #[derive(Clone, Copy, Debug)]
 pub struct Ended {
     /// Interval of audits, stretched by what they cost.
     pub audit_every: Duration,
     /// The same for traffic samples.
     pub traffic_every: Option<Duration>,
-    /// The rest that this walk's cost asks for.
+    /// The pause that keeps the cost of this walk within its share of a core.
     pub rest: Duration,
     /// Entries wait for a second absence: audit soon.
     pub suspects: bool,
@@ -69,14 +69,14 @@ struct FollowUp {
 /// A share of a core.
 #[derive(Debug)]
 struct Budget {
-    /// When the audits so far will have taken no more than it.
+    /// From when on the audits so far have taken no more than it.
     paid_ns: u64,
-    /// The rest that the last one asks for.
+    /// The pause after the last one.
     rest_ns: u64,
 }
 
 impl Budget {
-    /// Whether another audit may start, so many ahead.
+    /// Whether an audit may start now; `ahead` may run before their share is due.
     fn allows(&self, now_ns: u64, ahead: u64) -> bool {
         self.paid_ns.saturating_sub(now_ns) <= self.rest_ns.saturating_mul(ahead)
     }
@@ -127,13 +127,13 @@ impl Schedule {
             return None;
         }
         let lost = self.loss.is_some_and(|first_ns| {
-            // While it goes on, two audits are kept back for its end.
+            // While losses go on, two audits are kept for their end.
             let is_over = now_ns.saturating_sub(self.last_loss_ns) >= QUIET_NS;
             let ahead = if is_over { AHEAD } else { 0 };
             let soon_ns = first_ns.saturating_add(LOSS_DELAY_NS);
             now_ns >= soon_ns && self.after_loss.allows(now_ns, ahead)
         });
-        // With a further loss, the audit for that one will do.
+        // After another loss, the audit for that one follows up as well.
         let follow_up = self
             .follow_up
             .filter(|next| self.loss.is_none() && now_ns >= next.at_ns);
@@ -187,7 +187,7 @@ impl Schedule {
             let after_loss = walk.trigger == Trigger::Loss;
             self.follow_up = ended.suspects.then_some(FollowUp {
                 at_ns: if after_loss {
-                    // Unless losses go on, which is not known before.
+                    // Only then is it known that no further loss follows.
                     now_ns.max(self.last_loss_ns.saturating_add(QUIET_NS))
                 } else {
                     now_ns + FOLLOW_UP_NS

@@ -1,4 +1,5 @@
 //! The one table of metric names, with their types, labels and help texts.
+//! docs/metrics.md is generated from it.
 
 /// Type of a family, as in the exposition format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,8 +27,8 @@ pub struct Family {
     pub help: &'static str,
 }
 
-/// Declares the identifiers and the table behind them in one list, so that
-/// neither can miss what the other has.
+/// Declares identifiers and table in one list, so that neither lacks an entry of
+/// the other.
 macro_rules! families {
     ($($id:ident $kind:ident $name:literal [$($label:literal),*] $help:literal;)+) => {
         /// A family, as index into [`FAMILIES`].
@@ -50,117 +51,117 @@ macro_rules! families {
 
 families! {
     AcceptQueueLength Gauge "connmon_accept_queue_length" ["netns", "address", "port"]
-        "Connections waiting for accept() at the last audit, summed over the sockets that share namespace, address and port.";
+        "Connections waiting for accept() at the last audit (--reconcile.interval), summed over the sockets that share network namespace, address and port.";
     AcceptQueueLimit Gauge "connmon_accept_queue_limit" ["netns", "address", "port"]
-        "Longest accept queue allowed (listen() backlog), summed over the sockets that share namespace, address and port.";
+        "Most connections that may wait for accept(), from the listen() backlog, summed over the sockets that share network namespace, address and port.";
     AcceptWait Histogram "connmon_accept_wait_seconds" []
-        "Time from the end of a passive handshake to accept() returning the connection.";
+        "Seconds from the end of an inbound handshake to accept() returning the connection.";
     BpfProgramRunSeconds Counter "connmon_bpf_program_run_seconds_total" ["program"]
-        "Time the kernel spent in a BPF program.";
+        "Seconds the kernel spent in a BPF program; absent unless the kernel measures it (--ebpf.stats).";
     BpfProgramRuns Counter "connmon_bpf_program_runs_total" ["program"]
-        "Runs of a BPF program.";
+        "Runs of a BPF program; absent unless the kernel counts them (--ebpf.stats).";
     BuildInfo Gauge "connmon_build_info" ["version", "revision", "branch", "rustversion", "target"]
-        "Constant 1, labelled with what this connmon was built from.";
+        "Always 1; the labels describe the build of this connmon.";
     ConnectLatency Histogram "connmon_connect_latency_seconds" []
-        "Time active opens took from SYN to ESTABLISHED.";
+        "Seconds from SYN to ESTABLISHED of outbound connections.";
     ConnectionDuration Histogram "connmon_connection_duration_seconds" ["direction"]
-        "Time from the end of the handshake to CLOSE, of connections opened since start.";
+        "Seconds from the end of the handshake to CLOSE, of connections opened since connmon started.";
     CountryConnectFailures Counter "connmon_country_connect_failures_total" ["country", "reason"]
-        "Active opens that never completed, by remote country and reason.";
+        "Outbound connections that never completed their handshake, by country of the remote address and reason.";
     CountryConnectLatency Summary "connmon_country_connect_latency_seconds" ["country"]
-        "Time active opens took from SYN to ESTABLISHED, by remote country.";
+        "Seconds from SYN to ESTABLISHED of outbound connections, by country of the remote address.";
     CountryConnections Gauge "connmon_country_connections" ["country", "direction"]
-        "TCP sockets in ESTABLISHED now, by remote country.";
+        "TCP sockets in state ESTABLISHED now, by country of the remote address, after --filter.loopback and --filter.exclude.";
     CountryClosed Counter "connmon_country_connections_closed_total" ["country", "direction"]
-        "Connections that reached CLOSE, by remote country; failed connects are not among them.";
+        "Connections that reached state CLOSE since connmon started, by country of the remote address; failed connects are not included.";
     CountryOpened Counter "connmon_country_connections_opened_total" ["country", "direction"]
-        "TCP handshakes completed since start, by remote country.";
+        "TCP handshakes completed since connmon started, by country of the remote address.";
     CountryPortConnections Gauge "connmon_country_port_connections" ["country", "port", "direction"]
-        "TCP sockets in ESTABLISHED now, by remote country and service port.";
+        "TCP sockets in state ESTABLISHED now, by country of the remote address and service port; only with --metrics.country-port, at most 2,000 label sets.";
     CountryPortOpened Counter "connmon_country_port_connections_opened_total" ["country", "port", "direction"]
-        "TCP handshakes completed since start, by remote country and service port.";
+        "TCP handshakes completed since connmon started, by country of the remote address and service port; only with --metrics.country-port, at most 2,000 label sets.";
     CountryReceivedBytes Counter "connmon_country_received_bytes_total" ["country", "direction"]
-        "Payload bytes received, live connections included, by remote country.";
+        "Payload bytes received, by country of the remote address; of live connections sampled every --traffic.interval.";
     CountryRetransmitted Counter "connmon_country_retransmitted_segments_total" ["country", "direction"]
-        "Segments sent again, live connections included, by remote country.";
+        "TCP segments retransmitted, by country of the remote address; of live connections sampled every --traffic.interval.";
     CountryRtt Summary "connmon_country_rtt_seconds" ["country"]
-        "Smoothed round-trip times, as sampled and at CLOSE, by remote country.";
+        "Seconds of smoothed round-trip time, observed every --traffic.interval and at CLOSE, by country of the remote address.";
     CountrySentBytes Counter "connmon_country_sent_bytes_total" ["country", "direction"]
-        "Payload bytes sent, first transmissions, live connections included, by remote country.";
+        "Payload bytes sent, without retransmissions, by country of the remote address; of live connections sampled every --traffic.interval.";
     Demo Gauge "connmon_demo" []
-        "Constant 1: this is made-up demo traffic. Absent otherwise.";
+        "Always 1 in a demo, whose traffic is made up; absent otherwise.";
     Drift Gauge "connmon_drift_connections" []
-        "By how many connections the state from events was off at the last audit, before its correction.";
+        "Connections that the last audit (--reconcile.interval) added, removed or moved into or out of ESTABLISHED: the error of the gauges just before it.";
     DriftSuspected Gauge "connmon_drift_suspected_connections" []
-        "Connections that the last audit did not find for the first time: wrong already, or closed meanwhile; the next audit decides.";
+        "Connections that the last audit (--reconcile.interval) was the first not to find: closed since, or wrong already; the next audit decides.";
     EventsDropped Counter "connmon_events_dropped_total" ["reason"]
-        "Kernel events lost: the ring buffer was full, or the record could not be decoded.";
+        "Kernel events lost: ring_full, no space in the ring buffer (--ebpf.ring-buffer-size), or undecodable, not a valid record.";
     EventsFolded Counter "connmon_events_folded_total" []
-        "Kernel events decoded and handled; produced = folded + dropped whenever the ring buffer is empty.";
+        "Kernel events decoded and counted; produced = folded + dropped whenever the ring buffer is empty.";
     EventsProduced Counter "connmon_events_produced_total" []
         "Kernel events that the BPF programs tried to write to the ring buffer.";
     GeoipBuildTimestamp Gauge "connmon_geoip_database_build_timestamp_seconds" []
-        "When the country database in use was built, Unix time.";
+        "Unix time in seconds at which the country database in use was built.";
     GeoipInfo Gauge "connmon_geoip_database_info" ["database_type", "source"]
-        "Constant 1, labelled with the country database in use.";
+        "Always 1; the labels describe the country database in use (--geoip.database).";
     GeoipReloads Counter "connmon_geoip_reloads_total" ["result"]
-        "Reloads of the country database after its file changed or on SIGHUP; a failure keeps the old one in use.";
+        "Reloads of the country database (--geoip.database) since connmon started; after a failure the old one stays in use.";
     ListeningSocketInfo Gauge "connmon_listening_socket_info" ["netns", "address", "port", "process", "pid"]
-        "Listening sockets that share namespace, address and port, with the process of the lowest pid.";
+        "Listening sockets that share network namespace, address and port, with the process of the lowest pid; at most --listeners.max series.";
     NetworkNamespaces Gauge "connmon_network_namespaces" ["access"]
-        "Network namespaces watched, by how the last audit could read their sockets.";
+        "Network namespaces watched, by how the last audit (--reconcile.interval) read their sockets: sock_diag, /proc, or not at all.";
     PortAcceptWait Summary "connmon_port_accept_wait_seconds" ["port"]
-        "Time from the end of a passive handshake to accept() returning the connection, by local port.";
+        "Seconds from the end of an inbound handshake to accept() returning the connection, by local port; at most --ports.max ports.";
     PortCloseWait Gauge "connmon_port_close_wait_connections" ["port", "direction"]
-        "Connections that the peer closed and the local program has not, at the last audit, by service port.";
+        "Connections in state CLOSE_WAIT at the last audit (--reconcile.interval): closed by the peer but not by the local process, by service port.";
     PortConnectFailures Counter "connmon_port_connect_failures_total" ["port", "reason"]
-        "Active opens that never completed, by remote port and reason.";
+        "Outbound connections that never completed their handshake, by remote port and reason; at most --ports.max ports.";
     PortConnections Gauge "connmon_port_connections" ["port", "direction"]
-        "TCP sockets in ESTABLISHED now, by service port.";
+        "TCP sockets in state ESTABLISHED now, by service port; at most --ports.max ports per direction.";
     PortClosed Counter "connmon_port_connections_closed_total" ["port", "direction"]
-        "Connections that reached CLOSE, by service port; failed connects are not among them.";
+        "Connections that reached state CLOSE since connmon started, by service port; failed connects are not included.";
     PortOpened Counter "connmon_port_connections_opened_total" ["port", "direction"]
-        "TCP handshakes completed since start, by service port.";
+        "TCP handshakes completed since connmon started, by service port; at most --ports.max ports per direction.";
     PortReceivedBytes Counter "connmon_port_received_bytes_total" ["port", "direction"]
-        "Payload bytes received, live connections included, by service port.";
+        "Payload bytes received, by service port; of live connections sampled every --traffic.interval.";
     PortRetransmitted Counter "connmon_port_retransmitted_segments_total" ["port", "direction"]
-        "Segments sent again, live connections included, by service port.";
+        "TCP segments retransmitted, by service port; of live connections sampled every --traffic.interval.";
     PortSentBytes Counter "connmon_port_sent_bytes_total" ["port", "direction"]
-        "Payload bytes sent, first transmissions, live connections included, by service port.";
+        "Payload bytes sent, without retransmissions, by service port; of live connections sampled every --traffic.interval.";
     ProbeAttached Gauge "connmon_probe_attached" ["probe", "method"]
-        "Whether a kernel probe is attached, and how; method is none where it is not.";
+        "1 if the kernel probe is attached, and by which method (--ebpf.attach); 0 with method none if it is not.";
     ProbeMissedRuns Counter "connmon_probe_missed_runs_total" ["probe"]
-        "Runs of a probe that the kernel skipped; absent where it does not tell.";
+        "Runs of a probe that the kernel skipped (recursion misses); each starts an audit. Absent where the kernel does not count them.";
     ReconcileCorrections Counter "connmon_reconcile_corrections_total" ["action"]
-        "Connections corrected from the kernel's own tables: seeded at start, added, removed, or updated in state.";
+        "Connections that the initial scan seeded from the kernel's socket tables, or that audits added, removed or updated in state.";
     ReconcileDuration Gauge "connmon_reconcile_duration_seconds" []
-        "How long the last audit against the kernel's own tables took.";
+        "Seconds that the last audit against the kernel's socket tables took.";
     ReconcileInterval Gauge "connmon_reconcile_interval_seconds" []
-        "Current interval of audits; stretched where an audit is expensive.";
+        "Seconds between audits: --reconcile.interval, longer where an audit would take more than 0.5 % of a core.";
     ReconcileRuns Counter "connmon_reconcile_runs_total" ["trigger"]
-        "Audits against the kernel's own tables, by what caused them.";
+        "Scans of the kernel's socket tables: startup, the initial scan; interval, periodic audits; loss, audits after lost events.";
     Rtt Histogram "connmon_rtt_seconds" ["direction"]
-        "Smoothed round-trip times, as sampled and at CLOSE.";
+        "Seconds of smoothed round-trip time, observed every --traffic.interval and at CLOSE.";
     SeriesEvicted Counter "connmon_series_evicted_total" ["family"]
-        "Idle series dropped to make room for another.";
+        "Idle series removed because another needed their place; limits are --ports.max and 2,000 label sets of --metrics.country-port.";
     SeriesOverflow Counter "connmon_series_overflow_total" ["family"]
-        "Connections or sockets that got no series of their own because the limit was reached.";
+        "Connections or listening sockets without series of their own, because --ports.max, --listeners.max or the 2,000 label sets of --metrics.country-port were reached.";
     SourceInfo Gauge "connmon_source_info" ["source"]
-        "Constant 1, labelled with where connections come from: kernel events or polling.";
+        "Always 1; the label is the source of connections: ebpf, kernel events, or proc, polling every --proc.interval.";
     StateConnections Gauge "connmon_state_connections" ["state"]
-        "TCP sockets by state: established now, the other states at the last audit.";
+        "TCP sockets by state: established now, the other states at the last audit (--reconcile.interval).";
     TableOverflow Counter "connmon_table_overflow_total" []
-        "Connections opened while the connection table was full; they are in no gauge.";
+        "Connections opened while --connections.max connections were tracked; they are in no gauge.";
     TombstoneOverflow Counter "connmon_tombstone_overflow_total" []
-        "Closes during an audit that were forgotten for want of room; the next audits correct what they leave.";
+        "Closes during an audit that connmon could not remember; the next two audits correct what follows from it.";
     TrackedConnections Gauge "connmon_tracked_connections" []
-        "Connections in the connection table.";
+        "Connections that connmon keeps in its table now, at most --connections.max.";
     UnattributedEvents Counter "connmon_unattributed_events_total" []
-        "Events known to have happened whose country is lost.";
+        "Events that were counted by no country, because their connection is unknown.";
     UntrackedConnections Gauge "connmon_untracked_connections" []
-        "Open connections that the full connection table has no place for.";
+        "Connections open now that did not fit below --connections.max; they are in no gauge.";
     Up Gauge "connmon_up" []
-        "1 while the source delivers and the last audit is younger than three intervals.";
+        "1 if the source delivers events and the last audit is younger than three intervals (--reconcile.interval), else 0.";
     ProcessCpuSeconds Counter "process_cpu_seconds_total" []
         "Total user and system CPU time spent in seconds.";
     ProcessMaxFds Gauge "process_max_fds" []

@@ -9,8 +9,9 @@ use std::hash::{BuildHasher as _, RandomState};
 
 use bytes::Bytes;
 use connmon_core::fold::{
-    AUDITED_STATES, CountryRow, Direction, FailureReason, Flow, PortLabel, PortRow, Snapshot, Sum,
+    AUDITED_STATES, CountryRow, Direction, FailureReason, Flow, Histogram, PortRow, Snapshot, Sum,
 };
+use connmon_core::probe::Method;
 use connmon_core::report::{Report, Source, Status};
 
 use crate::version;
@@ -24,8 +25,8 @@ use super::rows::{Rows, seconds};
 #[derive(Debug)]
 pub struct Metrics {
     rows: Vec<Rows>,
-    /// Keys of rows whose labels are text. Keyed with a secret, since a local
-    /// user chooses process names.
+    /// Turns the labels of a row into its key, with a secret of each start: a
+    /// local user chooses process names.
     keys: RandomState,
     process: Option<Process>,
     /// Length of the last text, the guess for the next one.
@@ -48,7 +49,7 @@ impl Metrics {
 
     /// The telemetry text.
     pub fn render(&mut self, report: &Report) -> Bytes {
-        let process = self.process.as_ref().and_then(Process::read);
+        let process = self.process.as_mut().and_then(Process::read);
         self.render_with(report, process)
     }
 
@@ -90,176 +91,130 @@ impl Metrics {
     }
 
     fn country(&mut self, row: &CountryRow, known: Known) {
-        let key = (row.country.index() as u64) << 8;
         let code = row.country.code();
-        for direction in Direction::ALL {
-            let flow = &row.flows[direction as usize];
-            self.flow(&COUNTRY, key, direction, flow, known, |label| label(code));
+        for (direction, flow) in Direction::ALL.into_iter().zip(&row.flows) {
+            self.flow(&COUNTRY, [code, direction.label()], flow, known);
         }
         if known.connects {
-            self.failures(Id::CountryConnectFailures, key, &row.failures, |label| {
-                label(code);
-            });
-            self.summary(
-                Id::CountryConnectLatency,
-                key,
-                row.connect_latency,
-                |label| label(code),
-            );
+            self.failures(Id::CountryConnectFailures, code, &row.failures);
+            self.summary(Id::CountryConnectLatency, code, row.connect_latency);
         }
         if known.traffic {
-            self.summary(Id::CountryRtt, key, row.rtt, |label| label(code));
+            self.summary(Id::CountryRtt, code, row.rtt);
         }
     }
 
     fn port(&mut self, row: &PortRow, known: Known) {
-        let key = port_key(row.port) << 8;
-        let port = |label: &mut dyn FnMut(&str)| label(&row.port.to_string());
-        self.flow(&PORT, key, row.direction, &row.flow, known, port);
-        let direction = row.direction;
-        let directed = key | direction as u64;
-        self.count(Id::PortCloseWait, directed, row.close_wait, |label| {
-            port(label);
-            label(direction.label());
-        });
+        let port = row.port.to_string();
+        let labels = [port.as_str(), row.direction.label()];
+        self.flow(&PORT, labels, &row.flow, known);
+        self.add(&labels, &[(Id::PortCloseWait, row.close_wait)]);
         if let (Some(failures), true) = (&row.failures, known.connects) {
-            self.failures(Id::PortConnectFailures, key, failures, port);
+            self.failures(Id::PortConnectFailures, &port, failures);
         }
         if let (Some(wait), true) = (row.accept_wait, known.accepts) {
-            self.summary(Id::PortAcceptWait, key, wait, port);
+            self.summary(Id::PortAcceptWait, &port, wait);
         }
     }
 
     /// What country and port rows have in common, for one direction.
-    fn flow(
-        &mut self,
-        ids: &[Id; 6],
-        key: u64,
-        direction: Direction,
-        flow: &Flow,
-        known: Known,
-        first: impl Fn(&mut dyn FnMut(&str)),
-    ) {
+    fn flow(&mut self, ids: &[Id; 6], labels: [&str; 2], flow: &Flow, known: Known) {
+        let [connections, opened, closed, received, sent, retransmitted] = *ids;
         let values = [
-            flow.connections,
-            flow.opened,
-            flow.closed,
-            flow.received_bytes,
-            flow.sent_bytes,
-            flow.retransmitted_segments,
+            (connections, flow.connections),
+            (opened, flow.opened),
+            (closed, flow.closed),
+            (received, flow.received_bytes),
+            (sent, flow.sent_bytes),
+            (retransmitted, flow.retransmitted_segments),
         ];
         let shown = if known.traffic { 6 } else { 3 };
-        for (id, value) in ids.iter().zip(values).take(shown) {
-            self.count(*id, key | direction as u64, value, |label| {
-                first(label);
-                label(direction.label());
-            });
-        }
+        self.add(&labels, &values[..shown]);
     }
 
-    fn failures(
-        &mut self,
-        id: Id,
-        key: u64,
-        counts: &[u64; FailureReason::COUNT],
-        first: impl Fn(&mut dyn FnMut(&str)),
-    ) {
+    fn failures(&mut self, id: Id, label: &str, counts: &[u64; FailureReason::COUNT]) {
         for (reason, count) in FailureReason::ALL.into_iter().zip(counts) {
-            self.count(id, key | reason as u64, *count, |label| {
-                first(label);
-                label(reason.label());
-            });
+            self.add(&[label, reason.label()], &[(id, *count)]);
         }
     }
 
     fn cross(&mut self, snapshot: &Snapshot) {
         for row in &snapshot.cross {
-            let key =
-                (row.country.index() as u64) << 32 | port_key(row.port) << 8 | row.direction as u64;
-            let mut value = |id, value| {
-                self.count(id, key, value, |label| {
-                    label(row.country.code());
-                    label(&row.port.to_string());
-                    label(row.direction.label());
-                });
-            };
-            value(Id::CountryPortConnections, row.connections);
-            value(Id::CountryPortOpened, row.opened);
+            let labels = [
+                row.country.code(),
+                &row.port.to_string(),
+                row.direction.label(),
+            ];
+            let values = [
+                (Id::CountryPortConnections, row.connections),
+                (Id::CountryPortOpened, row.opened),
+            ];
+            self.add(&labels, &values);
         }
     }
 
     fn totals(&mut self, snapshot: &Snapshot, known: Known) {
-        let states = std::iter::once("established").chain(AUDITED_STATES.iter().map(|(_, s)| *s));
-        let counts = std::iter::once(snapshot.established).chain(snapshot.audited_states);
-        for (key, (state, count)) in states.zip(counts).enumerate() {
-            self.count(Id::StateConnections, key as u64, count, |label| {
-                label(state)
-            });
+        self.add(
+            &["established"],
+            &[(Id::StateConnections, snapshot.established)],
+        );
+        for ((_, state), count) in AUDITED_STATES.iter().zip(snapshot.audited_states) {
+            self.add(&[state], &[(Id::StateConnections, count)]);
         }
         if known.connects {
-            let rows = &mut self.rows[Id::ConnectLatency as usize];
-            rows.histogram(0, &snapshot.connect_latency, |_| {});
+            self.histogram(Id::ConnectLatency, &[], &snapshot.connect_latency);
         }
         if known.accepts {
-            let rows = &mut self.rows[Id::AcceptWait as usize];
-            rows.histogram(0, &snapshot.accept_wait, |_| {});
+            self.histogram(Id::AcceptWait, &[], &snapshot.accept_wait);
         }
         for direction in Direction::ALL {
-            let key = direction as u64;
-            let mut histogram = |id: Id, histograms: &[connmon_core::fold::Histogram]| {
-                let histogram = &histograms[direction as usize];
-                self.rows[id as usize].histogram(key, histogram, |label| label(direction.label()));
-            };
-            histogram(Id::ConnectionDuration, &snapshot.duration);
+            let (labels, at) = ([direction.label()], direction as usize);
+            self.histogram(Id::ConnectionDuration, &labels, &snapshot.duration[at]);
             if known.traffic {
-                histogram(Id::Rtt, &snapshot.rtt);
+                self.histogram(Id::Rtt, &labels, &snapshot.rtt[at]);
             }
         }
     }
 
     fn listeners(&mut self, snapshot: &Snapshot) {
         for row in &snapshot.listeners {
-            let owner = (row.process.as_str(), row.pid);
-            let place = (row.netns, row.host, row.address.as_str(), row.port);
-            let key = self.keys.hash_one((place, owner));
-            let mut value = |id: Id, value: u64, with_owner: bool| {
-                self.count(id, key, value, |label| {
-                    if row.host {
-                        label("host");
-                    } else {
-                        label(&row.netns.to_string());
-                    }
-                    label(&row.address);
-                    label(&row.port.to_string());
-                    if with_owner {
-                        label(&row.process);
-                        label(&row.pid.to_string());
-                    }
-                });
+            let netns = match row.host {
+                true => "host".to_owned(),
+                false => row.netns.to_string(),
             };
-            value(Id::ListeningSocketInfo, row.sockets.into(), true);
-            value(Id::AcceptQueueLength, row.queue_length, false);
+            let (port, pid) = (row.port.to_string(), row.pid.to_string());
+            let labels = [netns.as_str(), &row.address, &port, &row.process, &pid];
+            self.add(&labels, &[(Id::ListeningSocketInfo, row.sockets.into())]);
+            let labels = &labels[..3];
+            self.add(labels, &[(Id::AcceptQueueLength, row.queue_length)]);
             if let Some(limit) = row.queue_limit {
-                value(Id::AcceptQueueLimit, limit, false);
+                self.add(labels, &[(Id::AcceptQueueLimit, limit)]);
             }
         }
     }
 
     fn fold(&mut self, snapshot: &Snapshot) {
-        self.single(Id::TrackedConnections, snapshot.tracked as f64);
-        self.single(Id::UntrackedConnections, snapshot.untracked as f64);
-        self.single(Id::TableOverflow, snapshot.table_overflow as f64);
-        self.single(Id::TombstoneOverflow, snapshot.tombstone_overflow as f64);
-        self.single(Id::UnattributedEvents, snapshot.unattributed as f64);
-        if let Some(drift) = snapshot.drift {
-            self.single(Id::Drift, drift as f64);
-        }
-        if let Some(suspected) = snapshot.drift_suspected {
-            self.single(Id::DriftSuspected, suspected as f64);
+        let corrections = &snapshot.corrections;
+        self.add(
+            &[],
+            &[
+                (Id::TrackedConnections, snapshot.tracked),
+                (Id::UntrackedConnections, snapshot.untracked),
+                (Id::TableOverflow, snapshot.table_overflow),
+                (Id::TombstoneOverflow, snapshot.tombstone_overflow),
+                (Id::UnattributedEvents, snapshot.unattributed),
+            ],
+        );
+        for (id, value) in [
+            (Id::Drift, snapshot.drift),
+            (Id::DriftSuspected, snapshot.drift_suspected),
+        ] {
+            if let Some(value) = value {
+                self.add(&[], &[(id, value)]);
+            }
         }
         self.labelled(Id::SeriesOverflow, &snapshot.series_overflow);
         self.labelled(Id::SeriesEvicted, &snapshot.series_evicted);
-        let corrections = &snapshot.corrections;
         self.labelled(
             Id::ReconcileCorrections,
             &[
@@ -272,8 +227,13 @@ impl Metrics {
     }
 
     fn events(&mut self, status: &Status) {
-        self.single(Id::EventsProduced, status.events_produced as f64);
-        self.single(Id::EventsFolded, status.events_folded as f64);
+        self.add(
+            &[],
+            &[
+                (Id::EventsProduced, status.events_produced),
+                (Id::EventsFolded, status.events_folded),
+            ],
+        );
         self.labelled(
             Id::EventsDropped,
             &[
@@ -282,25 +242,18 @@ impl Metrics {
             ],
         );
         for (probe, missed) in &status.missed_runs {
-            self.count(Id::ProbeMissedRuns, *probe as u64, *missed, |label| {
-                label(probe.label());
-            });
+            self.labelled(Id::ProbeMissedRuns, &[(probe.label(), *missed)]);
         }
         for rung in &status.rungs {
-            let key = (rung.probe as u64) << 8 | rung.method as u64;
-            let attached = rung.method != connmon_core::probe::Method::None;
-            self.count(Id::ProbeAttached, key, attached.into(), |label| {
-                label(rung.probe.label());
-                label(rung.method.label());
-            });
+            let attached = rung.method != Method::None;
+            let labels = [rung.probe.label(), rung.method.label()];
+            self.add(&labels, &[(Id::ProbeAttached, attached.into())]);
         }
         for program in &status.programs {
-            let key = self.keys.hash_one(&program.program);
-            let mut value = |id: Id, value| {
-                self.rows[id as usize].value(key, value, |label| label(&program.program));
-            };
-            value(Id::BpfProgramRuns, program.runs as f64);
-            value(Id::BpfProgramRunSeconds, seconds(program.run_time_ns));
+            let labels = [program.program.as_str()];
+            self.add(&labels, &[(Id::BpfProgramRuns, program.runs)]);
+            let run_time = seconds(program.run_time_ns);
+            self.number(Id::BpfProgramRunSeconds, &labels, run_time);
         }
     }
 
@@ -310,8 +263,8 @@ impl Metrics {
             Id::ReconcileRuns,
             &[("startup", startup), ("interval", interval), ("loss", loss)],
         );
-        self.single(Id::ReconcileDuration, status.reconcile_duration_s);
-        self.single(Id::ReconcileInterval, status.reconcile_interval_s);
+        self.number(Id::ReconcileDuration, &[], status.reconcile_duration_s);
+        self.number(Id::ReconcileInterval, &[], status.reconcile_interval_s);
         let [diag, proc, unaudited] = status.namespaces;
         self.labelled(
             Id::NetworkNamespaces,
@@ -320,29 +273,28 @@ impl Metrics {
     }
 
     fn agent(&mut self, status: &Status) {
-        self.single(Id::Up, f64::from(u8::from(status.up)));
-        if status.demo {
-            self.single(Id::Demo, 1.0);
-        }
-        self.count(Id::BuildInfo, 0, 1, |label| {
-            label(version::VERSION);
-            label(version::REVISION);
-            label(version::BRANCH);
-            label(version::RUSTC);
-            label(version::TARGET);
-        });
-        self.count(Id::SourceInfo, status.source as u64, 1, |label| {
-            label(status.source.label());
-        });
         let database = &status.database;
-        let key = self
-            .keys
-            .hash_one((&database.database_type, database.source));
-        self.count(Id::GeoipInfo, key, 1, |label| {
-            label(&database.database_type);
-            label(database.source);
-        });
-        self.single(Id::GeoipBuildTimestamp, database.build_timestamp as f64);
+        self.add(
+            &[],
+            &[
+                (Id::Up, status.up.into()),
+                (Id::GeoipBuildTimestamp, database.build_timestamp),
+            ],
+        );
+        if status.demo {
+            self.add(&[], &[(Id::Demo, 1)]);
+        }
+        let build = [
+            version::VERSION,
+            version::REVISION,
+            version::BRANCH,
+            version::RUSTC,
+            version::TARGET,
+        ];
+        self.add(&build, &[(Id::BuildInfo, 1)]);
+        self.labelled(Id::SourceInfo, &[(status.source.label(), 1)]);
+        let labels = [database.database_type.as_str(), database.source];
+        self.add(&labels, &[(Id::GeoipInfo, 1)]);
         self.labelled(
             Id::GeoipReloads,
             &[
@@ -353,36 +305,49 @@ impl Metrics {
     }
 
     fn process(&mut self, process: &ProcessStats) {
-        self.single(Id::ProcessCpuSeconds, process.cpu_seconds);
-        self.single(Id::ProcessOpenFds, process.open_fds);
-        self.single(Id::ProcessMaxFds, process.max_fds);
-        self.single(Id::ProcessVirtualMemory, process.virtual_memory_bytes);
-        self.single(
-            Id::ProcessVirtualMemoryMax,
-            process.virtual_memory_max_bytes,
-        );
-        self.single(Id::ProcessResidentMemory, process.resident_memory_bytes);
-        self.single(Id::ProcessStartTime, process.start_time_seconds);
+        for (id, value) in [
+            (Id::ProcessCpuSeconds, process.cpu_seconds),
+            (Id::ProcessOpenFds, process.open_fds),
+            (Id::ProcessMaxFds, process.max_fds),
+            (Id::ProcessVirtualMemory, process.virtual_memory_bytes),
+            (
+                Id::ProcessVirtualMemoryMax,
+                process.virtual_memory_max_bytes,
+            ),
+            (Id::ProcessResidentMemory, process.resident_memory_bytes),
+            (Id::ProcessStartTime, process.start_time_seconds),
+        ] {
+            self.number(id, &[], value);
+        }
     }
 
-    /// The only row of a family without labels.
-    fn single(&mut self, id: Id, value: f64) {
-        self.rows[id as usize].value(0, value, |_| {});
+    /// One row with these labels in each of the families.
+    fn add(&mut self, labels: &[&str], values: &[(Id, u64)]) {
+        let key = self.keys.hash_one(labels);
+        for (id, value) in values {
+            self.rows[*id as usize].value(key, labels, *value as f64);
+        }
     }
 
-    fn count(&mut self, id: Id, key: u64, value: u64, labels: impl FnOnce(&mut dyn FnMut(&str))) {
-        self.rows[id as usize].value(key, value as f64, labels);
+    fn number(&mut self, id: Id, labels: &[&str], value: f64) {
+        let key = self.keys.hash_one(labels);
+        self.rows[id as usize].value(key, labels, value);
     }
 
-    fn summary(&mut self, id: Id, key: u64, sum: Sum, labels: impl FnOnce(&mut dyn FnMut(&str))) {
-        self.rows[id as usize].summary(key, sum, labels);
+    fn summary(&mut self, id: Id, label: &str, sum: Sum) {
+        let key = self.keys.hash_one(label);
+        self.rows[id as usize].summary(key, &[label], sum);
     }
 
-    /// Rows with one label, few of them.
+    fn histogram(&mut self, id: Id, labels: &[&str], histogram: &Histogram) {
+        let key = self.keys.hash_one(labels);
+        self.rows[id as usize].histogram(key, labels, histogram);
+    }
+
+    /// Rows with one label.
     fn labelled(&mut self, id: Id, rows: &[(&str, u64)]) {
-        for (value, count) in rows {
-            let key = self.keys.hash_one(value);
-            self.count(id, key, *count, |label| label(value));
+        for (label, value) in rows {
+            self.add(&[label], &[(id, *value)]);
         }
     }
 }
@@ -418,10 +383,3 @@ const PORT: [Id; 6] = [
     Id::PortSentBytes,
     Id::PortRetransmitted,
 ];
-
-fn port_key(port: PortLabel) -> u64 {
-    match port {
-        PortLabel::Port(port) => port.into(),
-        PortLabel::Other => 1 << 16,
-    }
-}

@@ -1,8 +1,7 @@
-//! The seven usual `process_*` figures.
+//! The seven usual `process_*` metrics.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Mutex;
 
 use rustix::fs::{Dir, Mode, OFlags};
 use rustix::process::{Resource, getrlimit};
@@ -18,8 +17,8 @@ pub struct ProcessStats {
     pub max_fds: f64,
     /// Virtual memory, bytes.
     pub virtual_memory_bytes: f64,
-    /// Soft limit of virtual memory, bytes; 2^64 - 1 when unlimited, as Go's
-    /// client says it.
+    /// Soft limit of virtual memory, bytes; 2^64 - 1 when unlimited, as in
+    /// Go's client.
     pub virtual_memory_max_bytes: f64,
     /// Resident memory, bytes.
     pub resident_memory_bytes: f64,
@@ -27,12 +26,12 @@ pub struct ProcessStats {
     pub start_time_seconds: f64,
 }
 
-/// Where the figures are read. Everything is opened once, at start, so that
-/// a sandbox that hides /proc later does no harm.
+/// The files they are read from, opened once at start: the sandbox hides /proc
+/// later.
 #[derive(Debug)]
 pub struct Process {
     stat: File,
-    fds: Mutex<Dir>,
+    fds: Dir,
     /// Of the kernel's boot, Unix seconds.
     boot_time: f64,
 }
@@ -47,35 +46,33 @@ impl Process {
         let fds = rustix::fs::open("/proc/self/fd", flags, Mode::empty())?;
         Ok(Self {
             stat: File::open("/proc/self/stat")?,
-            fds: Mutex::new(Dir::new(fds)?),
+            fds: Dir::new(fds)?,
             boot_time: boot_time().unwrap_or(0.0),
         })
     }
 
-    /// The figures now; `None` when the kernel no longer answers.
-    pub fn read(&self) -> Option<ProcessStats> {
+    /// The values now; `None` when /proc cannot be read any more.
+    pub fn read(&mut self) -> Option<ProcessStats> {
         let mut buffer = [0; 1024];
         let length = self.stat.read_at(&mut buffer, 0).ok()?;
-        let stat = Stat::parse(&buffer[..length])?;
+        let [user, system, start, virtual_bytes, resident_pages] = stat_fields(&buffer[..length])?;
         let ticks = rustix::param::clock_ticks_per_second() as f64;
         Some(ProcessStats {
-            cpu_seconds: hundredths(stat.cpu_ticks as f64 / ticks),
+            cpu_seconds: hundredths((user + system) as f64 / ticks),
             open_fds: self.open_fds()?,
             max_fds: limit(Resource::Nofile),
-            virtual_memory_bytes: stat.virtual_bytes as f64,
+            virtual_memory_bytes: virtual_bytes as f64,
             virtual_memory_max_bytes: limit(Resource::As),
-            resident_memory_bytes: (stat.resident_pages * rustix::param::page_size() as u64) as f64,
-            start_time_seconds: hundredths(self.boot_time + stat.start_ticks as f64 / ticks),
+            resident_memory_bytes: (resident_pages * rustix::param::page_size() as u64) as f64,
+            start_time_seconds: hundredths(self.boot_time + start as f64 / ticks),
         })
     }
 
-    /// Entries of /proc/self/fd; the descriptors held here count, as they are
-    /// open.
-    fn open_fds(&self) -> Option<f64> {
-        let mut fds = self.fds.lock().ok()?;
-        fds.rewind();
+    /// Entries of /proc/self/fd, the two descriptors held here included.
+    fn open_fds(&mut self) -> Option<f64> {
+        self.fds.rewind();
         let mut count = 0_u32;
-        while let Some(entry) = fds.read() {
+        while let Some(entry) = self.fds.read() {
             let entry = entry.ok()?;
             count += u32::from(!entry.file_name().to_bytes().starts_with(b"."));
         }
@@ -83,30 +80,19 @@ impl Process {
     }
 }
 
-/// Fields of /proc/self/stat, proc_pid_stat(5).
-#[derive(Debug, PartialEq, Eq)]
-struct Stat {
-    cpu_ticks: u64,
-    start_ticks: u64,
-    virtual_bytes: u64,
-    resident_pages: u64,
-}
-
-impl Stat {
-    fn parse(line: &[u8]) -> Option<Self> {
-        // The name in parentheses may hold anything, parentheses included;
-        // the fields after it start with the third, the state.
-        let end = line.iter().rposition(|byte| *byte == b')')?;
-        let text = std::str::from_utf8(&line[end + 1..]).ok()?;
-        let fields: Vec<&str> = text.split_ascii_whitespace().collect();
-        let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
-        Some(Self {
-            cpu_ticks: field(14)? + field(15)?,
-            start_ticks: field(22)?,
-            virtual_bytes: field(23)?,
-            resident_pages: field(24)?,
-        })
+/// utime, stime, starttime, vsize and rss of a line of /proc/self/stat,
+/// proc_pid_stat(5).
+fn stat_fields(line: &[u8]) -> Option<[u64; 5]> {
+    // The name in parentheses may hold anything, parentheses included; the
+    // fields after it start with the third, the state.
+    let end = line.iter().rposition(|byte| *byte == b')')?;
+    let text = std::str::from_utf8(&line[end + 1..]).ok()?;
+    let fields: Vec<&str> = text.split_ascii_whitespace().collect();
+    let mut values = [0; 5];
+    for (value, number) in values.iter_mut().zip([14, 15, 22, 23, 24]) {
+        *value = fields.get(number - 3)?.parse().ok()?;
     }
+    Some(values)
 }
 
 fn boot_time() -> Option<f64> {
@@ -130,22 +116,14 @@ mod tests {
     #[test]
     fn hostile_names_do_not_shift_the_fields() {
         let line = b"42 (a) b) (c) S 1 42 42 0 -1 4194560 1 2 3 4 150 50 7 8 20 0 9 0 1234 5678592 321 18446744073709551615";
-        assert_eq!(
-            Stat::parse(line),
-            Some(Stat {
-                cpu_ticks: 200,
-                start_ticks: 1_234,
-                virtual_bytes: 5_678_592,
-                resident_pages: 321,
-            })
-        );
-        assert_eq!(Stat::parse(b"42 (x) S 1"), None);
-        assert_eq!(Stat::parse(b""), None);
+        assert_eq!(stat_fields(line), Some([150, 50, 1_234, 5_678_592, 321]));
+        assert_eq!(stat_fields(b"42 (x) S 1"), None);
+        assert_eq!(stat_fields(b""), None);
     }
 
     #[test]
-    fn figures_are_those_of_this_process() {
-        let process = Process::open().unwrap();
+    fn it_reads_the_values_of_this_process() {
+        let mut process = Process::open().unwrap();
         let before = process.read().unwrap();
         let files: Vec<File> = (0..10)
             .map(|_| File::open("/proc/self/stat").unwrap())

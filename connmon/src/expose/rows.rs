@@ -85,27 +85,21 @@ impl Rows {
         }
     }
 
-    /// A counter or a gauge. `key` tells this family's rows apart; `labels`
-    /// are the values of its labels and are asked for when the row is new.
-    pub fn value(&mut self, key: u64, value: f64, labels: impl FnOnce(&mut dyn FnMut(&str))) {
+    /// A counter or a gauge. `key` tells this family's rows apart.
+    pub fn value(&mut self, key: u64, labels: &[&str], value: f64) {
         self.row(key, labels, &[]);
         self.values.push(value);
     }
 
     /// A summary without quantiles.
-    pub fn summary(&mut self, key: u64, sum: fold::Sum, labels: impl FnOnce(&mut dyn FnMut(&str))) {
+    pub fn summary(&mut self, key: u64, labels: &[&str], sum: fold::Sum) {
         self.row(key, labels, &[]);
         self.values
             .extend_from_slice(&[seconds(sum.sum_ns), sum.count as f64]);
     }
 
     /// A histogram, of the same bounds for as long as the row is there.
-    pub fn histogram(
-        &mut self,
-        key: u64,
-        histogram: &fold::Histogram,
-        labels: impl FnOnce(&mut dyn FnMut(&str)),
-    ) {
+    pub fn histogram(&mut self, key: u64, labels: &[&str], histogram: &fold::Histogram) {
         self.row(key, labels, histogram.bounds_ns);
         let mut cumulative = 0;
         for (_, count) in histogram.bounds_ns.iter().zip(&histogram.counts) {
@@ -118,7 +112,7 @@ impl Rows {
     }
 
     /// Finds or makes the next row.
-    fn row(&mut self, key: u64, labels: impl FnOnce(&mut dyn FnMut(&str)), bounds_ns: &[u64]) {
+    fn row(&mut self, key: u64, labels: &[&str], bounds_ns: &[u64]) {
         let at = self.next;
         self.next += 1;
         let ahead = &self.rows[at.min(self.rows.len())..];
@@ -154,18 +148,15 @@ impl Rows {
 }
 
 /// A metric, its numbers all 0.
-fn metric(family: &Family, labels: impl FnOnce(&mut dyn FnMut(&str)), bounds_ns: &[u64]) -> Metric {
-    let mut pairs = Vec::with_capacity(family.labels.len());
-    let mut names = family.labels.iter();
-    labels(&mut |value| {
-        if let Some(name) = names.next() {
-            let mut pair = LabelPair::default();
-            pair.set_name((*name).to_owned());
-            pair.set_value(value.to_owned());
-            pairs.push(pair);
-        }
-    });
-    debug_assert_eq!(pairs.len(), family.labels.len(), "{}", family.name);
+fn metric(family: &Family, labels: &[&str], bounds_ns: &[u64]) -> Metric {
+    debug_assert_eq!(labels.len(), family.labels.len(), "{}", family.name);
+    let pair = |(name, value): (&&str, &&str)| {
+        let mut pair = LabelPair::default();
+        pair.set_name((*name).to_owned());
+        pair.set_value((*value).to_owned());
+        pair
+    };
+    let pairs = family.labels.iter().zip(labels).map(pair).collect();
     let mut metric = Metric::from_label(pairs);
     match family.kind {
         Kind::Counter => metric.set_counter(Counter::default()),
@@ -233,11 +224,9 @@ mod tests {
     fn scrape(rows: &mut Rows, wanted: &[u64], built: &mut usize) -> Vec<(String, f64)> {
         rows.begin();
         for key in wanted {
-            rows.value(*key, *key as f64, |label| {
-                *built += 1;
-                label(&key.to_string());
-            });
+            rows.value(*key, &[&key.to_string()], *key as f64);
         }
+        *built = rows.new.len();
         let text = ended(rows);
         let samples = text.lines().filter(|line| !line.starts_with('#'));
         samples
@@ -292,8 +281,7 @@ mod tests {
             Kind::Histogram => &BOUNDS,
             _ => &[],
         };
-        let each = |label: &mut dyn FnMut(&str)| labels.iter().for_each(|text| label(text));
-        let mut metric = metric(family, each, bounds);
+        let mut metric = metric(family, labels, bounds);
         fill(&mut metric);
         let proto = super::family(family, vec![metric]);
         TextEncoder::new().encode_to_string(&[proto]).unwrap()
@@ -332,9 +320,7 @@ mod tests {
             for number in numbers {
                 let labels = [label, "direction"];
                 let mut rows = Rows::new(Id::PortConnections.family());
-                rows.value(1, number, |each| {
-                    labels.iter().for_each(|label| each(label))
-                });
+                rows.value(1, &labels, number);
                 let text = ended(&mut rows);
                 let expected = by_the_crate(Id::PortConnections, &labels, |metric| {
                     let mut gauge = Gauge::default();
@@ -354,7 +340,7 @@ mod tests {
                 sum_ns: 3_456_789_012,
             };
             let mut rows = Rows::new(Id::PortAcceptWait.family());
-            rows.summary(1, sum, |each| each(label));
+            rows.summary(1, &[label], sum);
             let text = ended(&mut rows);
             let expected = by_the_crate(Id::PortAcceptWait, &[label], |metric| {
                 let mut summary = Summary::default();
@@ -370,7 +356,7 @@ mod tests {
                 sum_ns: 17_000_000_001,
             };
             let mut rows = Rows::new(Id::Rtt.family());
-            rows.histogram(1, &histogram, |each| each(label));
+            rows.histogram(1, &[label], &histogram);
             let text = ended(&mut rows);
             let expected = by_the_crate(Id::Rtt, &[label], |metric| {
                 let mut proto = Histogram::default();

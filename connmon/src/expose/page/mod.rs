@@ -2,16 +2,16 @@
 //! browser from `/api/v1/summary`.
 //!
 //! No build step, no framework, no request to any other host, nothing inline:
-//! the page works under the Content-Security-Policy that the server sets. Its links are relative,
-//! so that it also works behind a proxy that serves it under a prefix.
+//! the server's Content-Security-Policy allows nothing else. Links are relative,
+//! so that the page also works behind a proxy that serves it under a prefix.
 
 use bytes::Bytes;
 use connmon_http::Asset;
 
-/// Stands in index.html where the telemetry path goes.
+/// Placeholder for the telemetry path in index.html.
 const TELEMETRY: &str = "{{telemetry}}";
 
-/// Path, `Content-Type` and body of what the page loads beside itself.
+/// Path, `Content-Type` and body of what the page loads.
 const FILES: [(&str, &str, &[u8]); 4] = [
     (
         "/assets/app.js",
@@ -52,7 +52,7 @@ impl Page {
         }
     }
 
-    /// The file at `path`: `/` and what lies under `/assets/`.
+    /// The file at `path`: `/`, or one under `/assets/`.
     pub fn asset(&self, path: &str) -> Option<Asset> {
         if path == "/" {
             return Some(Asset {
@@ -72,18 +72,11 @@ impl Page {
 
 /// Text → the inside of a double-quoted HTML attribute.
 fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&#39;"),
-            c => escaped.push(c),
-        }
-    }
-    escaped
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+        .replace('\'', "&#39;")
 }
 
 #[cfg(test)]
@@ -112,7 +105,10 @@ mod tests {
     fn the_telemetry_path_hides_no_file_of_the_page() {
         for (path, _, _) in FILES {
             let refused = crate::config::parse::telemetry_path(path);
-            assert!(refused.is_err(), "{path} is no path of the server's own");
+            assert!(
+                refused.is_err(),
+                "{path} may be taken by the telemetry path"
+            );
         }
     }
 
