@@ -1,11 +1,11 @@
-//! What the documents name exists, and what exists is documented: flags,
-//! their defaults, metric names in dashboards, rules and the README.
+//! What the documents name exists, and what exists is documented: flags, their
+//! defaults, metric names, tests, messages. And plain words everywhere.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::CommandFactory;
-use connmon::config::settings::{Kind, SETTINGS};
+use connmon::config::settings::{Kind, SETTINGS, Setting};
 use connmon::expose::families::FAMILIES;
 
 fn root() -> PathBuf {
@@ -63,9 +63,9 @@ fn every_metric_name_in_the_documents_exists() {
     let mut checked = 0;
     for (path, text) in documents() {
         for (name, next) in words(&text, "connmon_", is_metric_character) {
-            // `connmon_port_…`, `connmon_geoip_*`: every name that starts so.
-            // A colon makes it the name of a recording rule.
-            let open = name.ends_with('_') || next == Some('*') || next == Some('…');
+            // `connmon_bpf_program_*`, or a regular expression: some name must
+            // start so. A colon makes it the name of a recording rule.
+            let open = name.ends_with('_') && matches!(next, Some('*' | '.'));
             if next == Some(':') {
                 continue;
             }
@@ -112,42 +112,102 @@ fn every_flag_in_the_readme_exists() {
 }
 
 #[test]
-fn every_setting_and_its_default_is_in_the_readme() {
+fn flags_in_the_readme_have_their_defaults() {
     let readme = readme();
-    for setting in SETTINGS {
-        let flag = format!("--{}", setting.key);
-        let row = readme
-            .lines()
-            .find(|line| line.starts_with("| `--") && line.contains(&flag))
-            .unwrap_or_else(|| panic!("{flag} is not in the README's table"));
-        if setting.kind != Kind::Switch && !setting.default.is_empty() {
-            assert!(
-                row.contains(setting.default),
-                "{flag}: default {}: {row}",
-                setting.default
-            );
-        }
+    let rows: Vec<&str> = readme
+        .lines()
+        .filter(|line| line.starts_with("| `--"))
+        .collect();
+    assert_eq!(rows.len(), 10);
+    for row in rows {
+        let key = row.split(['`', ' ']).nth(2).unwrap();
+        let setting = Setting::find(&key[2..]).unwrap_or_else(|| panic!("no setting {key}"));
+        assert!(row.contains(setting.default), "{row}");
     }
 }
 
-#[test]
-fn every_metric_is_in_the_readme() {
-    let readme = readme();
-    for family in FAMILIES {
-        let whole = format!("`{}", family.name);
-        // A shared beginning stands for its families: `connmon_geoip_*`.
-        let mut ends = family.name.match_indices('_').map(|(at, _)| at + 1);
-        let covered = readme.contains(&whole)
-            || ends.any(|end| {
-                let stem = &family.name[..end];
-                readme.contains(&format!("`{stem}*`")) || readme.contains(&format!("`{stem}…`"))
-            })
-            // `connmon_country_received_bytes_total`, `…_sent_bytes_total`.
-            || family.name.match_indices('_').any(|(at, _)| {
-                readme.contains(&format!("`…{}`", &family.name[at..]))
-            });
-        assert!(covered, "{} is not in the README", family.name);
+/// A table cell: text whose bars do not end it.
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|")
+}
+
+/// Compares `document` with what the tables of the program give. Regenerate
+/// with `UPDATE_DOCS=1 cargo test -p connmon --test docs`.
+fn generated(document: &str, text: &str) {
+    let path = root().join(document);
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        fs::write(&path, text).unwrap();
     }
+    let written = fs::read_to_string(&path).unwrap();
+    assert_eq!(written, text, "{document} is not up to date");
+}
+
+#[test]
+fn the_list_of_metrics_is_the_table_of_families() {
+    let mut text = String::from(
+        "# Metrics\n\n\
+         Generated from the help texts of `connmon/src/expose/families.rs`; do not edit.\n\n\
+         `direction`, `country` and `port` are explained in the [README](../README.md). A summary \
+         has `_sum` and `_count`, without quantiles. What the source cannot know is absent, not 0.\n\n\
+         | name | type | labels | meaning |\n|---|---|---|---|\n",
+    );
+    for family in FAMILIES {
+        let kind = format!("{:?}", family.kind).to_lowercase();
+        let labels = family.labels.join(", ");
+        let (name, help) = (family.name, cell(family.help));
+        text += &format!("| `{name}` | {kind} | {labels} | {help} |\n");
+    }
+    generated("docs/metrics.md", &text);
+}
+
+#[test]
+fn the_list_of_flags_is_the_table_of_settings() {
+    let mut text = String::from(
+        "# Flags\n\n\
+         Generated from `connmon/src/config/settings.rs`; do not edit.\n\n\
+         Each flag is also an environment variable (lists comma-separated) and a flat key, the flag \
+         without its dashes, in the YAML of `--config.file`. A flag beats the environment, which \
+         beats the file. `connmon --help` prints the same.\n\n\
+         | flag | variable | default | meaning |\n|---|---|---|---|\n",
+    );
+    for setting in SETTINGS {
+        let flag = match setting.kind {
+            Kind::Switch => format!("--{}", setting.key),
+            _ => format!("--{} {}", setting.key, cell(setting.placeholder)),
+        };
+        let default = match setting.default {
+            "" => "none".to_owned(),
+            default => format!("`{default}`"),
+        };
+        let (variable, help) = (setting.variable(), cell(setting.help));
+        text += &format!("| `{flag}` | `{variable}` | {default} | {help} |\n");
+    }
+    generated("docs/flags.md", &text);
+}
+
+#[test]
+fn links_lead_to_files_and_every_document_is_linked() {
+    let readme = readme();
+    for entry in fs::read_dir(root().join("docs")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(readme.contains(&format!("(docs/{name})")), "docs/{name}");
+    }
+    let mut followed = 0;
+    for (path, text) in documents() {
+        if path.extension().is_none_or(|extension| extension != "md") {
+            continue;
+        }
+        for target in text.split("](").skip(1) {
+            let target = target.split([')', '#']).next().unwrap();
+            if target.is_empty() || target.contains("://") {
+                continue;
+            }
+            followed += 1;
+            let file = path.parent().unwrap().join(target);
+            assert!(file.exists(), "{}: no {target}", path.display());
+        }
+    }
+    assert!(followed > 20, "{followed}");
 }
 
 /// Every line of Rust in the repository.
@@ -193,18 +253,16 @@ fn every_test_that_a_document_cites_exists() {
 }
 
 #[test]
-fn every_message_in_the_readme_is_one_of_the_agents() {
+fn every_message_to_troubleshoot_is_logged() {
     // As the compiler reads them: literals may go on in the next line.
     let sources: String = sources()
         .split("\\\n")
         .map(str::trim_start)
         .collect::<Vec<_>>()
         .join("");
-    let readme = readme();
-    let table = readme.split("## When something is wrong").nth(1).unwrap();
-    let table = table.split("\n## ").next().unwrap();
+    let text = fs::read_to_string(root().join("docs/troubleshooting.md")).unwrap();
     let mut messages = 0;
-    for row in table.lines().filter(|line| line.starts_with("| `")) {
+    for row in text.lines().filter(|line| line.starts_with("| `")) {
         let message = row.split('`').nth(1).unwrap();
         for part in message.split('…').map(str::trim) {
             messages += 1;
@@ -213,4 +271,76 @@ fn every_message_in_the_readme_is_one_of_the_agents() {
         }
     }
     assert!(messages > 15, "only {messages} found");
+}
+
+/// The words of CONTRIBUTING.md's glossary that never mean anything else.
+const NOT: [&str; 14] = [
+    "doorkeeper",
+    "ledger",
+    "stand-in",
+    "stand_in",
+    "standin",
+    "told of",
+    "word of",
+    "says so",
+    "shortage",
+    "in the midst",
+    "first words",
+    "first_words",
+    "sighted",
+    "desk",
+];
+
+/// Text of every source, test and document.
+fn texts(directory: &Path, found: &mut Vec<(PathBuf, String)>) {
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if path.is_dir() {
+            if !matches!(name, "target" | ".git" | "data" | "corpus") {
+                texts(&path, found);
+            }
+        } else if name != "Cargo.lock" && !path.ends_with("connmon/tests/docs.rs") {
+            // What is no text, such as a picture, is skipped.
+            found.extend(fs::read_to_string(&path).ok().map(|text| (path, text)));
+        }
+    }
+}
+
+#[test]
+fn words_of_the_glossary_occur_nowhere() {
+    let mut found = Vec::new();
+    texts(&root(), &mut found);
+    assert!(found.len() > 200, "{}", found.len());
+    let mut wrong = Vec::new();
+    for (path, text) in found {
+        let mut text = text.to_lowercase();
+        if path.ends_with("CONTRIBUTING.md") {
+            let (before, glossary) = text.split_once("\n## words\n").unwrap();
+            let after = glossary.split_once("\n## ").map_or("", |(_, after)| after);
+            text = format!("{before}\n{after}");
+        }
+        // A phrase may go on in the next line of a comment.
+        let words = text
+            .split_whitespace()
+            .filter(|word| !matches!(*word, "//" | "///" | "//!" | "#" | "*"));
+        let text = words.collect::<Vec<_>>().join(" ");
+        for not in NOT {
+            let is_letter = |c: Option<char>| c.is_some_and(char::is_alphabetic);
+            for (at, _) in text.match_indices(not) {
+                let after = text[at + not.len()..].trim_start_matches('s');
+                if !is_letter(text[..at].chars().next_back()) && !is_letter(after.chars().next()) {
+                    let end = text.floor_char_boundary(at + 40);
+                    let path = path.strip_prefix(root()).unwrap().display();
+                    wrong.push(format!("{path}: {}", &text[at..end]));
+                }
+            }
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "CONTRIBUTING.md has other words for {}, the first:\n{}",
+        wrong.len(),
+        wrong[..wrong.len().min(20)].join("\n")
+    );
 }

@@ -135,7 +135,7 @@ families! {
     ReconcileCorrections Counter "connmon_reconcile_corrections_total" ["action"]
         "Connections that the initial scan seeded from the kernel's socket tables, or that audits added, removed or updated in state.";
     ReconcileDuration Gauge "connmon_reconcile_duration_seconds" []
-        "Seconds that the last audit against the kernel's socket tables took.";
+        "Seconds that the last audit against the kernel's socket tables took (--reconcile.interval).";
     ReconcileInterval Gauge "connmon_reconcile_interval_seconds" []
         "Seconds between audits: --reconcile.interval, longer where an audit would take more than 0.5 % of a core.";
     ReconcileRuns Counter "connmon_reconcile_runs_total" ["trigger"]
@@ -157,7 +157,7 @@ families! {
     TrackedConnections Gauge "connmon_tracked_connections" []
         "Connections that connmon keeps in its table now, at most --connections.max.";
     UnattributedEvents Counter "connmon_unattributed_events_total" []
-        "Events that were counted by no country, because their connection is unknown.";
+        "Lost kernel events that may have opened or closed a connection; its country and port do not count it.";
     UntrackedConnections Gauge "connmon_untracked_connections" []
         "Connections open now that did not fit below --connections.max; they are in no gauge.";
     Up Gauge "connmon_up" []

@@ -646,7 +646,7 @@ fn it_fits_a_phone() -> Result<()> {
 }
 
 #[test]
-fn with_nothing_public_it_says_what_there_is() -> Result<()> {
+fn it_explains_an_empty_map() -> Result<()> {
     let (_one, browser) = browser_or_skip!();
     let mut report = sample::report();
     report
@@ -682,14 +682,14 @@ fn with_nothing_public_it_says_what_there_is() -> Result<()> {
         "no rows",
         "document.querySelector('#countries .nothing') !== null",
     )?;
-    says("empty", "Nothing else is connected")?;
+    says("empty", "No other connection is counted.")?;
     says("empty", "--filter.loopback include")?;
     assert_eq!(complaints(&browser)?, Vec::<String>::new());
     Ok(())
 }
 
 #[test]
-fn it_says_in_words_how_the_agent_is() -> Result<()> {
+fn it_shows_the_state_of_the_agent() -> Result<()> {
     let (_one, browser) = browser_or_skip!();
     let agent = Agent::start(sample::report())?;
     open(&browser, &agent)?;
@@ -699,34 +699,31 @@ fn it_says_in_words_how_the_agent_is() -> Result<()> {
             &format!("document.body.innerText.includes({})", Value::from(what)),
         )
     };
-    says("Live, every event from the kernel")?;
-    says("tp_btf at inet_sock_set_state, the highest rung.")?;
+    says("Live, every connection is counted")?;
+    says("tp_btf at inet_sock_set_state, the fastest method.")?;
     says(
-        "kprobe at tcp_connect, not on a higher rung: fentry: load: Operation not permitted (os error 1).",
+        "kprobe at tcp_connect. A faster method is not available: fentry: load: Operation not permitted (os error 1).",
     )?;
-    says("kretprobe at inet_csk_accept, not on a higher rung")?;
-    says("None: the last audit agreed with the kernel's own tables.")?;
+    says("kretprobe at inet_csk_accept. A faster method is not available")?;
+    says("None: the last audit agreed with the kernel's socket tables.")?;
     says("None of 4,321 events lost.")?;
     says("DBIP-Country-Lite, built into connmon, of 2025-11-01")?;
     says("IP Geolocation by DB-IP")?;
-    says("drawn as they are controlled de facto")?;
+    says("drawn as controlled de facto")?;
     assert_eq!(
         browser.eval("document.getElementById('demo').hidden")?,
         true
     );
 
-    // Green is for nothing missing.
-    let pill = |agent: &Agent, report: Report, words: &str| -> Result<()> {
-        agent.set(report);
-        says(words)?;
-        assert_eq!(
-            browser.eval("document.getElementById('state').className")?,
-            "pill warn",
-            "{words}"
-        );
+    // Green is for right numbers, with or without the optional probes.
+    let pill = |class: &str| -> Result<()> {
+        let shown = browser.eval("document.getElementById('state').className")?;
+        assert_eq!(shown, class);
         Ok(())
     };
     let mut report = sample::report();
+    report.status.rungs[0].method = Method::Tracepoint;
+    report.snapshot.traffic_known = false;
     report.status.rungs[2].method = Method::None;
     report.snapshot.accept_known = false;
     report.status.rungs[2].failures = vec![AttachFailure::new(
@@ -734,21 +731,18 @@ fn it_says_in_words_how_the_agent_is() -> Result<()> {
         Stage::Attach,
         "no such function",
     )];
-    pill(
-        &agent,
-        report,
-        "Live, every event, but no probe for accepts",
+    agent.set(report);
+    says(
+        "Optional probe at inet_csk_accept not attached, so accept waits and accepting processes are not measured: kretprobe: no such function.",
     )?;
-    says("no probe at inet_csk_accept: kretprobe: no such function.")?;
+    says("Bytes, retransmits and round-trip times are not measured here.")?;
+    says("Live, every connection is counted")?;
+    pill("pill good")?;
     let mut report = sample::report();
-    report.status.rungs[0].method = Method::Tracepoint;
-    report.snapshot.traffic_known = false;
-    pill(
-        &agent,
-        report,
-        "Live, every event, but states by the classic tracepoint, no traffic figures",
-    )?;
-    says("Bytes, retransmits and round-trip times are not known here.")?;
+    report.snapshot.drift = Some(40);
+    agent.set(report);
+    says("Live, but the last audit corrected 40 connections")?;
+    pill("pill warn")?;
 
     let mut report = sample::report();
     report.status.source = report::Source::Proc;
@@ -763,15 +757,16 @@ fn it_says_in_words_how_the_agent_is() -> Result<()> {
     report.snapshot.traffic_known = false;
     agent.set(report);
     says("Live but degraded: polling /proc")?;
+    pill("pill warn")?;
     says("Not eBPF because: bpf() is refused (EPERM): CAP_BPF is missing.")?;
     says("Demo. The traffic on this page is made up")?;
     says("The last audit corrected 40 connections of 70 tracked.")?;
     says("12 events because the ring buffer was full")?;
     says(
-        "3 connections came when the table was full (--connections.max), 2 of them open and in no gauge",
+        "3 connections opened while the table was full (--connections.max), 2 of them open and in no gauge",
     )?;
-    says("1 read through sock_diag, 2 through /proc, 1 known by events alone.")?;
-    says("a fresher file can be given by --geoip.database")?;
+    says("1 read by sock_diag, 2 read from /proc, 1 not audited, known from events alone.")?;
+    says("--geoip.database takes a newer file")?;
     assert_eq!(
         browser.eval("document.querySelector('#countries tr[data-id=DE]').cells[4].textContent")?,
         "–",
@@ -807,7 +802,7 @@ fn hostile_names_are_only_text() -> Result<()> {
 }
 
 #[test]
-fn when_the_agent_is_gone_it_says_so_and_comes_back() -> Result<()> {
+fn it_turns_stale_and_recovers_with_the_agent() -> Result<()> {
     let (_one, browser) = browser_or_skip!();
     let agent = Agent::start_at("/probe/tcp", world())?;
     open(&browser, &agent)?;
@@ -832,7 +827,7 @@ fn when_the_agent_is_gone_it_says_so_and_comes_back() -> Result<()> {
     assert_eq!(
         browser.eval("document.querySelector('#countries tr[data-id=DE]').cells[1].textContent")?,
         grouped(48_210),
-        "the last figures stay to be read"
+        "the last numbers stay readable"
     );
     assert_eq!(
         browser.eval("getComputedStyle(document.querySelector('main')).opacity")?,
@@ -845,7 +840,7 @@ fn when_the_agent_is_gone_it_says_so_and_comes_back() -> Result<()> {
     restarted.status.uptime_s = 1.0;
     let _agent = Agent::start_on(address, "/probe/tcp", restarted)?;
     browser.eval("document.getElementById('retry').click()")?;
-    browser.wait_for("the agent again", "document.getElementById('stale').hidden")?;
+    browser.wait_for("the agent", "document.getElementById('stale').hidden")?;
     assert_eq!(
         browser.eval("document.getElementById('t-rate').textContent")?,
         "–",
@@ -855,26 +850,26 @@ fn when_the_agent_is_gone_it_says_so_and_comes_back() -> Result<()> {
 }
 
 #[test]
-fn while_the_agent_starts_it_says_what_it_waits_for() -> Result<()> {
+fn it_shows_what_a_starting_agent_waits_for() -> Result<()> {
     let (_one, browser) = browser_or_skip!();
     let mut report = world();
     report.status.ready = false;
-    report.status.waiting_for = Some("the first audit".to_owned());
+    report.status.waiting_for = Some("the initial scan".to_owned());
     let agent = Agent::start(report)?;
     browser.open(&agent.url())?;
     browser.wait_for(
         "the reason",
-        "document.getElementById('state').textContent === 'Not ready' && document.getElementById('stale-text').textContent.includes('the first audit')",
+        "document.getElementById('state').textContent === 'Not ready' && document.getElementById('stale-text').textContent.includes('the initial scan')",
     )?;
     // Another 503 is no start.
     agent.fall_silent();
     browser.wait_for(
         "another reason",
-        "document.getElementById('state').textContent === 'No answer' && document.getElementById('stale-text').textContent.startsWith('The agent gives no figures: ')",
+        "document.getElementById('state').textContent === 'No answer' && document.getElementById('stale-text').textContent.startsWith('The agent has no numbers: ')",
     )?;
     agent.set(world());
     browser.eval("document.getElementById('retry').click()")?;
-    browser.wait_for("figures", "document.getElementById('stale').hidden")?;
+    browser.wait_for("numbers", "document.getElementById('stale').hidden")?;
     assert_eq!(
         browser.eval("document.getElementById('t-now').textContent")?,
         "92,970"

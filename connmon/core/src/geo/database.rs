@@ -13,6 +13,9 @@ use crate::text::printable;
 /// DB-IP Lite country, CC BY 4.0; see `data/NOTICE`.
 static EMBEDDED: &[u8] = include_bytes!("../../../data/dbip-country-lite.mmdb");
 
+/// Label `database_type` of the embedded database.
+const EMBEDDED_TYPE: &str = "DBIP-Country-Lite";
+
 /// Longest `database_type` kept, characters.
 const MAX_TYPE_CHARS: usize = 64;
 
@@ -55,7 +58,12 @@ impl Database {
         let reader = Reader::from_source(Cow::Borrowed(EMBEDDED)).map_err(|error| {
             InvalidDatabase(format!("the embedded country database is damaged: {error}"))
         })?;
-        Ok(Self::new(reader, DatabaseSource::Embedded, EMBEDDED.len()))
+        Ok(Self {
+            // The file's own type, "country ipvAll", names neither vendor nor
+            // product.
+            database_type: EMBEDDED_TYPE.to_owned(),
+            ..Self::new(reader, DatabaseSource::Embedded, EMBEDDED.len())
+        })
     }
 
     /// Checks and opens the bytes of a file. The check asks `may_go_on` every

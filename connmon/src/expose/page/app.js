@@ -1,10 +1,10 @@
 // The page behind `/`: fetches api/v1/summary every two seconds and draws it.
-// Every name and number goes in through textContent; nothing is fetched from
-// any other host.
+// All names and numbers are set through textContent. Nothing is fetched from any
+// other host.
 'use strict';
 
 const REFRESH_MS = 2000; // between two answers
-const BACKOFF_MAX_MS = 30000; // between two tries while nobody answers
+const BACKOFF_MAX_MS = 30000; // between two requests while nothing answers
 const TIMEOUT_MS = 5000; // for one answer
 const RATE_WINDOW_S = 30; // "per second" is the mean over at most this long
 const ROWS = 12; // shown before "show all"
@@ -39,9 +39,9 @@ let history = []; // { at: uptime in seconds, opened: Map(row key -> by directio
 let delay = REFRESH_MS;
 let timer = 0;
 let nextTry = 0;
-let turn = 0; // of asking; an answer to an earlier one is dropped
+let turn = 0; // of requests; the answer to an earlier one is dropped
 
-// Figures -----------------------------------------------------------------
+// Numbers -----------------------------------------------------------------
 
 const pick = (by) =>
   by == null ? null : direction === 'all' ? by.inbound + by.outbound + by.unknown : by[direction];
@@ -82,7 +82,7 @@ function seconds(s) {
   return `${Math.round(s / 86400)} days`;
 }
 
-// Counters restart with the agent; a row that was not there yet was at 0.
+// Counters start at 0 with the agent, and a new row started at 0.
 function remember(summary) {
   const at = summary.agent.uptime_seconds;
   if (history.length && at < history[history.length - 1].at) history = [];
@@ -102,7 +102,7 @@ function rate(key, opened) {
   return (before > now ? now : now - before) / span;
 }
 
-function figures(row, key) {
+function numbers(row, key) {
   const received = pick(row.received_bytes);
   const sent = pick(row.sent_bytes);
   return {
@@ -118,8 +118,8 @@ function figures(row, key) {
 
 // Colours -----------------------------------------------------------------
 
-// Viridis, which grows evenly in lightness, so that it can be read with every
-// kind of colour vision; on a light ground dark is many, on a dark one light.
+// Viridis grows evenly in lightness and is readable with every kind of colour
+// vision. Many connections are dark on a light page, light on a dark one.
 const VIRIDIS = ['440154', '472d7b', '3b528b', '2c728e', '21918c', '28ae80', '5ec962', 'addc30', 'fde725'].map((hex) =>
   [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16)),
 );
@@ -178,7 +178,7 @@ async function loadMap() {
     const parsed = new DOMParser().parseFromString(await answer.text(), 'image/svg+xml');
     const svg = document.importNode(parsed.documentElement, true);
     svg.setAttribute('role', 'img');
-    svg.setAttribute('aria-label', 'World map coloured by live connections. The table of countries has the same figures.');
+    svg.setAttribute('aria-label', 'World map coloured by live connections. The table of countries has the same numbers.');
     for (const shape of svg.children) if (shape.id.startsWith('c-')) shapes.set(shape.id.slice(2), shape);
     // Small places lie on top of large ones.
     svg.append(...svg.querySelectorAll('circle'));
@@ -186,7 +186,7 @@ async function loadMap() {
     mapFailed = false;
     if (latest) draw();
   } catch {
-    mapFailed = true; // tried again with the next answer; the tables do without
+    mapFailed = true; // retried with the next answer; the tables need no map
   }
 }
 
@@ -217,7 +217,7 @@ function drawEmpty(rows) {
   if (of('private')) others.push(`${count(of('private'))} with private addresses`);
   if (of('loopback')) others.push(`${count(of('loopback'))} over loopback`);
   if (of('unknown')) others.push(`${count(of('unknown'))} with addresses of no known country`);
-  lines.push(others.length ? `There are ${others.join(', ')}; the table lists them.` : `Nothing else is connected ${way ? way.trim() : 'either'}, by what is counted.`);
+  lines.push(others.length ? `There are ${others.join(', ')}; the table lists them.` : `No other ${way}connection is counted.`);
   const hidden = latest.hidden;
   if (hidden.loopback)
     lines.push(`${plural(hidden.loopback, 'loopback connection is', 'loopback connections are')} hidden. To see loopback, start connmon with --filter.loopback include.`);
@@ -391,83 +391,99 @@ function set(element, text) {
 const countries = new Table('countries', 'country');
 const ports = new Table('ports', 'port');
 
-// The agent, in words -------------------------------------------------------
+// The state of the agent -------------------------------------------------------
 
+// What a probe adds, and what is missing without it.
 const PROBES = {
-  inet_sock_set_state: 'Connection states',
-  tcp_connect: 'Outgoing connects',
-  inet_csk_accept: 'Accepts',
+  inet_sock_set_state: ['Connection states', 'connections'],
+  tcp_connect: ['Outgoing connects', 'the connect latency of TCP Fast Open'],
+  inet_csk_accept: ['Accepts', 'accept waits and accepting processes'],
 };
 
 function facts(summary) {
   const { agent } = summary;
   const facts = [];
-  const say = (label, text, level = '') => facts.push({ label, text, level });
+  const add = (label, text, level = '') => facts.push({ label, text, level });
 
   if (agent.source === 'ebpf') {
-    say('Source', 'Kernel events (eBPF): a connection is counted the moment it opens and closes.' + (agent.degraded ? ` Degraded: ${agent.degraded}.` : ''), agent.degraded ? 'warn' : '');
+    add('Source', 'Kernel events (eBPF): a connection is counted the moment it opens and closes.' + (agent.degraded ? ` Degraded: ${agent.degraded}.` : ''), agent.degraded ? 'warn' : '');
   } else {
-    say('Source', 'Polling /proc: a connection that opens and closes between two polls is not seen.' + (agent.degraded ? ` Not eBPF because: ${agent.degraded}.` : ''), 'warn');
+    add('Source', 'Polling /proc: a connection that opens and closes between two polls is not counted.' + (agent.degraded ? ` Not eBPF because: ${agent.degraded}.` : ''), 'warn');
   }
-  for (const probe of agent.probes) {
-    const label = PROBES[probe.probe] || probe.probe;
-    const why = probe.reason ? `: ${probe.reason}` : '';
-    if (probe.method === 'none') say(label, `no probe at ${probe.probe}${why}.`, agent.source === 'ebpf' ? 'warn' : '');
-    else say(label, `${probe.method} at ${probe.probe}, ${why ? `not on a higher rung${why}` : 'the highest rung'}.`, probe.method === 'tracepoint' ? 'warn' : '');
+  if (agent.source === 'ebpf') agent.probes.forEach((probe) => add(...probeFact(probe)));
+  if (noTraffic(summary)) add('Traffic', 'Bytes, retransmits and round-trip times are not measured here.');
+  add('Drift', ...driftFact(summary));
+  add('Losses', ...lossFact(agent));
+  const limits = limitFact(summary);
+  if (limits) add('Limits', ...limits);
+
+  const spaces = [];
+  const { diag, proc, unaudited } = agent.namespaces;
+  if (diag || !(proc || unaudited)) spaces.push(`${count(diag)} read by sock_diag`);
+  if (proc) spaces.push(`${count(proc)} read from /proc`);
+  if (unaudited) spaces.push(`${count(unaudited)} not audited, known from events alone`);
+  add('Network namespaces', spaces.join(', ') + '.', unaudited ? 'warn' : '');
+
+  add('Country database', ...databaseFact(agent.database));
+  const { hidden } = summary;
+  if (hidden.loopback || hidden.excluded) {
+    const parts = [];
+    if (hidden.loopback) parts.push(`${count(hidden.loopback)} over loopback (--filter.loopback)`);
+    if (hidden.excluded) parts.push(`${count(hidden.excluded)} by --filter.exclude`);
+    add('Left out', parts.join(', ') + '.');
   }
-  if (noTraffic(summary)) say('Traffic', 'Bytes, retransmits and round-trip times are not known here.', 'warn');
+  add('Running', `for ${seconds(agent.uptime_seconds)}, version ${agent.version}.`);
+  return facts;
+}
 
-  const audit = `An audit runs every ${seconds(agent.reconcile.interval_seconds)} and took ${seconds(agent.reconcile.duration_seconds)}.`;
-  if (agent.drift == null) say('Drift', 'No audit against the kernel\'s own tables yet.');
-  else if (agent.drift === 0) say('Drift', `None: the last audit agreed with the kernel's own tables. ${audit}`);
-  else
-    say('Drift', `The last audit corrected ${plural(agent.drift, 'connection')} of ${count(summary.tracked)} tracked. ${audit}`, agent.drift > Math.max(5, summary.tracked / 100) ? 'bad' : '');
+// Every connection is counted whichever method attaches a probe, so none of this is a warning.
+function probeFact({ probe, method, reason }) {
+  const [label, what] = PROBES[probe] || [probe, 'its measurements'];
+  if (method === 'none') return [label, `Optional probe at ${probe} not attached, so ${what} are not measured${reason ? `: ${reason}` : ''}.`];
+  return [label, `${method} at ${probe}${reason ? `. A faster method is not available: ${reason}` : ', the fastest method'}.`];
+}
 
+const driftIsHigh = ({ agent, tracked }) => agent.drift > Math.max(5, tracked / 100);
+
+function driftFact(summary) {
+  const { drift, reconcile } = summary.agent;
+  const audit = `An audit runs every ${seconds(reconcile.interval_seconds)} and took ${seconds(reconcile.duration_seconds)}.`;
+  if (drift == null) return ["No audit against the kernel's socket tables yet."];
+  if (drift === 0) return [`None: the last audit agreed with the kernel's socket tables. ${audit}`];
+  return [`The last audit corrected ${plural(drift, 'connection')} of ${count(summary.tracked)} tracked. ${audit}`, driftIsHigh(summary) ? 'bad' : ''];
+}
+
+function lossFact(agent) {
   const { dropped } = agent.events;
-  const lost = dropped.ring_full + dropped.undecodable;
   const missed = total(agent.missed_runs);
   const losses = [];
   if (dropped.ring_full) losses.push(`${plural(dropped.ring_full, 'event')} because the ring buffer was full`);
   if (dropped.undecodable) losses.push(`${plural(dropped.undecodable, 'event')} that could not be decoded`);
-  if (missed) losses.push(`${plural(missed, 'probe run')} the kernel skipped`);
-  if (agent.events.unattributed) losses.push(`the country of ${plural(agent.events.unattributed, 'event')}`);
-  if (losses.length) say('Losses', `Lost since start: ${losses.join(', ')}. Audits have put the gauges right.`, lost ? 'bad' : 'warn');
-  else say('Losses', agent.source === 'ebpf' ? `None of ${plural(agent.events.produced, 'event')} lost.` : 'No event is lost, as none is used.');
+  if (missed) losses.push(`${plural(missed, 'probe run')} that the kernel skipped`);
+  if (losses.length) return [`Lost since start: ${losses.join(', ')}. Audits have corrected the gauges; counters miss what was lost.`, dropped.ring_full + dropped.undecodable ? 'bad' : 'warn'];
+  return [agent.source === 'ebpf' ? `None of ${plural(agent.events.produced, 'event')} lost.` : 'None: polling uses no events.'];
+}
 
-  const series = total(agent.overflow.series);
+function limitFact({ agent, untracked }) {
+  const { table, series } = agent.overflow;
+  const others = total(series);
   const full = [];
-  if (agent.overflow.table) full.push(`${plural(agent.overflow.table, 'connection')} came when the table was full (--connections.max), ${count(summary.untracked)} of them open and in no gauge`);
-  if (series) full.push(`${count(series)} counts went to port "other" or were not listed for want of series`);
-  if (full.length) say('Limits', full.join('; ') + '.', agent.overflow.table ? 'bad' : 'warn');
+  if (table) full.push(`${plural(table, 'connection')} opened while the table was full (--connections.max), ${count(untracked)} of them open and in no gauge`);
+  if (others) full.push(`${plural(others, 'connection or listening socket', 'connections or listening sockets')} without a row of their own (--ports.max, --listeners.max), counted as port "other" or not listed`);
+  return full.length ? [full.join('; ') + '.', table ? 'bad' : 'warn'] : null;
+}
 
-  const spaces = [];
-  const { diag, proc, unaudited } = agent.namespaces;
-  if (diag || !(proc || unaudited)) spaces.push(`${count(diag)} read through sock_diag`);
-  if (proc) spaces.push(`${count(proc)} through /proc`);
-  if (unaudited) spaces.push(`${count(unaudited)} known by events alone`);
-  say('Network namespaces', spaces.join(', ') + '.', unaudited ? 'warn' : '');
-
-  const { database } = agent;
-  // Beyond what a Date can hold there is no day to name.
+function databaseFact(database) {
+  // A Date cannot hold every number that a file may have.
   const built = new Date(database.build_timestamp * 1000);
   const days = Math.floor((Date.now() - built) / 86400000);
   const old = days > STALE_DATABASE_DAYS;
   let text = `${database.type}, ${database.source === 'embedded' ? 'built into connmon' : 'from a file'}`;
   if (database.build_timestamp && !Number.isNaN(days)) text += `, of ${built.toISOString().slice(0, 10)} (${days < 1 ? 'today' : plural(days, 'day') + ' old'})`;
   text += '.';
-  if (old) text += ' Addresses move; a fresher file can be given by --geoip.database.';
-  if (database.reloads.failure) text += ` ${plural(database.reloads.failure, 'reload')} refused; the database before it stays in use.`;
-  say('Country database', text, database.reloads.failure || (old && database.source === 'file') ? 'warn' : '');
-
-  const { hidden } = summary;
-  if (hidden.loopback || hidden.excluded) {
-    const parts = [];
-    if (hidden.loopback) parts.push(`${count(hidden.loopback)} over loopback (--filter.loopback)`);
-    if (hidden.excluded) parts.push(`${count(hidden.excluded)} by --filter.exclude`);
-    say('Left out', parts.join(', ') + '.');
-  }
-  say('Running', `for ${seconds(agent.uptime_seconds)}, version ${agent.version}.`);
-  return facts;
+  if (old) text += ' Some networks have moved since; --geoip.database takes a newer file.';
+  if (database.reloads.failure) text += ` ${plural(database.reloads.failure, 'reload')} failed; the database loaded before stays in use.`;
+  return [text, database.reloads.failure || (old && database.source === 'file') ? 'warn' : ''];
 }
 
 function drawAgent(summary) {
@@ -496,27 +512,17 @@ function drawAgent(summary) {
 
 const noTraffic = (summary) => summary.ports.some((row) => row.received_bytes == null);
 
-// What the kernel's events leave out here.
-function lacks(summary) {
-  const missing = summary.agent.probes
-    .filter((probe) => probe.method === 'none')
-    .map((probe) => `no probe for ${(PROBES[probe.probe] || probe.probe).toLowerCase()}`);
-  // The classic tracepoint is the rung without the socket, so without its figures.
-  if (summary.agent.probes.some((probe) => probe.method === 'tracepoint')) missing.push('states by the classic tracepoint');
-  if (noTraffic(summary)) missing.push('no traffic figures');
-  return missing.join(', ');
-}
-
+// Amber and red are for numbers that may be wrong. What is not measured is no reason.
 function drawState(summary) {
   const { agent } = summary;
-  let [text, level] = ['Live, every event from the kernel', 'good'];
-  if (!agent.ready) [text, level] = [`Starting: waiting for ${agent.waiting_for || 'the first audit'}`, 'warn'];
-  else if (!agent.up) [text, level] = ['Not up: the source is silent or the last audit is old', 'bad'];
+  let [text, level] = ['Live, every connection is counted', 'good'];
+  if (!agent.ready) [text, level] = [`Starting: waiting for ${agent.waiting_for || 'the initial scan'}`, 'warn'];
+  else if (!agent.up) [text, level] = ['Not up: no events arrive, or the last audit is too old', 'bad'];
   else if (agent.source !== 'ebpf') [text, level] = ['Live but degraded: polling /proc', 'warn'];
   else if (agent.degraded) [text, level] = [`Live but degraded: ${agent.degraded}`, 'warn'];
-  else if (lacks(summary)) [text, level] = [`Live, every event, but ${lacks(summary)}`, 'warn'];
+  else if (driftIsHigh(summary)) [text, level] = [`Live, but the last audit corrected ${plural(agent.drift, 'connection')}`, 'warn'];
   const pill = $('state');
-  set(pill, text); // a status region: spoken only when the words change
+  set(pill, text); // a status region: read aloud only when the text changes
   pill.className = 'pill ' + level;
   $('demo').hidden = !agent.demo;
   document.title = (agent.demo ? 'DEMO · ' : '') + `${compact.format(summary.established)} · connmon`;
@@ -528,14 +534,14 @@ function draw() {
   const summary = latest;
   countries.rows = summary.countries.map((row) => {
     const name = countryName(row.country);
-    return { id: row.country, name, order: name.toLowerCase(), note: isPublic(row.country) ? row.country : '', swatch: null, ...figures(row, 'c' + row.country) };
+    return { id: row.country, name, order: name.toLowerCase(), note: isPublic(row.country) ? row.country : '', swatch: null, ...numbers(row, 'c' + row.country) };
   });
   ports.rows = summary.ports.map((row) => {
     const other = row.port === 'other';
     const note = [SERVICES[row.port], ...row.processes].filter((name, at, list) => name && name !== 'unknown' && list.indexOf(name) === at).join(', ');
-    return { id: row.port, name: other ? 'other ports' : row.port, order: other ? 65536 : Number(row.port), note: other ? '' : note, ...figures(row, 'p' + row.port) };
+    return { id: row.port, name: other ? 'other ports' : row.port, order: other ? 65536 : Number(row.port), note: other ? '' : note, ...numbers(row, 'p' + row.port) };
   });
-  // The row of what has no row of its own is there from the start; silent, it says nothing.
+  // The row of all other ports always exists; it is shown once it has counted something.
   ports.rows = ports.rows.filter((row) => row.id !== 'other' || row.now || row.traffic || row.failures || row.rate);
   const top = drawMap(countries.rows);
   for (const row of countries.rows) if (isPublic(row.id) && row.now > 0) row.swatch = colour(scale(row.now, top));
@@ -582,8 +588,8 @@ async function refresh() {
   try {
     const answer = await fetch(here('api/v1/summary'), { cache: 'no-store', signal: AbortSignal.timeout(TIMEOUT_MS) });
     if (!answer.ok) {
-      const said = (await answer.text()).trim().slice(0, 200);
-      throw Object.assign(new Error(`HTTP ${answer.status}: ${said}`), { said, starting: said.startsWith('not ready yet') });
+      const body = (await answer.text()).trim().slice(0, 200);
+      throw Object.assign(new Error(`HTTP ${answer.status}: ${body}`), { body, starting: body.startsWith('not ready yet') });
     }
     const summary = await answer.json();
     if (mine !== turn) return;
@@ -599,8 +605,8 @@ async function refresh() {
     if (mine !== turn) return;
     delay = error.starting ? REFRESH_MS : Math.min(delay * 2, BACKOFF_MAX_MS);
     nextTry = Date.now() + delay;
-    if (error.starting) drawStale('Not ready', `The agent says: ${error.said}.`);
-    else if (error.said) drawStale(latestAt ? 'Stale' : 'No answer', `The agent gives no figures: ${error.said}.`);
+    if (error.starting) drawStale('Not ready', `The agent is starting: ${error.body}.`);
+    else if (error.body) drawStale(latestAt ? 'Stale' : 'No answer', `The agent has no numbers: ${error.body}.`);
     else {
       const reason = error.name === 'TimeoutError' ? `nothing in ${TIMEOUT_MS / 1000} s` : error.name === 'TypeError' ? 'no connection' : error.message;
       drawStale(latestAt ? 'Stale' : 'No answer', `The agent does not answer (${reason}).`);
@@ -618,7 +624,7 @@ for (const input of document.querySelectorAll('#direction input')) {
 }
 dark.addEventListener('change', () => latest && draw());
 $('map').addEventListener('pointermove', tip);
-// A finger leaves when it is lifted; what it tapped stays until the next tap.
+// A lifted finger also leaves the map; what it tapped stays until the next tap.
 document.addEventListener('pointerdown', tip);
 $('map').addEventListener('pointerleave', (event) => event.pointerType === 'touch' || tip(event));
 countries.body.addEventListener('pointerover', (event) => mark(event.target.closest('tr')?.dataset.id));
