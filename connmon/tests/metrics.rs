@@ -173,7 +173,7 @@ const PROMISED: &[Promise] = {
 };
 
 #[test]
-fn what_was_promised_is_there_by_name_type_and_labels() {
+fn the_contract_is_kept_by_name_type_and_labels() {
     for (name, kind, labels) in PROMISED {
         let Some(family) = FAMILIES.iter().find(|family| family.name == *name) else {
             panic!("no family {name}");
@@ -277,9 +277,9 @@ fn fixed_label_values_are_the_promised_ones() {
     }
 }
 
-/// `connmon_build_info` and `--version` tell the same build.
+/// `connmon_build_info` and `--version` describe the same build.
 #[test]
-fn the_build_is_the_one_that_version_prints() {
+fn build_info_matches_version() {
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_connmon"))
         .arg("--version")
         .output()
@@ -302,10 +302,10 @@ fn the_build_is_the_one_that_version_prints() {
         format!("connmon, version {number} (branch: {branch}, revision: {revision})")
     );
     for (title, name) in [("rust version:", "rustversion"), ("platform:", "target")] {
-        let said = version
+        let printed = version
             .lines()
             .find_map(|line| line.trim().strip_prefix(title));
-        assert_eq!(said.map(str::trim), Some(label(name)));
+        assert_eq!(printed.map(str::trim), Some(label(name)));
     }
     assert_eq!(number, env!("CARGO_PKG_VERSION"));
 }
@@ -427,9 +427,9 @@ fn what_is_not_known_is_absent() {
     assert_eq!(without_build(&bare), without_build(&render(&report)));
 }
 
-/// A renderer that has seen other reports says the same as a fresh one.
+/// A renderer that has seen other reports writes what a new one writes.
 #[test]
-fn history_leaves_no_trace() {
+fn earlier_scrapes_do_not_change_a_scrape() {
     let mut metrics = Metrics::new();
     for (countries, ports, cross, listeners) in [
         (253, 128, 2_000, 512),

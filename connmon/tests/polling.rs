@@ -73,7 +73,7 @@ fn reloads(text: &str, result: &str) -> Option<f64> {
 }
 
 #[test]
-fn connections_keep_their_country_when_the_database_changes() {
+fn connections_keep_their_country_over_a_reload() {
     let places = |country| database_of("test", &[("127.7.0.0/16".to_owned(), country)]);
     let scratch = tempfile::tempdir().unwrap();
     let database = scratch.path().join("country.mmdb");
@@ -98,7 +98,7 @@ fn connections_keep_their_country_when_the_database_changes() {
     let another = connect(&listener, "127.7.0.1");
     agent.eventually("three from Japan", |text| inbound(text, "JP") == Some(3.0));
 
-    // SIGHUP reads the file again though it did not change.
+    // SIGHUP reads the file although it did not change.
     agent.signal("HUP");
     agent.eventually("another refusal", |text| {
         reloads(text, "failure") == Some(2.0)
@@ -138,11 +138,11 @@ fn a_database_truncated_in_place_still_answers() {
     });
     let text = agent.eventually("a refusal", |text| reloads(text, "failure") == Some(1.0));
     assert_eq!(inbound(&text, "SE"), Some(1.0));
-    agent.says("the one loaded before stays in use");
+    agent.logs("the one loaded before stays in use");
 }
 
-/// A web configuration broken while running: the old one stays, and the log
-/// says so once.
+/// A web configuration that breaks while running: the old one stays, with one
+/// line in the log.
 #[test]
 fn a_broken_web_configuration_is_complained_about() {
     let scratch = tempfile::tempdir().unwrap();
@@ -158,8 +158,8 @@ fn a_broken_web_configuration_is_complained_about() {
     let flag = format!("--web.config.file={}", web.display());
     let agent = Agent::start(&database, &[&ARGUMENTS[..], &[&flag]].concat());
     replace(&web, b"http_server_config:\n  banana: 1\n");
-    agent.says("web.yml:2: http_server_config.banana: unknown key");
-    agent.says("keeping the old web configuration");
+    agent.logs("web.yml:2: http_server_config.banana: unknown key");
+    agent.logs("keeping the old web configuration");
     agent.scrape();
     agent.scrape();
     assert_eq!(
@@ -235,8 +235,8 @@ fn signals_end_it_cleanly() {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let said = lines.any(|line| line.unwrap().contains("shows the map"));
-        assert!(said, "no word of being ready");
+        let printed = lines.any(|line| line.unwrap().contains("shows the map"));
+        assert!(printed, "it never became ready");
         let start = std::time::Instant::now();
         let pid = child.id().to_string();
         assert!(

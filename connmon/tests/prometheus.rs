@@ -33,7 +33,7 @@ const COUNTRIES: usize = 250;
 const BATCH: u16 = 512;
 
 #[test]
-fn queries_see_what_happened_and_a_scan_stays_under_budget() {
+fn queries_are_right_and_a_scan_stays_in_budget() {
     let Some(requirements) = fixture::requirements() else {
         return;
     };
@@ -198,7 +198,7 @@ fn value(text: &str, series: &str) -> f64 {
 }
 
 #[test]
-fn the_test_places_each_network_in_a_country_of_its_own() {
+fn each_network_has_a_country_of_its_own() {
     let mut countries: Vec<Country> = (1..=COUNTRIES).map(fixture::country_of).collect();
     countries.sort();
     countries.dedup();

@@ -118,7 +118,7 @@ const RESTARTS: [&str; 5] = [
     "--test=agent",
     "--",
     "--exact",
-    "storm::restarts_under_load_start_with_the_truth",
+    "storm::restarts_under_load_start_exact",
     "--test-threads=1",
 ];
 

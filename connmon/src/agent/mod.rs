@@ -281,7 +281,7 @@ impl Attached {
         }
     }
 
-    /// For the log; where the agent polls, a warning has said more.
+    /// For the log; where the agent polls, a warning names the reason.
     fn not_measured(&self) -> Option<String> {
         let tracer = self.tracer.as_ref()?;
         startup::not_measured(tracer.rungs(), tracer.traffic_known())
@@ -368,7 +368,7 @@ fn fold_config(config: &Config, host: NetnsId, tracer: Option<&Tracer>) -> FoldC
 /// From the kernel by way of the standard library's hash keys.
 fn random_key() -> [u8; 16] {
     use std::hash::{BuildHasher, Hasher, RandomState};
-    let word = || RandomState::new().build_hasher().finish().to_ne_bytes();
-    let (first, second) = (word(), word());
+    let half = || RandomState::new().build_hasher().finish().to_ne_bytes();
+    let (first, second) = (half(), half());
     std::array::from_fn(|at| if at < 8 { first[at] } else { second[at - 8] })
 }

@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn losses_are_one_walk_within_a_second() {
+    fn losses_within_a_second_are_one_walk() {
         let mut schedule = settled();
         schedule.loss(SECOND_NS);
         schedule.loss(SECOND_NS + 1);
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn listeners_wait_for_owners_but_not_for_the_next_audit() {
+    fn owners_do_not_wait_for_the_next_audit() {
         let mut schedule = Schedule::new(0, AUDIT, TRAFFIC);
         let ended = Ended {
             owners_wait: true,
@@ -325,7 +325,7 @@ mod tests {
         let (mut spent, mut audits, mut after) = (Duration::ZERO, 0, Vec::new());
         let mut under_way = None;
         for now_ns in (0..end_ns).step_by(TICK_NS as usize) {
-            // Read every fifth tick, so the last loss is told late.
+            // Read every fifth tick, so the last loss is reported late.
             if now_ns <= losses_ns + SECOND_NS / 4 && now_ns.is_multiple_of(5 * TICK_NS) {
                 schedule.loss(now_ns);
             }
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn however_long_losses_last_two_audits_follow_within_two_seconds() {
+    fn two_audits_follow_lasting_losses_in_two_seconds() {
         for cost_ms in [1, 30, 150] {
             let cost = Duration::from_millis(cost_ms);
             for tenths in 1..100 {

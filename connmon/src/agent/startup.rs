@@ -1,4 +1,4 @@
-//! What the log says at start: what is watched, and what is not measured.
+//! The first lines of the log: what is watched, and what is not measured.
 
 use connmon_core::fold::Snapshot;
 use connmon_core::geo::Country;

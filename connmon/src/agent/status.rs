@@ -41,7 +41,7 @@ pub struct WalkState {
 /// What was lost between two readings of the kernel's counters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lost {
-    /// Records without room in the ring.
+    /// Records that the full ring buffer dropped.
     pub events: u64,
     /// Program runs that the kernel skipped.
     pub missed_runs: u64,
@@ -76,7 +76,7 @@ pub struct StatusBoard {
     /// What the audits before the last had found that no event reported.
     found_before: u64,
     /// The last audit found changes although no event comes any more.
-    silent: bool,
+    without_events: bool,
     last_audit_ns: Option<u64>,
     namespace_reason: Option<String>,
     scanned: bool,
@@ -122,7 +122,7 @@ impl StatusBoard {
             produced_before: 0,
             still: 0,
             found_before: 0,
-            silent: false,
+            without_events: false,
             last_audit_ns: None,
             namespace_reason: None,
             scanned: false,
@@ -210,7 +210,7 @@ impl StatusBoard {
             };
             self.produced_before = self.counters.produced;
             let found = ended.corrections.added + ended.corrections.updated;
-            self.silent = status.source == Source::Ebpf
+            self.without_events = status.source == Source::Ebpf
                 && self.still >= STILL_AUDITS
                 && found > self.found_before;
             self.found_before = found;
@@ -258,7 +258,7 @@ impl StatusBoard {
         let limit_s =
             self.status.reconcile_interval_s * UP_INTERVALS + self.status.reconcile_duration_s;
         let age_s = |at_ns| now_ns.saturating_sub(at_ns) as f64 / 1e9;
-        !self.silent && self.last_audit_ns.is_some_and(|at| age_s(at) <= limit_s)
+        !self.without_events && self.last_audit_ns.is_some_and(|at| age_s(at) <= limit_s)
     }
 
     /// The agent's part of a report.

@@ -299,7 +299,7 @@ mod tests {
     ];
 
     #[test]
-    fn rows_read_as_the_encoder_writes_them() {
+    fn rows_match_the_encoder() {
         let numbers = [
             0.0,
             -0.0,
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_and_histograms_read_as_the_encoder_writes_them() {
+    fn sums_and_histograms_match_the_encoder() {
         for label in HOSTILE {
             let sum = fold::Sum {
                 count: 12,

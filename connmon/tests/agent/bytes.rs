@@ -32,7 +32,7 @@ fn agent(extra: &[&str]) -> Option<Agent> {
 }
 
 #[test]
-fn short_connections_count_their_payload_exactly_on_every_close_path() {
+fn payload_of_short_connections_is_exact() {
     let Some(agent) = agent(&["--traffic.interval", "1h"]) else {
         return;
     };
@@ -61,7 +61,7 @@ fn short_connections_count_their_payload_exactly_on_every_close_path() {
 
 /// In a country that nothing else on this machine connects to.
 #[test]
-fn a_countrys_bytes_and_round_trips_are_its_connections() {
+fn bytes_and_rtt_of_a_country_are_exact() {
     if !namespaces::may_run("bytes by country") {
         return;
     }
@@ -113,7 +113,7 @@ fn a_countrys_bytes_and_round_trips_are_its_connections() {
 }
 
 #[test]
-fn long_connections_are_sampled_and_never_counted_twice() {
+fn long_connections_are_sampled_and_counted_once() {
     let before = Server::new(Family::V4);
     let mut seeds = before.pairs(3);
     for pair in &mut seeds {
@@ -178,7 +178,7 @@ fn long_connections_are_sampled_and_never_counted_twice() {
 }
 
 #[test]
-fn polling_leaves_traffic_out_rather_than_at_zero() {
+fn polling_has_no_traffic_families() {
     let agent = Agent::start(&["--source", "proc", "--filter.loopback", "include"]);
     let scrape = agent.scrape();
     for family in [

@@ -18,7 +18,7 @@ fn of(scrape: &Scrape, family: &str, port: u16) -> f64 {
 }
 
 #[test]
-fn beyond_the_cap_every_open_is_counted_and_none_is_kept() {
+fn opens_beyond_the_cap_count_but_are_not_kept() {
     if !may_run("fifty thousand connections and a cap") {
         return;
     }
@@ -68,7 +68,7 @@ fn beyond_the_cap_every_open_is_counted_and_none_is_kept() {
 /// of them takes is a share of all of them, by the CPU time of the thread: a
 /// share that neither the speed of the machine nor its load changes.
 #[test]
-fn a_walk_over_many_sockets_does_not_keep_the_ring_waiting() {
+fn a_large_walk_does_not_delay_the_ring_buffer() {
     if !may_run("a walk over sixty thousand sockets") {
         return;
     }

@@ -95,9 +95,9 @@ fn nothing_names_a_metric_that_does_not_exist() {
     }
 }
 
-/// What Grafana would stumble over, since no Grafana is at hand to try.
+/// What Grafana would refuse, since the test has no Grafana.
 #[test]
-fn the_dashboard_hangs_together() {
+fn the_dashboard_is_consistent() {
     let dashboard: Value = serde_json::from_str(&read("grafana/connmon.json")).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();
     let mut ids = BTreeSet::new();
@@ -194,7 +194,7 @@ fn every_panel_shows_data() {
     }
     assert!(empty.is_empty(), "no data:\n{}", empty.join("\n"));
 
-    // What the bustle makes is more than a zero that is always there.
+    // The traffic of the test makes more than zeros.
     let mut made = Vec::new();
     for family in [
         "opened_total",
@@ -206,7 +206,7 @@ fn every_panel_shows_data() {
     ] {
         for (_, query) in queries(&dashboard) {
             let named = metrics(&query);
-            // Shares and the like may well be 0.
+            // Shares may be 0.
             let plain = named.len() == 1 && !query.contains('/') && !query.contains("local");
             let of = |name: &String| name.ends_with(family) && name.contains("country");
             if plain && named.iter().any(of) && absent(&query, &scrape).is_none() {
@@ -223,7 +223,7 @@ fn every_panel_shows_data() {
         }
     }
 
-    // The figures are the right ones, not just any: connections held.
+    // The numbers are right: connections that this test holds.
     let sure = |query: &str, value: f64| {
         let until = Instant::now() + PATIENCE;
         loop {
@@ -297,13 +297,13 @@ fn known(name: &str) -> bool {
 
 /// A metric of the query that this kernel, source or probe does not give;
 /// the contract has such families absent rather than zero. With `tp_btf`
-/// every close tells its traffic: nothing of it is excused then.
+/// every close has its traffic, so no traffic family may be absent then.
 fn absent(query: &str, scrape: &Scrape) -> Option<String> {
     let no_accepts = scrape.get(
         "connmon_probe_attached",
         &[("probe", "inet_csk_accept"), ("method", "none")],
     ) == Some(0.0);
-    let figures = scrape.get(
+    let traffic = scrape.get(
         "connmon_probe_attached",
         &[("probe", "inet_sock_set_state"), ("method", "tp_btf")],
     ) == Some(1.0);
@@ -313,13 +313,13 @@ fn absent(query: &str, scrape: &Scrape) -> Option<String> {
             !scrape.has(name)
         }
         name if name.contains("bytes") || name.contains("segments") || name.contains("rtt") => {
-            !figures
+            !traffic
         }
         _ => false,
     })
 }
 
-/// A Prometheus that scrapes one agent each second and knows our rules.
+/// A Prometheus that scrapes one agent each second and evaluates our rules.
 struct Prometheus {
     child: Child,
     url: String,

@@ -69,7 +69,7 @@ fn both(scrape: &Scrape, port: u16) -> (f64, f64) {
 }
 
 #[test]
-fn holds_opens_and_closes_match_ss_on_every_source_and_family() {
+fn counts_match_ss_on_every_source_and_family() {
     for args in sources() {
         let before: Vec<(Family, Server)> = Family::ALL
             .map(|family| (family, Server::new(family)))
@@ -121,8 +121,8 @@ fn holds_opens_and_closes_match_ss_on_every_source_and_family() {
     }
 }
 
-/// In a namespace that is the agent's whole world, so that what other tests
-/// do is in none of its figures. The agent is to be started inside.
+/// In a namespace that only the agent watches, so that other tests change none
+/// of its counts. The agent must be started inside.
 fn alone_in_a_namespace(inside: impl FnOnce() + Send) {
     Namespace::new().run(inside);
 }
@@ -193,14 +193,14 @@ fn refused_are_failures(args: &[&str]) {
 /// How many, at full speed.
 const COUNT: usize = 100_000;
 
-/// Room for every record of all of them, should nobody drain the ring.
+/// Holds every record of all of them even if nothing drains the ring buffer.
 const RING_FOR_ALL: &str = "128MiB";
 
-/// A machine that gives the agent no time for as long as its ring takes to
-/// fill loses events; the agent has counted them then, which this checks, and
-/// the exact count is shown with a ring that holds all events.
+/// A machine that gives the agent no CPU time until its ring buffer is full
+/// loses events. Then this checks that the agent has counted them, and tests the
+/// exact count with a ring buffer that holds all events.
 #[test]
-fn a_hundred_thousand_connections_at_full_speed_are_counted_exactly() {
+fn a_hundred_thousand_fast_connections_are_exact() {
     let Some(mut args) = ebpf() else { return };
     let _alone = alone();
     args.extend(["--netns", "host"]);
@@ -228,10 +228,10 @@ fn a_hundred_thousand_connections_at_full_speed_are_counted_exactly() {
 /// What an agent counted as lost.
 #[derive(Debug)]
 struct Lost {
-    /// Events without room in the ring.
+    /// Events that the full ring buffer dropped.
     ring: f64,
-    /// Runs of the state program that the kernel left out. A kretprobe's lose
-    /// owners, no connections.
+    /// Runs of the state program that the kernel skipped. Those of a kretprobe
+    /// lose owners, no connections.
     runs: f64,
 }
 
@@ -245,8 +245,8 @@ impl Lost {
     }
 }
 
-/// Every opening and closing is counted, but for what the agent says it lost:
-/// an opening that was lost costs the count of the closing as well.
+/// Every open and close is counted, except those that the agent counted as
+/// lost. A lost open also hides its close.
 fn a_hundred_thousand(args: &[&str]) -> Lost {
     let agent = Agent::start(args);
     let server = Server::new(Family::V4);
@@ -264,8 +264,8 @@ fn a_hundred_thousand(args: &[&str]) -> Lost {
                 opened <= all && closed <= all,
                 "{direction}: {opened}, {closed}"
             );
-            // Where a RST was lost, the other end lingers as an orphan for a
-            // minute: what the kernel still has is not closed, all else is.
+            // After a lost RST the other end stays an orphan for a minute: what
+            // the kernel still has is not closed, everything else is.
             let side = if *direction == "inbound" {
                 "sport"
             } else {
@@ -305,12 +305,11 @@ fn at_full_speed(server: &Server, count: usize) {
     });
 }
 
-/// The kernel leaves out runs of the classic tracepoint's program that an
-/// interrupt brings in the midst of another program on that processor, and
-/// itself tells of them since 6.7 only. There is nothing that takes them, but
-/// something that tells.
+/// The kernel skips the program of the classic tracepoint in an interrupt that
+/// comes while it runs on that CPU, and counts such recursion misses since 6.7
+/// only. connmon's second program cannot replace them but counts them.
 #[test]
-fn what_the_classic_tracepoint_loses_is_told_and_healed() {
+fn losses_of_the_tracepoint_are_counted_and_healed() {
     let Some(mut args) = ebpf() else { return };
     mount_tracefs();
     let _alone = alone();
@@ -330,8 +329,8 @@ fn what_the_classic_tracepoint_loses_is_told_and_healed() {
             let missed = scrape.get("connmon_probe_missed_runs_total", &state);
             missed.expect("it is counted on every kernel");
             let lost = Lost::of(scrape);
-            // Of a connection whose opening was missed the close is not
-            // counted either, unless an audit found it meanwhile.
+            // The close of a connection whose open was missed is not counted
+            // either, unless an audit has found it meanwhile.
             let counted = both(scrape, OPENED) + both(scrape, CLOSED);
             let orphans = (ss_open("sport", port) + ss_open("dport", port)) as f64;
             let short = 4.0 * COUNT as f64 - counted - orphans;
@@ -398,22 +397,22 @@ fn refusal(args: &[&str]) -> (Option<i32>, String) {
 fn a_taken_port_and_a_bad_database_are_one_clear_line() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let (code, said) = refusal(&["--web.listen-address", &address]);
-    assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains(&address), "{said}");
-    assert_eq!(said.lines().count(), 1, "{said}");
+    let (code, printed) = refusal(&["--web.listen-address", &address]);
+    assert_eq!(code, Some(1), "{printed}");
+    assert!(printed.contains(&address), "{printed}");
+    assert_eq!(printed.lines().count(), 1, "{printed}");
 
-    let (code, said) = refusal(&["--geoip.database", "/no/such.mmdb"]);
-    assert_eq!(code, Some(1), "{said}");
+    let (code, printed) = refusal(&["--geoip.database", "/no/such.mmdb"]);
+    assert_eq!(code, Some(1), "{printed}");
     assert!(
-        said.contains("--geoip.database") && said.contains("/no/such.mmdb"),
-        "{said}"
+        printed.contains("--geoip.database") && printed.contains("/no/such.mmdb"),
+        "{printed}"
     );
-    assert_eq!(said.lines().count(), 1, "{said}");
+    assert_eq!(printed.lines().count(), 1, "{printed}");
 }
 
 #[test]
-fn without_privileges_it_polls_and_says_why_or_refuses() {
+fn without_privileges_it_polls_or_refuses() {
     if ebpf().is_none() {
         return;
     }
@@ -423,10 +422,10 @@ fn without_privileges_it_polls_and_says_why_or_refuses() {
         .args(["--source", "ebpf", "--web.listen-address", "127.0.0.1:0"])
         .output()
         .unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("CAP_BPF"), "names the remedy: {said}");
-    assert_eq!(said.lines().count(), 1, "{said}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{printed}");
+    assert!(printed.contains("CAP_BPF"), "names the remedy: {printed}");
+    assert_eq!(printed.lines().count(), 1, "{printed}");
 
     let server = Server::new(Family::V4);
     let held = server.pairs(4);
@@ -450,16 +449,16 @@ fn without_privileges_it_polls_and_says_why_or_refuses() {
 
 #[test]
 fn a_panic_in_any_thread_ends_the_process() {
-    for room in ["fold", "serve"] {
+    for thread in ["fold", "serve"] {
         let mut command = Agent::binary();
-        command.args(INCLUDE).env("CONNMON_TEST_PANIC", room);
+        command.args(INCLUDE).env("CONNMON_TEST_PANIC", thread);
         let mut agent = Agent::spawn(command);
         // These hooks fire on the first report.
         let _ = crate::harness::get(agent.address(), "/metrics");
-        assert_eq!(agent.wait().code(), Some(101), "{room}: {}", agent.log());
+        assert_eq!(agent.wait().code(), Some(101), "{thread}: {}", agent.log());
         assert!(
             agent.log().contains("rather than serving stale numbers"),
-            "{room}: {}",
+            "{thread}: {}",
             agent.log()
         );
     }
@@ -475,7 +474,7 @@ fn a_panic_in_any_thread_ends_the_process() {
 }
 
 #[test]
-fn first_words_are_a_sentence_and_the_url() {
+fn the_log_starts_with_the_summary_and_the_url() {
     let server = Server::new(Family::V4);
     let held = server.pairs(2);
     let agent = Agent::start(&[]);

@@ -1,4 +1,4 @@
-//! Files of the configuration that are no files, or too large.
+//! Files of the configuration that are not regular files, or too large.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -34,8 +34,8 @@ fn refused(args: &[&str]) -> (i32, String) {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     let output = child.wait_with_output().unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    (output.status.code().unwrap(), said)
+    let printed = String::from_utf8(output.stderr).unwrap();
+    (output.status.code().unwrap(), printed)
 }
 
 #[test]
@@ -51,12 +51,15 @@ fn only_regular_files_are_read_at_the_start() {
         (PathBuf::from("/dev/zero"), "a character device"),
     ];
     let refusal = |path: &Path, kind: &str, args: &[&str]| {
-        let (code, said) = refused(args);
-        let said = said.lines().last().unwrap_or_default();
-        assert_eq!(code, 2, "{args:?}: {said}");
-        assert!(said.contains(path.to_str().unwrap()), "{args:?}: {said}");
+        let (code, printed) = refused(args);
+        let printed = printed.lines().last().unwrap_or_default();
+        assert_eq!(code, 2, "{args:?}: {printed}");
+        assert!(
+            printed.contains(path.to_str().unwrap()),
+            "{args:?}: {printed}"
+        );
         let kind = format!("is {kind}, not a regular file");
-        assert!(said.contains(&kind), "{args:?}: {said}");
+        assert!(printed.contains(&kind), "{args:?}: {printed}");
     };
     for (path, kind) in &kinds {
         for flag in ["--web.config.file", "--config.file", "--geoip.database"] {
@@ -87,8 +90,7 @@ fn only_regular_files_are_read_at_the_start() {
     }
 }
 
-/// A database that says DE for one network, with room for nothing in it up to
-/// this size.
+/// A database that places one network in DE, padded to this size.
 fn database(bytes: u64) -> Vec<u8> {
     let mut writer = Writer::new("connmon-test");
     let network: ipnet::IpNet = "198.18.0.0/24".parse().unwrap();
@@ -181,7 +183,10 @@ fn two_largest_databases_are_in_memory_and_no_more() {
     assert!(peak(agent.pid()) < most, "{} bytes", peak(agent.pid()));
     let log = agent.stop();
     assert!(log.contains("larger than the 64 MiB allowed"), "{log}");
-    let (code, said) = refused(&args[2..]);
-    assert_eq!(code, 2, "{said}");
-    assert!(said.contains("larger than the 64 MiB allowed"), "{said}");
+    let (code, printed) = refused(&args[2..]);
+    assert_eq!(code, 2, "{printed}");
+    assert!(
+        printed.contains("larger than the 64 MiB allowed"),
+        "{printed}"
+    );
 }

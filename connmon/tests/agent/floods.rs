@@ -1,5 +1,4 @@
-//! What strangers can do to it: half-open connections and scans of ports
-//! cost no memory.
+//! Half-open connections and port scans cost no memory.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 
@@ -61,7 +60,7 @@ fn a_flood_of_half_open_connections_costs_no_memory() {
     const SYNS: u16 = 50_000;
     const PORT: u16 = 7301;
     let namespace = Namespace::new();
-    // Answers to 10.9/16 go where nobody hears them.
+    // Answers to 10.9/16 reach nobody.
     let deaf = Namespace::new();
     let inside = |args: &[&str]| ip(&[&["-n", namespace.name.as_str()], args].concat());
     inside(&[

@@ -84,14 +84,14 @@ impl Scrape {
         )
     }
 
-    /// What the law of events says is missing: 0 when it holds.
+    /// produced - folded - dropped: 0 when the law of events holds.
     pub fn events_unaccounted(&self) -> f64 {
         self.sum("connmon_events_produced_total", &[])
             - self.sum("connmon_events_folded_total", &[])
             - self.sum("connmon_events_dropped_total", &[])
     }
 
-    /// What the law of connections says is missing: 0 when it holds.
+    /// The difference of the law of connections: 0 when it holds.
     pub fn connections_unaccounted(&self) -> f64 {
         let corrections =
             |action| self.sum("connmon_reconcile_corrections_total", &[("action", action)]);
@@ -138,8 +138,8 @@ impl Agent {
         Self::spawn(command)
     }
 
-    /// Starts what may be a wrapper around the agent (setpriv, `ip netns
-    /// exec`) whose last argument list is the agent's.
+    /// Starts the agent, or a wrapper around it (setpriv, `ip netns exec`) that
+    /// passes on the arguments.
     pub fn spawn(mut command: Command) -> Self {
         command
             .args(["--web.listen-address", "127.0.0.1:0"])
@@ -375,8 +375,7 @@ fn addresses(log: &str) -> Option<(String, String)> {
     Some((address, path.trim_end_matches('"').to_owned()))
 }
 
-/// Has promtool lint a scrape, once for all that differ in figures alone:
-/// values, and labels that are numbers.
+/// Lints a scrape by promtool, once for all scrapes that differ in numbers only.
 fn lint(text: &str) {
     static SEEN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let lines: BTreeSet<String> = text

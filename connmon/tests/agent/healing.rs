@@ -1,5 +1,5 @@
-//! How soon the gauges are right again after a loss, by the agent's own log:
-//! its two audits after the loss follow without waiting for anything.
+//! How soon the gauges are right after a loss, measured in the agent's log: the
+//! two audits after the loss start without delay.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -7,7 +7,7 @@ use crate::harness::{Agent, PATIENCE, Scrape};
 use crate::held::Held;
 use crate::load::{alone, inconclusive};
 use crate::namespaces::{Namespace, may_run};
-use crate::storm::{SIGCONT, SIGSTOP, audits, dropped, gauge, start, truth};
+use crate::storm::{SIGCONT, SIGSTOP, audits, by_kernel, dropped, gauge, start};
 
 /// Ports inside a namespace of our own; below the ephemeral range.
 const KEPT_PORT: u16 = 7111;
@@ -23,7 +23,7 @@ const WHAT: &str = "lost closes corrected within two seconds";
 const HEALED: Duration = Duration::from_secs(2);
 
 #[test]
-fn ten_thousand_lost_closes_are_corrected_within_two_seconds() {
+fn ten_thousand_lost_closes_heal_in_two_seconds() {
     if !may_run(WHAT) {
         return;
     }
@@ -31,7 +31,7 @@ fn ten_thousand_lost_closes_are_corrected_within_two_seconds() {
     let namespace = Namespace::new();
     let kept = Held::crowd(&namespace, KEPT_PORT, CONNECTIONS);
     let released = Held::crowd(&namespace, RELEASED_PORT, CONNECTIONS);
-    // The agent's whole world, so that no other test has a part in its audits.
+    // Only the agent watches it, so that no other test changes its audits.
     namespace.run(|| released_in_turn(released, kept));
 }
 
@@ -64,7 +64,7 @@ fn released_while_stopped(agent: &Agent, released: Vec<Held>, expected: (f64, f6
     // Each socket changes its state twice or more, each time with a record of
     // 60 bytes or more: the ring is full by the first five hundred of them.
     drop(released);
-    let by_ss = (truth(KEPT_PORT), truth(RELEASED_PORT));
+    let by_ss = (by_kernel(KEPT_PORT), by_kernel(RELEASED_PORT));
     assert_eq!(by_ss, expected, "by ss");
     let waited_before = waited(agent);
     let can_run = (SystemTime::now(), Instant::now());

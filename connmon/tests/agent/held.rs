@@ -52,12 +52,12 @@ impl Held {
     /// Until all connections are there.
     pub fn wait(&mut self) {
         let output = self.child.stdout.as_mut().unwrap();
-        let mut said = Vec::new();
-        while !said.ends_with(b"holding\n") {
+        let mut line = Vec::new();
+        while !line.ends_with(b"holding\n") {
             let mut byte = [0];
             let read = output.read(&mut byte).unwrap();
-            assert_eq!(read, 1, "{}", String::from_utf8_lossy(&said));
-            said.extend(byte);
+            assert_eq!(read, 1, "{}", String::from_utf8_lossy(&line));
+            line.extend(byte);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Few events wake nobody: a timer bounds how long they wait.
+//! A few events do not wake the agent: a timer bounds how long they wait.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -30,9 +30,9 @@ fn counter(scrape: &Scrape, name: &str) -> f64 {
 }
 
 /// Nothing reads the agent between the bursts of a round, and its ring of a
-/// page has no room for two of them.
+/// page does not hold two of them.
 #[test]
-fn an_event_is_folded_within_100_ms_though_nobody_asks() {
+fn an_event_is_folded_within_100_ms_without_scrapes() {
     if !may_run("the fold of an idle machine") {
         return;
     }

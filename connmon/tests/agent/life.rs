@@ -1,5 +1,5 @@
-//! The agent and who starts it: a service manager that listens, a kernel that
-//! refuses part of the sandbox.
+//! The agent under a service manager, and on a kernel without part of the
+//! sandbox.
 
 use std::io::ErrorKind;
 use std::os::unix::net::UnixDatagram;
@@ -19,7 +19,7 @@ struct Manager {
 }
 
 impl Manager {
-    /// And tells a command of it.
+    /// Sets NOTIFY_SOCKET for a command.
     fn of(command: &mut Command, watchdog: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("notify");
@@ -33,36 +33,39 @@ impl Manager {
         }
     }
 
-    fn hears(&self) -> String {
+    fn receive(&self) -> String {
         let mut buffer = [0; 512];
-        let length = self.socket.recv(&mut buffer).expect("the agent says so");
+        let length = self
+            .socket
+            .recv(&mut buffer)
+            .expect("a notification of the agent");
         String::from_utf8(buffer[..length].to_vec()).unwrap()
     }
 }
 
 #[test]
-fn a_service_manager_hears_ready_alive_and_stopping() {
+fn a_service_manager_gets_ready_alive_and_stopping() {
     let mut command = Agent::binary();
     command.args(["--filter.loopback", "include"]);
     let manager = Manager::of(&mut command, Duration::from_millis(400));
     let starting = std::thread::spawn(|| Agent::spawn(command));
     // Nothing is alive before it is ready.
-    let mut first = manager.hears();
+    let mut first = manager.receive();
     while first == "WATCHDOG=1" {
-        first = manager.hears();
+        first = manager.receive();
     }
     assert!(first.starts_with("READY=1\nSTATUS="), "{first:?}");
     let mut agent = starting.join().unwrap();
-    // The agent says the address only after that.
+    // The agent logs its address only after that.
     assert_eq!(agent.telemetry_status(), 200);
     for _ in 0..3 {
-        assert_eq!(manager.hears(), "WATCHDOG=1");
+        assert_eq!(manager.receive(), "WATCHDOG=1");
     }
     agent.check_laws();
     agent.signal(SIGTERM);
-    let mut last = manager.hears();
+    let mut last = manager.receive();
     while last == "WATCHDOG=1" {
-        last = manager.hears();
+        last = manager.receive();
     }
     assert_eq!(last, "STOPPING=1");
     assert_eq!(agent.wait().code(), Some(0), "{}", agent.log());
@@ -100,22 +103,25 @@ fn without_landlock_strict_refuses_and_names_it() {
             .output()
             .unwrap()
     });
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    let refusals: Vec<_> = said
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{printed}");
+    let refusals: Vec<_> = printed
         .lines()
         .filter(|line| line.contains("--sandbox strict"))
         .collect();
-    assert_eq!(refusals.len(), 1, "{said}");
+    assert_eq!(refusals.len(), 1, "{printed}");
     assert!(
         refusals[0].contains("landlock: not in this kernel"),
-        "{said}"
+        "{printed}"
     );
-    assert!(!said.contains("shows the map"), "it never served: {said}");
+    assert!(
+        !printed.contains("shows the map"),
+        "it never served: {printed}"
+    );
 }
 
 #[test]
-fn without_landlock_auto_serves_and_says_so_once() {
+fn without_landlock_auto_serves_and_warns_once() {
     let agent = without_landlock(|| Agent::start(&["--source", "proc"]));
     assert_eq!(agent.telemetry_status(), 200);
     let log = agent.stop();

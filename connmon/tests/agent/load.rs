@@ -30,12 +30,12 @@ pub fn alone() -> MutexGuard<'static, ()> {
 }
 
 /// Reports what a test could not judge on this machine, and why. It is counted
-/// and shown; the test shows its statement in another way.
+/// and printed; the test checks the same in another way.
 pub fn inconclusive(what: &str, reason: &str) {
     println!("inconclusive: {what}: {reason}");
 }
 
-/// The short form of a figure, or the long one.
+/// The short form of a parameter, or the long one.
 pub fn scale<T>(short: T, long: T) -> T {
     if std::env::var_os("CONNMON_STORM").is_some_and(|storm| storm == "long") {
         long
@@ -188,7 +188,7 @@ impl Load {
         }
     }
 
-    /// Ends it and says how many connections there were.
+    /// Ends it and returns how many connections there were.
     pub fn stop(mut self) -> u64 {
         let clients = std::mem::take(&mut self.clients);
         self.end(clients, |ended| ended.unwrap());

@@ -1,5 +1,4 @@
-//! The page over live connections: what a browser shows, what the summary
-//! says and what a scrape says are one.
+//! The page over live connections: browser, summary and scrape show the same.
 
 use std::path::Path;
 
@@ -89,14 +88,14 @@ impl Row {
             let value = browser.eval(&value).unwrap();
             value.as_str().map(str::to_owned)
         };
-        let figures = ["now", "failures", "received", "sent"];
-        // Small figures stand there as they are.
-        for key in &figures[..2] {
+        let columns = ["now", "failures", "received", "sent"];
+        // Small numbers are shown unabbreviated.
+        for key in &columns[..2] {
             let text = cell(key, "textContent").unwrap();
             let value = cell(key, "dataset.value").unwrap_or("–".to_owned());
             assert_eq!(text, value, "{key} of {} {direction}", self.id);
         }
-        figures.map(|key| Some(cell(key, "dataset.value")?.parse().unwrap()))
+        columns.map(|key| Some(cell(key, "dataset.value")?.parse().unwrap()))
     }
 }
 
@@ -111,8 +110,8 @@ fn what_the_page_shows_is_what_is_connected() {
     };
     let world = World::new();
     let database = world.database();
-    // Before the agent is there, in a namespace that no process is in: the
-    // walker has to find it by its mount, its sandbox closed.
+    // Before the agent starts, in a namespace without a process: the walker has
+    // to find it by its mount, from inside its sandbox.
     let before = world.inbound("DE", 22, 40);
     let agent = Agent::start(&[
         "--geoip.database",
@@ -169,7 +168,7 @@ fn what_the_page_shows_is_what_is_connected() {
             assert_eq!(row.shown(&browser, direction), scraped, "{what}: page");
         }
     }
-    // And they are what was done.
+    // And they are what this test did.
     assert_eq!(Row::country("US").scraped(&scrape, "outbound"), MOVED);
     assert_eq!(
         Row::country("DE").scraped(&scrape, "inbound")[0],
@@ -178,7 +177,7 @@ fn what_the_page_shows_is_what_is_connected() {
     browser
         .eval("document.querySelector('#direction [value=all]').click()")
         .unwrap();
-    // Another one shows without anybody's doing.
+    // A new connection appears without a reload.
     let more = world.inbound("BR", 22, 3);
     browser
         .wait_for(

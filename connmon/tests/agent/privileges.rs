@@ -1,6 +1,6 @@
 //! Least privilege: the agent as an unprivileged user with exactly the
-//! capabilities of a feature, and what each set gives. And what is left to
-//! each of its threads once it runs.
+//! capabilities of a feature, and what each set gives; and what each thread
+//! keeps once the agent runs.
 
 use std::collections::BTreeMap;
 use std::fs::Permissions;
@@ -85,7 +85,7 @@ impl Everyones {
         command
     }
 
-    /// What `check` says of each feature, in the order of the table, and of
+    /// What `check` reports on each feature, in the order of the table, and on
     /// everything by name.
     fn check(&self, capabilities: &str) -> (Vec<String>, BTreeMap<String, Value>) {
         let output = self
@@ -235,7 +235,7 @@ fn bpf_and_perfmon_count() {
 }
 
 #[test]
-fn ptrace_and_dac_read_search_give_names_and_other_namespaces() {
+fn ptrace_and_dac_read_search_give_names() {
     if !runnable("names with four capabilities") {
         return;
     }
@@ -243,7 +243,7 @@ fn ptrace_and_dac_read_search_give_names_and_other_namespaces() {
     let agent = everyones.start(NAMES, &["--source", "ebpf"]);
     let scrape = agent.scrape();
     assert_eq!(source(&scrape), "ebpf");
-    // On a host with many descriptors owners follow the first merge.
+    // On a host with many descriptors owners follow the initial scan.
     agent.until("the owner's name", |scrape| {
         owner_is(scrape, world.here.port(), &own_name())
     });
@@ -264,7 +264,7 @@ fn sys_admin_gives_sock_diag_in_other_namespaces() {
     let scrape = agent.scrape();
     assert!(access(&scrape, "diag") >= 2.0, "{}", agent.log());
     assert_eq!(scrape.connections(world.there.port(), "inbound"), 1.0);
-    // On a host with many descriptors owners follow the first merge.
+    // On a host with many descriptors owners follow the initial scan.
     agent.until("the owner's name", |scrape| {
         owner_is(scrape, world.there.port(), &own_name())
     });
@@ -272,7 +272,7 @@ fn sys_admin_gives_sock_diag_in_other_namespaces() {
 }
 
 #[test]
-fn no_capability_polls_and_says_why() {
+fn without_capabilities_it_polls_with_a_reason() {
     if !runnable("polling without a capability") {
         return;
     }
@@ -287,7 +287,7 @@ fn no_capability_polls_and_says_why() {
 }
 
 #[test]
-fn check_tells_what_each_set_gives() {
+fn check_reports_what_each_set_gives() {
     if !runnable("check with some capabilities") {
         return;
     }
@@ -300,7 +300,7 @@ fn check_tells_what_each_set_gives() {
     ] {
         let (features, lines) = everyones.check(set);
         assert_eq!(features[..3], [tracing, owners, elsewhere], "{set}");
-        // What nobody asks for is not missed.
+        // What the configuration does not need is not reported missing.
         assert!(
             features[3..].iter().all(|result| result != "degraded"),
             "{set}"
@@ -356,16 +356,16 @@ fn check_leaves_nothing_behind() {
         command.args(args);
         command
     };
-    // What would be found: a program that runs.
+    // The check below finds a running program.
     let agent = Agent::spawn(run(&["run", "--source", "ebpf"]));
     assert!(programs_of(user) > 0);
     agent.stop();
     wait_until(|| programs_of(user) == 0);
     let output = run(&["check"]).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
+    let printed = String::from_utf8_lossy(&output.stdout);
     assert!(
-        said.contains("ok        probe inet_sock_set_state: "),
-        "{said}"
+        printed.contains("ok        probe inet_sock_set_state: "),
+        "{printed}"
     );
     // The kernel frees them a moment after their last reference.
     wait_until(|| programs_of(user) == 0);
@@ -405,7 +405,7 @@ fn after_attaching_each_thread_keeps_what_it_needs() {
 
 /// Passwords are hashed on threads that start when the first one comes.
 #[test]
-fn the_threads_that_check_passwords_are_closed_in_too() {
+fn password_threads_are_in_the_sandbox() {
     if !runnable("threads of an agent with a password") {
         return;
     }
@@ -435,7 +435,7 @@ fn the_threads_that_check_passwords_are_closed_in_too() {
     let threads = threads(agent.pid());
     let pool = threads.iter().any(|(name, ..)| name == "tokio-rt-worker");
     assert!(pool, "{threads:?}");
-    // Scrapes need the password: the laws are for others to check.
+    // Scrapes need the password, so other tests check the laws.
     agent.signal(15);
     assert!(agent.wait().success(), "{}", agent.log());
 }
@@ -462,11 +462,11 @@ fn closed_in(main: u32) {
     assert_eq!(walkers, 1, "{threads:?}");
 }
 
-/// Of a process, on a thread of another.
+/// What one process may do to a thread of another.
 type Attempt = fn(i32) -> std::io::Result<()>;
 
-/// What a process tries that wants the memory of another. Named by thread,
-/// since the kernel compares the capabilities of threads.
+/// What a process tries to read the memory of another. By thread, since the
+/// kernel compares the capabilities of threads.
 const ATTEMPTS: [(&str, Attempt); 4] = [
     ("open mem", |task| {
         let path = format!("/proc/{task}/mem");
@@ -534,8 +534,8 @@ fn attempt(user: u32, task: i32, what: Attempt) -> std::io::Result<()> {
     Ok(())
 }
 
-/// No process of this user that has no capability gets into this one; how
-/// many threads it has.
+/// Checks that no process of this user without capabilities can open this one;
+/// returns how many threads it has.
 pub fn not_open(pid: u32, user: u32) -> usize {
     let mut tasks = 0;
     for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
@@ -569,7 +569,7 @@ fn a_process_of_the_same_user_cannot_open_the_agent() {
     }
     let everyones = Everyones::new();
     let nobody = NOBODY.parse().unwrap();
-    // What would be found: a process that can be opened.
+    // The check below finds a process that can be opened.
     for user in [nobody, 0] {
         let mut sleeping = Command::new("setpriv");
         let user_id = user.to_string();
@@ -590,23 +590,23 @@ fn a_process_of_the_same_user_cannot_open_the_agent() {
     let agent = Agent::start(&["--filter.loopback", "include"]);
     cannot_be_opened(&agent, 0);
     let missed = "connmon_probe_missed_runs_total";
-    let told = agent.scrape().has(missed);
+    let known = agent.scrape().has(missed);
     agent.stop();
     for set in ["", COUNT, NAMES, DIAG] {
         let agent = everyones.start(set, &["--proc.interval", "1s"]);
         cannot_be_opened(&agent, nobody);
-        // What it reads of itself it still reads.
+        // It still reads its own values.
         let scrape = agent.scrape();
         for family in ["process_open_fds", "process_resident_memory_bytes"] {
             assert!(scrape.has(family), "{set}: {family}");
         }
-        assert_eq!(scrape.has(missed), told && !set.is_empty(), "{set}");
+        assert_eq!(scrape.has(missed), known && !set.is_empty(), "{set}");
         agent.stop();
     }
 }
 
 #[test]
-fn what_is_younger_than_the_sandbox_is_found() {
+fn namespaces_newer_than_the_sandbox_are_found() {
     if !runnable("a namespace made after the sandbox closed") {
         return;
     }
@@ -640,7 +640,7 @@ fn what_is_younger_than_the_sandbox_is_found() {
 }
 
 #[test]
-fn strict_runs_where_the_kernel_has_everything() {
+fn strict_runs_on_a_kernel_with_every_measure() {
     if !runnable("--sandbox strict") {
         return;
     }

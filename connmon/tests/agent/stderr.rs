@@ -1,4 +1,4 @@
-//! Nobody reads what the agent writes to stderr.
+//! The agent's stderr is a pipe that nobody reads.
 
 use std::io::{ErrorKind, PipeReader, PipeWriter, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};

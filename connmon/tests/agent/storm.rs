@@ -1,6 +1,6 @@
-//! The agent at its worst moments: restarted under load, stopped while its
-//! ring overflows, with namespaces that end under it. Whatever happens, its
-//! gauges come back to the kernel's own tables and its laws hold.
+//! The agent restarted under load, stopped until its ring buffer overflows, and
+//! with namespaces that end. Afterwards its gauges equal the kernel's tables and
+//! its laws hold.
 //!
 //! `CONNMON_STORM=long` runs each in full length.
 
@@ -65,12 +65,12 @@ fn no_drift(agent: &Agent, before: f64) -> Scrape {
     })
 }
 
-/// Connections a second that restarts are to bear. The agent of a debug build
-/// leaves two processors no time for as many; a released one does.
+/// Connections a second during restarts. A debug build does not manage as many
+/// on two processors as a release build.
 const AIM: f64 = 20_000.0;
 
 #[test]
-fn restarts_under_load_start_with_the_truth() {
+fn restarts_under_load_start_exact() {
     if !may_run("restarts under load") {
         return;
     }
@@ -101,7 +101,7 @@ fn restarts_under_load_start_with_the_truth() {
         // doing right now is not in its count yet.
         let bound = 2.0 * (changed + CLIENTS as u64) as f64;
         if bound >= actual / 4.0 {
-            // Says nothing: this machine took too long for one scrape.
+            // Proves nothing: this machine took too long for one scrape.
             load.slow_down();
             load.pause();
             agent.stop();
@@ -119,7 +119,7 @@ fn restarts_under_load_start_with_the_truth() {
             80.0,
             "round {rounds}: held ones"
         );
-        // Quiet, it is exact, and not because an audit came to its help.
+        // Without load it is exact, and not because an audit corrected it.
         load.pause();
         // The kernel may still have resets to deliver.
         let quiet = agent.until("the gauge of a quiet load", |scrape| {
@@ -128,7 +128,7 @@ fn restarts_under_load_start_with_the_truth() {
         assert_eq!(dropped(&quiet), 0.0, "round {rounds}");
         assert_eq!(corrections(&quiet), 0.0, "round {rounds}");
         agent.check_laws();
-        // Half of the rounds end as badly as can be.
+        // Half of the rounds end by SIGKILL.
         load.resume();
         if rounds % 2 == 0 {
             agent.kill();
@@ -194,10 +194,10 @@ fn an_overflown_ring_is_counted_and_healed() {
     sleep(until.saturating_duration_since(Instant::now()));
     agent.signal(SIGCONT);
 
-    let healed = agent.until("the truth on the held port", |scrape| {
+    let healed = agent.until("exact counts on the held port", |scrape| {
         dropped(scrape) > dropped(&before) && gauge(scrape, ports[0]) == 260.0
     });
-    assert_eq!(truth(ports[0]), 260.0);
+    assert_eq!(by_kernel(ports[0]), 260.0);
     let runs = healed.sum("connmon_reconcile_runs_total", &[("trigger", "loss")]);
     assert!(runs >= 1.0, "the loss led to no reconcile");
 
@@ -228,13 +228,13 @@ fn an_overflown_ring_is_counted_and_healed() {
     agent.stop();
 }
 
-/// The same as [`gauge`] by the kernel's tables, in this namespace.
-pub fn truth(port: u16) -> f64 {
+/// [`gauge`] as the kernel's socket tables of this namespace have it.
+pub fn by_kernel(port: u16) -> f64 {
     (ss("established", "sport", port) + ss("established", "dport", port)) as f64
 }
 
 #[test]
-fn namespaces_of_before_are_there_at_the_first_scrape() {
+fn earlier_namespaces_are_in_the_first_scrape() {
     if !may_run("namespaces of before") {
         return;
     }
@@ -261,7 +261,7 @@ fn namespaces_of_before_are_there_at_the_first_scrape() {
     let listening: f64 = first.sum("connmon_listening_socket_info", &[("port", &port)]);
     assert_eq!(listening, f64::from(namespaces), "a listener in each");
 
-    // Half of them end under it, with all they hold.
+    // Half of them end while it runs, with all their connections.
     let kept = held.split_off(held.len() / 2);
     drop(held);
     let ended = audits(&agent.scrape());
@@ -278,14 +278,14 @@ fn namespaces_of_before_are_there_at_the_first_scrape() {
 }
 
 #[test]
-fn every_loaded_namespace_is_exact_and_one_ends_under_it() {
+fn loaded_namespaces_are_exact_while_one_ends() {
     if !may_run("load in three namespaces") {
         return;
     }
     let _alone = alone();
     let mut loads: Vec<Load> = LOADED_PORTS.map(|port| Load::start(port, 1, 300)).into();
     let mut args = vec!["--reconcile.interval", "1s"];
-    // Room for all that happens while a busy machine has no time for it.
+    // Large enough for what happens while a busy machine does not run the agent.
     args.extend(["--ebpf.ring-buffer-size", "128MiB"]);
     let agent = start(&LOADED_PORTS, &args);
     let compare = |loads: &[Load]| {
@@ -342,7 +342,7 @@ fn a_namespace_whose_end_is_lost_is_evicted() {
     assert_eq!(gauge(&agent.scrape(), LOST_PORT), 100.0);
     agent.signal(SIGSTOP);
     load.until_changed(load.changes() + 1_000);
-    drop(held); // nobody hears of it
+    drop(held); // no event is read
     load.until_changed(load.changes() + 1_000);
     agent.signal(SIGCONT);
     let port = load.port();

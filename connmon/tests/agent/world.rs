@@ -1,5 +1,5 @@
-//! A small world in two network namespaces: `here` has one address, `there`
-//! has one in each of several countries, as a test database says.
+//! Two network namespaces: `here` has one address, `there` has one in each of
+//! several countries of a test database.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -153,14 +153,14 @@ pub struct Background {
 }
 
 impl Background {
-    fn start(namespace: &Namespace, mut again: impl FnMut() + Send + 'static) -> Self {
+    fn start(namespace: &Namespace, mut step: impl FnMut() + Send + 'static) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let asked = Arc::clone(&stop);
         // A thread is born into the namespace of its parent.
         let thread = namespace.run(|| {
             std::thread::spawn(move || {
                 while !asked.load(Ordering::Relaxed) {
-                    again();
+                    step();
                 }
             })
         });

@@ -1,4 +1,4 @@
-//! An agent with made-up figures behind the real server and the real page.
+//! An agent with made-up reports behind the real server and the real page.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -117,7 +117,7 @@ impl Agent {
     }
 
     /// From now on there is none, which is a 503.
-    pub fn fall_silent(&self) {
+    pub fn stop_reporting(&self) {
         self.put(None);
     }
 

@@ -1,5 +1,5 @@
-//! The page in a real browser: what it shows, how it sounds and looks, what
-//! it loads, and what it does when the agent is gone. Screenshots are left
+//! The page in a real browser: what it shows, how it looks, what a screen reader
+//! gets, what it loads, and what it does when the agent is gone. Screenshots are left
 //! in `target/screenshots`.
 
 mod fake;
@@ -109,9 +109,9 @@ fn world() -> Report {
             sample::country(Country::UNKNOWN, [3, 1, 0], [9, 2, 0]),
         ])
         .collect();
-    let of = |direction: usize, figure: fn(&Flow) -> u64| -> u64 {
+    let of = |direction: usize, number: fn(&Flow) -> u64| -> u64 {
         let rows = report.snapshot.countries.iter();
-        rows.map(|row| figure(&row.flows[direction])).sum()
+        rows.map(|row| number(&row.flows[direction])).sum()
     };
     let failures: u64 = {
         let rows = report.snapshot.countries.iter();
@@ -211,7 +211,7 @@ fn the_world_adds_up() {
         let countries = report.snapshot.countries.iter().flat_map(|row| row.flows);
         let countries: Vec<Flow> = countries.collect();
         let ports: Vec<Flow> = report.snapshot.ports.iter().map(|row| row.flow).collect();
-        for (what, slack, figure) in [
+        for (what, slack, number) in [
             (
                 "connections",
                 0,
@@ -222,7 +222,7 @@ fn the_world_adds_up() {
             ("received", 0, |flow| flow.received_bytes),
             ("sent", 0, |flow| flow.sent_bytes),
         ] {
-            let sum = |flows: &[Flow]| flows.iter().map(figure).sum::<u64>();
+            let sum = |flows: &[Flow]| flows.iter().map(number).sum::<u64>();
             let apart = sum(&countries).abs_diff(sum(&ports));
             assert!(apart <= slack, "{what}: {apart}");
         }
@@ -243,7 +243,7 @@ fn complaints(browser: &Browser) -> Result<Vec<String>> {
         .collect())
 }
 
-/// `[id, figure, …]` of every row of a table, as read by a person, in order.
+/// `[id, number, …]` of every row of a table, as read by a person, in order.
 const ROWS: &str = "(id) => { \
     const box = document.getElementById(id); \
     if (box.parentElement.querySelector('.more[aria-expanded=false]:not([hidden])')) box.parentElement.querySelector('.more').click(); \
@@ -267,11 +267,11 @@ fn grouped(n: u64) -> String {
     text
 }
 
-fn figure(by: &Value, direction: &str) -> u64 {
+fn number(by: &Value, direction: &str) -> u64 {
     match direction {
         "all" => ["inbound", "outbound", "unknown"]
             .iter()
-            .map(|d| figure(by, d))
+            .map(|d| number(by, d))
             .sum(),
         direction => by[direction].as_u64().expect("a count by direction"),
     }
@@ -306,14 +306,14 @@ fn what_it_shows_is_the_summary() -> Result<()> {
         for (table, key) in [("countries", "country"), ("ports", "port")] {
             let shown = rows(&browser, table)?;
             let given: Vec<_> = summary[table].as_array().context("rows")?.iter().collect();
-            let silent = given.iter().filter(|row| row[key] == "other").count();
-            assert_eq!(shown.len(), given.len() - silent, "rows of {table}");
+            let unused = given.iter().filter(|row| row[key] == "other").count();
+            assert_eq!(shown.len(), given.len() - unused, "rows of {table}");
             for row in shown {
                 let of = given
                     .iter()
                     .find(|given| given[key] == *row[0])
                     .with_context(|| format!("{} is not in the summary", row[0]))?;
-                let now = figure(&of["connections"], direction);
+                let now = number(&of["connections"], direction);
                 assert_eq!(
                     row[1],
                     grouped(now),
@@ -343,7 +343,7 @@ fn what_it_shows_is_the_summary() -> Result<()> {
                         .iter()
                         .find(|given| given[id] == pair[0])
                         .context("row")?;
-                    assert_eq!(pair[1].as_f64(), Some(figure(&of[key], direction) as f64));
+                    assert_eq!(pair[1].as_f64(), Some(number(&of[key], direction) as f64));
                 }
             }
         }
@@ -351,7 +351,7 @@ fn what_it_shows_is_the_summary() -> Result<()> {
             .as_array()
             .context("countries")?
             .iter()
-            .map(|row| figure(&row["connections"], direction))
+            .map(|row| number(&row["connections"], direction))
             .sum();
         assert_eq!(
             browser.eval("document.getElementById('t-now').textContent")?,
@@ -508,10 +508,10 @@ fn the_keyboard_reaches_everything() -> Result<()> {
     let counts = "[...document.querySelectorAll('#countries tbody tr')].map((row) => Number(row.cells[1].dataset.value))";
     let counts: Vec<f64> = serde_json::from_value(browser.eval(counts)?)?;
     assert!(counts.is_sorted_by(|a, b| a >= b), "{counts:?}");
-    // What a screen reader is told.
+    // What a screen reader gets.
     for (what, expression) in [
         (
-            "the map has words",
+            "the map has a description",
             "document.querySelector('#map svg[role=img]').ariaLabel.includes('table')",
         ),
         (
@@ -535,7 +535,7 @@ fn the_keyboard_reaches_everything() -> Result<()> {
             "document.querySelector('fieldset legend').textContent.length > 5",
         ),
         (
-            "the language is told",
+            "the language is set",
             "document.documentElement.lang === 'en'",
         ),
     ] {
@@ -555,7 +555,7 @@ const CONTRAST: &str = "((a, b) => { \
     const [x, y] = [l(a), l(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); })";
 
 #[test]
-fn colours_say_how_many_by_day_and_by_night() -> Result<()> {
+fn colours_grow_with_the_count_light_and_dark() -> Result<()> {
     let (_one, browser) = browser_or_skip!();
     let agent = Agent::start(world())?;
     open(&browser, &agent)?;
@@ -660,19 +660,19 @@ fn it_explains_an_empty_map() -> Result<()> {
     let agent = Agent::start(report.clone())?;
     open(&browser, &agent)?;
     let text = |id: &str| browser.eval(&format!("document.getElementById('{id}').innerText"));
-    let says = |id: &str, what: &str| -> Result<()> {
-        let said = text(id)?;
+    let shows = |id: &str, what: &str| -> Result<()> {
+        let shown = text(id)?;
         assert!(
-            said.as_str().is_some_and(|said| said.contains(what)),
-            "{what:?} in {said}"
+            shown.as_str().is_some_and(|shown| shown.contains(what)),
+            "{what:?} in {shown}"
         );
         Ok(())
     };
-    says("empty", "No connection with a public address right now.")?;
-    says("empty", "There are 12 with private addresses")?;
-    says("empty", "34 loopback connections are hidden")?;
-    says("empty", "--filter.loopback include")?;
-    says("empty", "2 connections are hidden by --filter.exclude.")?;
+    shows("empty", "No connection with a public address right now.")?;
+    shows("empty", "There are 12 with private addresses")?;
+    shows("empty", "34 loopback connections are hidden")?;
+    shows("empty", "--filter.loopback include")?;
+    shows("empty", "2 connections are hidden by --filter.exclude.")?;
     browser.screenshot(&screenshots().join("page-nothing-public.png"), false)?;
     report.snapshot.hidden_loopback = 0;
     report.snapshot.hidden_excluded = 0;
@@ -682,8 +682,8 @@ fn it_explains_an_empty_map() -> Result<()> {
         "no rows",
         "document.querySelector('#countries .nothing') !== null",
     )?;
-    says("empty", "No other connection is counted.")?;
-    says("empty", "--filter.loopback include")?;
+    shows("empty", "No other connection is counted.")?;
+    shows("empty", "--filter.loopback include")?;
     assert_eq!(complaints(&browser)?, Vec::<String>::new());
     Ok(())
 }
@@ -693,23 +693,23 @@ fn it_shows_the_state_of_the_agent() -> Result<()> {
     let (_one, browser) = browser_or_skip!();
     let agent = Agent::start(sample::report())?;
     open(&browser, &agent)?;
-    let says = |what: &str| {
+    let shows = |what: &str| {
         browser.wait_for(
             what,
             &format!("document.body.innerText.includes({})", Value::from(what)),
         )
     };
-    says("Live, every connection is counted")?;
-    says("tp_btf at inet_sock_set_state, the fastest method.")?;
-    says(
+    shows("Live, every connection is counted")?;
+    shows("tp_btf at inet_sock_set_state, the fastest method.")?;
+    shows(
         "kprobe at tcp_connect. A faster method is not available: fentry: load: Operation not permitted (os error 1).",
     )?;
-    says("kretprobe at inet_csk_accept. A faster method is not available")?;
-    says("None: the last audit agreed with the kernel's socket tables.")?;
-    says("None of 4,321 events lost.")?;
-    says("DBIP-Country-Lite, built into connmon, of 2025-11-01")?;
-    says("IP Geolocation by DB-IP")?;
-    says("drawn as controlled de facto")?;
+    shows("kretprobe at inet_csk_accept. A faster method is not available")?;
+    shows("None: the last audit agreed with the kernel's socket tables.")?;
+    shows("None of 4,321 events lost.")?;
+    shows("DBIP-Country-Lite, built into connmon, of 2025-11-01")?;
+    shows("IP Geolocation by DB-IP")?;
+    shows("drawn as controlled de facto")?;
     assert_eq!(
         browser.eval("document.getElementById('demo').hidden")?,
         true
@@ -732,16 +732,16 @@ fn it_shows_the_state_of_the_agent() -> Result<()> {
         "no such function",
     )];
     agent.set(report);
-    says(
+    shows(
         "Optional probe at inet_csk_accept not attached, so accept waits and accepting processes are not measured: kretprobe: no such function.",
     )?;
-    says("Bytes, retransmits and round-trip times are not measured here.")?;
-    says("Live, every connection is counted")?;
+    shows("Bytes, retransmits and round-trip times are not measured here.")?;
+    shows("Live, every connection is counted")?;
     pill("pill good")?;
     let mut report = sample::report();
     report.snapshot.drift = Some(40);
     agent.set(report);
-    says("Live, but the last audit corrected 40 connections")?;
+    shows("Live, but the last audit corrected 40 connections")?;
     pill("pill warn")?;
 
     let mut report = sample::report();
@@ -756,17 +756,17 @@ fn it_shows_the_state_of_the_agent() -> Result<()> {
     report.status.database.source = "file";
     report.snapshot.traffic_known = false;
     agent.set(report);
-    says("Live but degraded: polling /proc")?;
+    shows("Live but degraded: polling /proc")?;
     pill("pill warn")?;
-    says("Not eBPF because: bpf() is refused (EPERM): CAP_BPF is missing.")?;
-    says("Demo. The traffic on this page is made up")?;
-    says("The last audit corrected 40 connections of 70 tracked.")?;
-    says("12 events because the ring buffer was full")?;
-    says(
+    shows("Not eBPF because: bpf() is refused (EPERM): CAP_BPF is missing.")?;
+    shows("Demo. The traffic on this page is made up")?;
+    shows("The last audit corrected 40 connections of 70 tracked.")?;
+    shows("12 events because the ring buffer was full")?;
+    shows(
         "3 connections opened while the table was full (--connections.max), 2 of them open and in no gauge",
     )?;
-    says("1 read by sock_diag, 2 read from /proc, 1 not audited, known from events alone.")?;
-    says("--geoip.database takes a newer file")?;
+    shows("1 read by sock_diag, 2 read from /proc, 1 not audited, known from events alone.")?;
+    shows("--geoip.database takes a newer file")?;
     assert_eq!(
         browser.eval("document.querySelector('#countries tr[data-id=DE]').cells[4].textContent")?,
         "–",
@@ -776,7 +776,7 @@ fn it_shows_the_state_of_the_agent() -> Result<()> {
         "document.querySelector('#countries tr[data-id=DE]').cells[3].textContent",
         "document.getElementById('t-failures').textContent",
     ] {
-        assert_eq!(browser.eval(failures)?, "–", "polling knows no failures");
+        assert_eq!(browser.eval(failures)?, "–", "polling has no failures");
     }
     assert_eq!(complaints(&browser)?, Vec::<String>::new());
     Ok(())
@@ -862,7 +862,7 @@ fn it_shows_what_a_starting_agent_waits_for() -> Result<()> {
         "document.getElementById('state').textContent === 'Not ready' && document.getElementById('stale-text').textContent.includes('the initial scan')",
     )?;
     // Another 503 is no start.
-    agent.fall_silent();
+    agent.stop_reporting();
     browser.wait_for(
         "another reason",
         "document.getElementById('state').textContent === 'No answer' && document.getElementById('stale-text').textContent.startsWith('The agent has no numbers: ')",
@@ -906,7 +906,7 @@ fn a_tap_shows_a_country_and_the_next_hides_it() -> Result<()> {
     Ok(())
 }
 
-/// Where the system's colours replace the page's, a background tells nothing.
+/// Where the system's colours replace the page's, a background is invisible.
 #[test]
 fn the_chosen_direction_shows_in_forced_colours() -> Result<()> {
     let (_one, browser) = browser_or_skip!();

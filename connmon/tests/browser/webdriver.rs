@@ -111,7 +111,7 @@ impl Browser {
         self.post("/execute/sync", &json!({"script": script, "args": []}))
     }
 
-    /// Waits until an expression is true; the message says what for.
+    /// Waits until an expression is true; the message names what for.
     pub fn wait_for(&self, what: &str, expression: &str) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
@@ -120,7 +120,7 @@ impl Browser {
             }
             if Instant::now() > deadline {
                 let body = self.eval("document.body.innerText")?;
-                bail!("waited in vain for {what}: {expression}; the page says {body}");
+                bail!("waited in vain for {what}: {expression}; the page shows {body}");
             }
             std::thread::sleep(Duration::from_millis(50));
         }

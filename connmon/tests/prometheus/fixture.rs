@@ -12,7 +12,7 @@ use super::agent::{PATIENCE, Running, database_of, free_address, get, ready, ret
 /// Proof that the test can run here.
 pub struct Requirements(());
 
-/// Checks what the test needs and says what is missing.
+/// Checks what the test needs and prints what is missing.
 pub fn requirements() -> Option<Requirements> {
     const WHAT: &str = "the agent scraped by Prometheus";
     for (program, argument) in [("prometheus", "--version"), ("ip", "-V")] {

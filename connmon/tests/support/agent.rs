@@ -94,11 +94,11 @@ impl Agent {
         log.clone()
     }
 
-    /// Waits for a line of the log with these words.
-    pub fn says(&self, words: &str) {
+    /// Waits for a line of the log that contains this.
+    pub fn logs(&self, text: &str) {
         let deadline = Instant::now() + PATIENCE;
-        while !self.log().contains(words) {
-            assert!(Instant::now() < deadline, "never: {words}:\n{}", self.log());
+        while !self.log().contains(text) {
+            assert!(Instant::now() < deadline, "never: {text}:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -203,7 +203,7 @@ pub fn ready(address: SocketAddr, running: &mut Running) -> bool {
     let deadline = Instant::now() + PATIENCE;
     while !matches!(get(address, "/-/ready"), Ok((200, _))) {
         if running.0.try_wait().unwrap().is_some() {
-            // Its last words are still under way.
+            // Its last lines may not have arrived.
             std::thread::sleep(Duration::from_millis(100));
             return false;
         }
@@ -213,7 +213,7 @@ pub fn ready(address: SocketAddr, running: &mut Running) -> bool {
     true
 }
 
-/// Starts something on a free address, again where another program was
+/// Starts something on a free address, and retries where another program was
 /// quicker to take it.
 pub fn retried<T>(mut start: impl FnMut() -> Option<T>) -> T {
     (0..5)

@@ -224,7 +224,7 @@ struct Bytes {
 impl Expected {
     /// Bytes of those that are open may come with their close: a row names no
     /// kernel address, and an event before the close no cookie, so nothing
-    /// tells whose they are. Once all are closed, they are exact.
+    /// shows whose they are. Once all are closed, they are exact.
     fn check(&self, scrape: &Scrape) {
         let correction = |action| {
             let labels = [("action", action)];

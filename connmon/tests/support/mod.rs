@@ -3,15 +3,15 @@
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-/// Says that a test cannot run for want of a tool; fails where all tools
-/// must be there.
+/// Reports that a test cannot run because a tool is missing; fails under
+/// `CI=true`.
 pub fn skipped(what: &str, reason: &str) {
     println!("skipped: {what}: {reason}");
     let strict = std::env::var_os("CI").is_some_and(|ci| ci == "true");
     assert!(!strict, "skipped: {what}: {reason}");
 }
 
-/// Has `promtool check metrics` lint a scrape; it must stay silent.
+/// Lints a scrape by `promtool check metrics`, which must print nothing.
 pub fn promtool(what: &str, text: &str) {
     let child = Command::new("promtool")
         .args(["check", "metrics"])
@@ -30,11 +30,11 @@ pub fn promtool(what: &str, text: &str) {
         .write_all(text.as_bytes())
         .unwrap();
     let output = child.wait_with_output().unwrap();
-    let said = [output.stdout, output.stderr].concat();
+    let printed = [output.stdout, output.stderr].concat();
     assert!(
-        output.status.success() && said.is_empty(),
+        output.status.success() && printed.is_empty(),
         "promtool check metrics: {}",
-        String::from_utf8_lossy(&said)
+        String::from_utf8_lossy(&printed)
     );
 }
 
