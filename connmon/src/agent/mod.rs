@@ -365,10 +365,9 @@ fn fold_config(config: &Config, host: NetnsId, tracer: Option<&Tracer>) -> FoldC
     }
 }
 
-/// From the kernel by way of the standard library's hash keys.
+/// From the kernel, through the keys of the standard library's hash maps.
 fn random_key() -> [u8; 16] {
-    use std::hash::{BuildHasher, Hasher, RandomState};
-    let half = || RandomState::new().build_hasher().finish().to_ne_bytes();
-    let (first, second) = (half(), half());
-    std::array::from_fn(|at| if at < 8 { first[at] } else { second[at - 8] })
+    use std::hash::{BuildHasher as _, RandomState};
+    let half = || u128::from(RandomState::new().hash_one(0_u8));
+    (half() << 64 | half()).to_ne_bytes()
 }

@@ -1,11 +1,8 @@
 //! Report → telemetry text, format 0.0.4.
 //!
 //! What is not known is absent rather than zero: bytes and round-trip times
-//! where the source has none, accept waits without an accept probe, connect
-//! latency and failures in polling mode, which sees no handshakes, and limits
-//! of accept queues that were read from /proc.
-
-use std::hash::{BuildHasher as _, RandomState};
+//! without a source, accept waits without an accept probe, connect latency and
+//! failures in polling mode, limits of accept queues read from /proc.
 
 use bytes::Bytes;
 use connmon_core::fold::{
@@ -25,9 +22,6 @@ use super::rows::{Rows, seconds};
 #[derive(Debug)]
 pub struct Metrics {
     rows: Vec<Rows>,
-    /// Turns the labels of a row into its key, with a secret of each start: a
-    /// local user chooses process names.
-    keys: RandomState,
     process: Option<Process>,
     /// Length of the last text, the guess for the next one.
     last_length: usize,
@@ -41,7 +35,6 @@ impl Metrics {
             .ok();
         Self {
             rows: FAMILIES.iter().map(Rows::new).collect(),
-            keys: RandomState::new(),
             process,
             last_length: 16 * 1024,
         }
@@ -77,13 +70,9 @@ impl Metrics {
         if let Some(process) = process {
             self.process(&process);
         }
-        self.rows.iter_mut().for_each(Rows::end);
-        self.encode()
-    }
-
-    fn encode(&mut self) -> Bytes {
         let mut text = Vec::with_capacity(self.last_length + self.last_length / 8);
-        for rows in &self.rows {
+        for rows in &mut self.rows {
+            rows.end();
             rows.encode(&mut text);
         }
         self.last_length = text.len();
@@ -323,25 +312,21 @@ impl Metrics {
 
     /// One row with these labels in each of the families.
     fn add(&mut self, labels: &[&str], values: &[(Id, u64)]) {
-        let key = self.keys.hash_one(labels);
         for (id, value) in values {
-            self.rows[*id as usize].value(key, labels, *value as f64);
+            self.number(*id, labels, *value as f64);
         }
     }
 
     fn number(&mut self, id: Id, labels: &[&str], value: f64) {
-        let key = self.keys.hash_one(labels);
-        self.rows[id as usize].value(key, labels, value);
+        self.rows[id as usize].value(labels, value);
     }
 
     fn summary(&mut self, id: Id, label: &str, sum: Sum) {
-        let key = self.keys.hash_one(label);
-        self.rows[id as usize].summary(key, &[label], sum);
+        self.rows[id as usize].summary(&[label], sum);
     }
 
     fn histogram(&mut self, id: Id, labels: &[&str], histogram: &Histogram) {
-        let key = self.keys.hash_one(labels);
-        self.rows[id as usize].histogram(key, labels, histogram);
+        self.rows[id as usize].histogram(labels, histogram);
     }
 
     /// Rows with one label.

@@ -1,5 +1,5 @@
 //! Rows of one metric family that outlive a scrape: the `prometheus` crate
-//! writes the lines of a row once, when it appears; a scrape writes numbers.
+//! writes the lines of a row when it appears; a scrape writes numbers.
 
 use std::io::Write as _;
 
@@ -33,8 +33,8 @@ pub struct Rows {
 /// One metric.
 #[derive(Debug)]
 struct Row {
-    /// Tells it from the family's others.
-    key: u64,
+    /// The values of its labels, by which it is found.
+    labels: Box<[String]>,
     /// Its lines without their numbers, one newline between two; empty until
     /// the end of the scrape that brings it.
     lines: Box<str>,
@@ -85,22 +85,22 @@ impl Rows {
         }
     }
 
-    /// A counter or a gauge. `key` tells this family's rows apart.
-    pub fn value(&mut self, key: u64, labels: &[&str], value: f64) {
-        self.row(key, labels, &[]);
+    /// A counter or a gauge.
+    pub fn value(&mut self, labels: &[&str], value: f64) {
+        self.row(labels, &[]);
         self.values.push(value);
     }
 
     /// A summary without quantiles.
-    pub fn summary(&mut self, key: u64, labels: &[&str], sum: fold::Sum) {
-        self.row(key, labels, &[]);
+    pub fn summary(&mut self, labels: &[&str], sum: fold::Sum) {
+        self.row(labels, &[]);
         self.values
             .extend_from_slice(&[seconds(sum.sum_ns), sum.count as f64]);
     }
 
     /// A histogram, of the same bounds for as long as the row is there.
-    pub fn histogram(&mut self, key: u64, labels: &[&str], histogram: &fold::Histogram) {
-        self.row(key, labels, histogram.bounds_ns);
+    pub fn histogram(&mut self, labels: &[&str], histogram: &fold::Histogram) {
+        self.row(labels, histogram.bounds_ns);
         let mut cumulative = 0;
         for (_, count) in histogram.bounds_ns.iter().zip(&histogram.counts) {
             cumulative += count;
@@ -112,17 +112,20 @@ impl Rows {
     }
 
     /// Finds or makes the next row.
-    fn row(&mut self, key: u64, labels: &[&str], bounds_ns: &[u64]) {
+    fn row(&mut self, labels: &[&str], bounds_ns: &[u64]) {
         let at = self.next;
         self.next += 1;
-        let ahead = &self.rows[at.min(self.rows.len())..];
-        match ahead.iter().take(LOOK_AHEAD).position(|old| old.key == key) {
+        let mut ahead = self.rows.iter().skip(at).take(LOOK_AHEAD);
+        match ahead.position(|old| *old.labels == *labels) {
             Some(0) => {}
             Some(gone) => drop(self.rows.drain(at..at + gone)),
             None => {
                 self.new.push(metric(self.family, labels, bounds_ns));
-                let lines = Box::default();
-                self.rows.insert(at, Row { key, lines });
+                let row = Row {
+                    labels: labels.iter().map(|label| (*label).to_owned()).collect(),
+                    lines: Box::default(),
+                };
+                self.rows.insert(at, row);
             }
         }
     }
@@ -224,7 +227,7 @@ mod tests {
     fn scrape(rows: &mut Rows, wanted: &[u64], built: &mut usize) -> Vec<(String, f64)> {
         rows.begin();
         for key in wanted {
-            rows.value(*key, &[&key.to_string()], *key as f64);
+            rows.value(&[&key.to_string()], *key as f64);
         }
         *built = rows.new.len();
         let text = ended(rows);
@@ -320,7 +323,7 @@ mod tests {
             for number in numbers {
                 let labels = [label, "direction"];
                 let mut rows = Rows::new(Id::PortConnections.family());
-                rows.value(1, &labels, number);
+                rows.value(&labels, number);
                 let text = ended(&mut rows);
                 let expected = by_the_crate(Id::PortConnections, &labels, |metric| {
                     let mut gauge = Gauge::default();
@@ -340,7 +343,7 @@ mod tests {
                 sum_ns: 3_456_789_012,
             };
             let mut rows = Rows::new(Id::PortAcceptWait.family());
-            rows.summary(1, &[label], sum);
+            rows.summary(&[label], sum);
             let text = ended(&mut rows);
             let expected = by_the_crate(Id::PortAcceptWait, &[label], |metric| {
                 let mut summary = Summary::default();
@@ -356,7 +359,7 @@ mod tests {
                 sum_ns: 17_000_000_001,
             };
             let mut rows = Rows::new(Id::Rtt.family());
-            rows.histogram(1, &[label], &histogram);
+            rows.histogram(&[label], &histogram);
             let text = ended(&mut rows);
             let expected = by_the_crate(Id::Rtt, &[label], |metric| {
                 let mut proto = Histogram::default();

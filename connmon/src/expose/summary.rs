@@ -134,19 +134,8 @@ impl Flows {
 }
 
 /// Count and sum of a summary family.
-#[derive(Serialize)]
-struct Seconds {
-    count: u64,
-    sum: f64,
-}
-
-impl From<Sum> for Seconds {
-    fn from(sum: Sum) -> Self {
-        Self {
-            count: sum.count,
-            sum: super::rows::seconds(sum.sum_ns),
-        }
-    }
+fn seconds(sum: Sum) -> Value {
+    json!({ "count": sum.count, "sum": super::rows::seconds(sum.sum_ns) })
 }
 
 #[derive(Serialize)]
@@ -154,8 +143,8 @@ struct Country {
     country: &'static str,
     #[serde(flatten)]
     flows: Flows,
-    connect_latency_seconds: Option<Seconds>,
-    rtt_seconds: Option<Seconds>,
+    connect_latency_seconds: Option<Value>,
+    rtt_seconds: Option<Value>,
 }
 
 impl Country {
@@ -163,8 +152,8 @@ impl Country {
         Self {
             country: row.country.code(),
             flows: Flows::new(row.flows, row.failures, known),
-            connect_latency_seconds: known.connects.then(|| row.connect_latency.into()),
-            rtt_seconds: known.traffic.then(|| row.rtt.into()),
+            connect_latency_seconds: known.connects.then(|| seconds(row.connect_latency)),
+            rtt_seconds: known.traffic.then(|| seconds(row.rtt)),
         }
     }
 }
@@ -175,7 +164,7 @@ struct Port<'a> {
     #[serde(flatten)]
     flows: Flows,
     close_wait: ByDirection,
-    accept_wait_seconds: Option<Seconds>,
+    accept_wait_seconds: Option<Value>,
     processes: Vec<&'a str>,
 }
 
@@ -217,7 +206,7 @@ fn ports(snapshot: &Snapshot, known: Known) -> Vec<Port<'_>> {
             accept_wait_seconds: parts
                 .accept_wait
                 .filter(|_| snapshot.accept_known)
-                .map(Seconds::from),
+                .map(seconds),
             processes: parts.processes,
         })
         .collect()

@@ -46,25 +46,19 @@ pub fn attach(world: &mut World<'_>) -> Outcome {
             assert!(shown(probe, method), "{probe} is not by {method}: {log}");
         }
     }
-    for probe in probes {
-        let start = format!("{probe} attached by ");
-        let said: Vec<_> = log.lines().filter(|line| line.contains(&start)).collect();
-        assert_eq!(said.len(), 1, "{said:?}");
+    let summary = world.agent.get("/api/v1/summary");
+    let summary: serde_json::Value = serde_json::from_str(&summary).unwrap();
+    for (at, probe) in probes.into_iter().enumerate() {
         let top = match probe {
             "inet_sock_set_state" => "tp_btf",
             "tcp_connect" => "fentry",
             _ => "fexit",
         };
-        // Below the top it says why.
-        let (_, rung) = said[0].split_once(&start).unwrap();
-        let reason = rung.split_once(": ").map_or("", |(_, reason)| reason);
-        let at_top = shown(probe, top);
-        assert_eq!(
-            reason.trim_end_matches('"').is_empty(),
-            at_top,
-            "{}",
-            said[0]
-        );
+        // Below the top there is a reason.
+        let shown_probe = &summary["agent"]["probes"][at];
+        assert_eq!(shown_probe["probe"], probe);
+        let reason = &shown_probe["reason"];
+        assert_eq!(reason.is_null(), shown(probe, top), "{probe}: {reason}");
     }
     // The agent and our own tracer climbed to the same rungs.
     if let Some(tracer) = &world.tracer {
