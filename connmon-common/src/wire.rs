@@ -215,6 +215,8 @@ pub const MAX_RECORD_BYTES: usize = size_of::<Close<EndsV6>>();
 
 const _: () = {
     assert!(align_of::<Head>() == 8 && size_of::<Head>() == 24);
+    assert!(offset_of!(Head, kind) == 0 && offset_of!(Head, flags) == 1);
+    assert!(offset_of!(Head, old) == 2 && offset_of!(Head, new) == 3);
     assert!(offset_of!(Head, netns) == 4);
     assert!(offset_of!(Head, id) == 8 && offset_of!(Head, cookie) == 16);
 

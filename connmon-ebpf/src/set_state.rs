@@ -177,7 +177,7 @@ fn send<S: Socket, A: Copy + 'static>(
     (local, remote): (A, A),
 ) {
     let (local_port, remote_port) = socket.ports();
-    let ends = |local_port| Ends {
+    let ends = Ends {
         local,
         remote,
         local_port,
@@ -202,7 +202,10 @@ fn send<S: Socket, A: Copy + 'static>(
             let tcp = sock.tcp_sock();
             let flags = write_stats(sock, tcp, old, addr_of_mut!((*record).stats));
             addr_of_mut!((*record).head).write(head(kind, flags));
-            addr_of_mut!((*record).ends).write(ends(former_port(local_port, tcp)));
+            addr_of_mut!((*record).ends).write(Ends {
+                local_port: former_port(local_port, tcp),
+                ..ends
+            });
             // A local abort has no packet whose time could be used.
             let abort = old == ESTABLISHED || old == CLOSE_WAIT;
             let at_ns = if abort {
@@ -218,36 +221,38 @@ fn send<S: Socket, A: Copy + 'static>(
                 // `tcp_connect()` sends no SYN then, and `tcp_mstamp` is 0.
                 emit::<Change<Ends<A>>>(counters, probe::SET_STATE, |record| unsafe {
                     addr_of_mut!((*record).head).write(head(kind::RESTORE, 0));
-                    addr_of_mut!((*record).ends).write(ends(local_port));
+                    addr_of_mut!((*record).ends).write(ends);
                 });
                 return;
             }
             emit::<Open<Ends<A>>>(counters, probe::SET_STATE, |record| unsafe {
                 addr_of_mut!((*record).head).write(head(kind, 0));
-                addr_of_mut!((*record).ends).write(ends(local_port));
+                addr_of_mut!((*record).ends).write(ends);
                 addr_of_mut!((*record).at_ns).write(Memory::now(tcp));
             })
         }
         kind::CONNECT => emit::<Connect<Ends<A>>>(counters, probe::SET_STATE, |record| unsafe {
             addr_of_mut!((*record).head).write(head(kind, 0));
-            addr_of_mut!((*record).ends).write(ends(local_port));
+            addr_of_mut!((*record).ends).write(ends);
             addr_of_mut!((*record).at_ns).write(bpf_ktime_get_ns());
             write_owner::<S::Memory>(addr_of_mut!((*record).owner), OWNERS.load() != 0);
         }),
         kind::LISTEN => emit::<Listen<Ends<A>>>(counters, probe::SET_STATE, |record| unsafe {
             addr_of_mut!((*record).head).write(head(kind, 0));
-            addr_of_mut!((*record).ends).write(ends(local_port));
+            addr_of_mut!((*record).ends).write(ends);
             write_owner::<S::Memory>(addr_of_mut!((*record).owner), true);
         }),
-        // CHANGE and UNLISTEN.
-        _ => emit::<Change<Ends<A>>>(counters, probe::SET_STATE, |record| unsafe {
-            let port = if kind == kind::UNLISTEN && local_port == 0 {
-                former_port(local_port, socket.sock().tcp_sock())
-            } else {
-                local_port
-            };
+        kind::UNLISTEN => emit::<Change<Ends<A>>>(counters, probe::SET_STATE, |record| unsafe {
             addr_of_mut!((*record).head).write(head(kind, 0));
-            addr_of_mut!((*record).ends).write(ends(port));
+            let tcp = socket.sock().tcp_sock();
+            addr_of_mut!((*record).ends).write(Ends {
+                local_port: former_port(local_port, tcp),
+                ..ends
+            });
+        }),
+        _ => emit::<Change<Ends<A>>>(counters, probe::SET_STATE, |record| unsafe {
+            addr_of_mut!((*record).head).write(head(kind, 0));
+            addr_of_mut!((*record).ends).write(ends);
         }),
     }
 }

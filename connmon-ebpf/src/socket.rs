@@ -211,7 +211,8 @@ pub fn former_port<M: Memory>(port: u16, tcp: Option<M>) -> u16 {
 #[inline(always)]
 pub fn has_fastopen_request<M: Memory>(sock: M) -> bool {
     // SAFETY: a pointer, offset from BTF.
-    sock.tcp_sock().is_none_or(|tcp| unsafe { tcp.read::<u64>(offset(Field::FastopenReq)) } != 0)
+    sock.tcp_sock()
+        .is_none_or(|tcp| unsafe { tcp.read::<u64>(offset(Field::FastopenReq)) } != 0)
 }
 
 /// Whether the filters leave the socket at this address out.

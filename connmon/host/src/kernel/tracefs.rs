@@ -10,11 +10,15 @@ use connmon_core::probe::{AttachFailure, Method, Stage};
 /// Where tracefs may be mounted.
 const ROOTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
-/// What gives this user access to tracefs.
+/// How to give this user access to tracefs.
 pub const OPEN_TRACEFS: &str =
     "run as root, grant CAP_DAC_READ_SEARCH, or mount -o remount,mode=755 /sys/kernel/tracing";
-/// What mounts it.
+/// How to mount it.
 pub const MOUNT_TRACEFS: &str = "mount -t tracefs tracefs /sys/kernel/tracing";
+
+/// As above, for a kernel without BTF.
+pub const MOUNT_TRACEFS_OR_BTF: &str =
+    "mount -t tracefs tracefs /sys/kernel/tracing, or run a kernel with BTF";
 
 /// Whether this user can read tracefs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
