@@ -9,7 +9,6 @@
 //! `PASS|FAIL|NA <release> <rung> <scenario> …`.
 
 mod accepts;
-mod figures;
 #[path = "../agent/harness.rs"]
 #[expect(
     dead_code,
@@ -24,6 +23,7 @@ mod scenarios;
 mod sockets;
 #[path = "../support/mod.rs"]
 mod support;
+mod traffic;
 #[path = "../agent/traffic.rs"]
 #[expect(
     dead_code,
