@@ -9,6 +9,7 @@
 //! `PASS|FAIL|NA <release> <rung> <scenario> …`.
 
 mod accepts;
+mod bytes;
 #[path = "../agent/harness.rs"]
 #[expect(
     dead_code,
@@ -23,7 +24,6 @@ mod scenarios;
 mod sockets;
 #[path = "../support/mod.rs"]
 mod support;
-mod traffic;
 #[path = "../agent/traffic.rs"]
 #[expect(
     dead_code,

@@ -18,7 +18,7 @@ use crate::network::{BEYOND, NOBODY, Sysctl};
 use crate::raw;
 use crate::traffic::{ClosedPort, Family, Pair, Server};
 use crate::world::{CLOSED, Counts, OPENED, Outcome, Rung, World, in_guest};
-use crate::{accepts, host, sockets, traffic};
+use crate::{accepts, bytes, host, sockets};
 
 /// Where a scenario is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,12 +92,12 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("nonblocking-succeeds", On::Every, nonblocking_succeeds),
     ("address-reused", On::Every, address_reused),
     ("idle-close", On::Every, idle_close),
-    ("bytes", On::Every, traffic::bytes),
-    ("bytes-live", On::Kernel, traffic::bytes_live),
-    ("sent-queue-drops", On::Traced, traffic::queue_drops),
-    ("sent-filter-drops", On::Traced, traffic::filter_drops),
-    ("rtt", On::Traced, traffic::rtt),
-    ("retransmits", On::Every, traffic::retransmits),
+    ("bytes", On::Every, bytes::bytes),
+    ("bytes-live", On::Kernel, bytes::bytes_live),
+    ("sent-queue-drops", On::Traced, bytes::queue_drops),
+    ("sent-filter-drops", On::Traced, bytes::filter_drops),
+    ("rtt", On::Traced, bytes::rtt),
+    ("retransmits", On::Every, bytes::retransmits),
     ("many", On::Every, many),
 ];
 
