@@ -1,5 +1,5 @@
 //! The wire contract between connmon's kernel side and its agent: record
-//! layouts, map names and TCP states, each defined once and nowhere else.
+//! layouts, map names and TCP states, each defined here alone.
 //!
 //! Every record is `repr(C)`, made of integers with explicit padding, and its
 //! size, alignment and offsets are asserted at compile time.
@@ -15,19 +15,19 @@ pub mod state {
     pub const ESTABLISHED: u8 = 1;
     /// Active open: SYN sent.
     pub const SYN_SENT: u8 = 2;
-    /// Passive open: child socket whose handshake has not ended.
+    /// Passive open: child socket before the end of its handshake.
     pub const SYN_RECV: u8 = 3;
     /// Closed locally, FIN sent.
     pub const FIN_WAIT1: u8 = 4;
-    /// Our FIN acknowledged, peer still open.
+    /// FIN acknowledged, peer still open.
     pub const FIN_WAIT2: u8 = 5;
     /// A minisock; never a state of a full socket.
     pub const TIME_WAIT: u8 = 6;
     /// No connection.
     pub const CLOSE: u8 = 7;
-    /// Peer closed, we have not.
+    /// Closed by the peer, not yet locally.
     pub const CLOSE_WAIT: u8 = 8;
-    /// Peer closed first, our FIN sent.
+    /// Closed by the peer first, then locally, FIN sent.
     pub const LAST_ACK: u8 = 9;
     /// Listening socket.
     pub const LISTEN: u8 = 10;

@@ -1,39 +1,42 @@
-//! What the agent tells the programs: names of maps and globals, kernel
-//! fields whose offsets it resolves, and the layout of the counters.
+//! What the agent and the programs share beside the records: names of maps
+//! and globals, the kernel fields whose offsets the agent resolves, and the
+//! layouts of the counters, of a batch of the socket scan and of the
+//! tracepoint's context.
+
+use core::mem::{offset_of, size_of};
+
+use crate::wire::{EndsV6, Live};
 
 /// The event ring buffer.
 pub const EVENTS_MAP: &str = "EVENTS";
 /// Per-CPU array with one [`PerCpu`].
 pub const COUNTERS_MAP: &str = "COUNTERS";
-/// Array with one [`Stretch`], mapped into the agent.
-pub const STRETCH_MAP: &str = "STRETCH";
+/// Array with one [`Batch`], mapped into the agent.
+pub const BATCH_MAP: &str = "BATCH";
 
-/// Chains' ends and sockets that one run of the walk looks at, at most.
+/// Most chain ends and sockets that one run of the socket scan visits.
 pub const STEPS: usize = 64;
 
-/// A stretch of the walk over the kernel's table of TCP sockets: where the next
-/// run begins, and what the last one found.
+/// State of the scan of the kernel's TCP socket table: where the next run
+/// begins, and what the last one found.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Stretch {
-    /// The first bucket that is not done. Set to 0 to begin.
+pub struct Batch {
+    /// The first bucket that is not done. The agent sets it to 0 to begin.
     pub bucket: u64,
-    /// How many there are; 0 where the table could not be found.
+    /// Buckets of the table; 0 if the table was not found.
     pub buckets: u64,
-    /// Sockets found in those that were done.
+    /// Sockets found in the buckets that this run finished.
     pub found: u64,
-    /// Those of the bucket under way included.
+    /// The same, including the unfinished bucket.
     pub count: u64,
-    /// The place in its chain.
+    /// The next node of the unfinished bucket's chain.
     pub node: u64,
-    /// A [`crate::wire::Live`] each.
+    /// One [`Live`] record each.
     pub sockets: [[u64; 12]; STEPS],
 }
 
-const _: () = assert!(
-    core::mem::size_of::<[u64; 12]>()
-        == core::mem::size_of::<crate::wire::Live<crate::wire::EndsV6>>()
-);
+const _: () = assert!(size_of::<[u64; 12]>() == size_of::<Live<EndsV6>>());
 
 /// Index of a probe in [`PerCpu`].
 pub mod probe {
@@ -43,221 +46,239 @@ pub mod probe {
     pub const CONNECT: usize = 1;
     /// `inet_csk_accept`.
     pub const ACCEPT: usize = 2;
-    /// How many there are.
+    /// Number of probes.
     pub const COUNT: usize = 3;
 }
 
-/// Counters of one CPU. Written with atomic adds, since a program can be
-/// interrupted by another run of itself on the same CPU.
+/// Counters of one CPU. Written with atomic adds, since another run of a
+/// program can interrupt it on the same CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PerCpu {
     /// Attempts to reserve a record, by [`probe`].
     pub produced: [u64; probe::COUNT],
-    /// Failed ones among them.
+    /// Failed attempts among them.
     pub ring_full: [u64; probe::COUNT],
-    /// State changes that `state_nested` took because the kernel left
-    /// `state_tp_btf` out.
-    pub caught: u64,
-    /// State changes that the kernel left `state_tp` out of.
-    pub lost: u64,
-    /// Word of a change that the first program has seen and the second has
-    /// not yet: of a context that was interrupted, or of the one that runs;
-    /// of the one that interrupted it.
-    pub seen: [Seen; 2],
-    /// Changes in the second place since the first was last asked for.
-    pub waited: u64,
-    /// Not 0 while the first program runs.
-    pub inside: u64,
+    /// Recursion misses of `state_tp_btf` that its second program handled.
+    pub recovered: u64,
+    /// Recursion misses of `state_tp`, counted by its second program.
+    pub missed: u64,
+    /// State changes that the first program has handled and the second has not
+    /// seen yet. The second entry is for a softirq that interrupts between the
+    /// two programs.
+    pub handled: [StateChange; 2],
+    /// Uses of the second entry since the first was last taken.
+    pub second_uses: u64,
+    /// 1 while the first program runs.
+    pub running: u64,
 }
 
-const _: () = assert!(core::mem::size_of::<PerCpu>() == 112);
+const _: () = assert!(size_of::<PerCpu>() == 112);
 
-/// Word of one change.
+/// One state change of one socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Seen {
-    /// The socket's kernel address; 0 for none.
+pub struct StateChange {
+    /// The socket's kernel address; 0 in a free entry.
     pub socket: u64,
     /// Old and new state.
     pub states: u64,
 }
 
-/// A first place of [`PerCpu::seen`] that outlives so many changes in the
-/// second belongs to nobody: more than one softirq handles before it yields.
-pub const SEEN_WAITS: u64 = 1024;
+/// After so many uses of the second entry of [`PerCpu::handled`], the first is
+/// stale. More than the state changes of one softirq.
+pub const STALE_AFTER: u64 = 1024;
 
-/// A record in so many of one CPU looks at the fill level of the ring and
-/// wakes the reader when an eighth is used; all others never wake it.
-/// A power of two. The ring must hold far more than this many records per
-/// CPU.
+/// Every so many records of one CPU, a program checks how full the ring is,
+/// and wakes the reader if an eighth is used. A power of two. The ring must
+/// hold far more records than this per CPU.
 pub const WAKE_EVERY: u64 = 128;
 
-/// Globals (read-only data) that the loader may override; all are `u32`
-/// except where noted.
+/// Globals (read-only data) that the loader sets; all are `u32` except where
+/// noted.
 pub mod global {
     /// Bytes available in the ring at which the reader is woken (`u64`).
     pub const WAKE_BYTES: &str = "WAKE_BYTES";
     /// 1: leave loopback connections out.
     pub const DROP_LOOPBACK: &str = "DROP_LOOPBACK";
-    /// Only this network namespace's inode; 0: all.
+    /// Inode of the only network namespace to trace; 0: all.
     pub const ONLY_NETNS: &str = "ONLY_NETNS";
-    /// 1: collect name and cgroup of those who connect and accept.
+    /// 1: collect process name and cgroup at connect and accept.
     pub const OWNERS: &str = "OWNERS";
-    /// 1: collect traffic figures at close.
+    /// 1: collect bytes, retransmissions and RTT at close.
     pub const TRAFFIC: &str = "TRAFFIC";
-    /// 1: the offsets below are valid.
+    /// 1: [`OFFSETS`] is valid.
     pub const OFFSETS_KNOWN: &str = "OFFSETS_KNOWN";
     /// 1: the kernel has `bpf_get_current_task_btf` (5.11).
     pub const TASK_BTF: &str = "TASK_BTF";
+    /// The offset of each [`super::Field`] (`[u32; Field::COUNT]`).
+    pub const OFFSETS: &str = "OFFSETS";
 }
 
-/// A kernel field whose offset is resolved from BTF at start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Field {
-    /// Name of the global that receives the offset (`u32`), in bytes except
-    /// for [`BITS`].
-    pub global: &'static str,
-    /// The structure the offset counts from.
-    pub container: &'static str,
-    /// The member, dots between nested structures; anonymous structures and
-    /// unions are looked through.
-    pub path: &'static str,
+macro_rules! fields {
+    ($($name:ident: $container:literal, $path:literal;)*) => {
+        /// A kernel field whose offset the agent takes from BTF at start, and
+        /// its index in [`global::OFFSETS`]. Offsets are in bytes, except for
+        /// the bit field [`Field::Repair`], whose offset is in bits.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Field {
+            $(#[doc = concat!("`", $container, ".", $path, "`")] $name,)*
+        }
+
+        impl Field {
+            /// Every field, in the order of its index.
+            pub const ALL: &[Self] = &[$(Self::$name),*];
+            /// Number of fields.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// The structure, and the path of the member in it. Anonymous
+            /// structures and unions have no part in the path.
+            pub fn member(self) -> (&'static str, &'static str) {
+                match self {
+                    $(Self::$name => ($container, $path),)*
+                }
+            }
+        }
+    };
 }
 
-/// Every field the programs read at a resolved offset.
-pub const FIELDS: &[Field] = &[
-    field("OFF_NET_INUM", "net", "ns.inum"),
-    field("OFF_SK_PROTOCOL", "sock", "sk_protocol"),
-    field("OFF_SK_ERR", "sock", "sk_err"),
-    field("OFF_SK_FLAGS", "sock_common", "skc_flags"),
-    field("OFF_SK_SHUTDOWN", "sock", "sk_shutdown"),
-    field("OFF_INET_SPORT", "inet_sock", "inet_sport"),
-    field("OFF_BYTES_RECEIVED", "tcp_sock", "bytes_received"),
-    field("OFF_BYTES_ACKED", "tcp_sock", "bytes_acked"),
-    field("OFF_SND_UNA", "tcp_sock", "snd_una"),
-    field("OFF_SND_NXT", "tcp_sock", "snd_nxt"),
-    field("OFF_WRITE_SEQ", "tcp_sock", "write_seq"),
-    field("OFF_SEGS_OUT", "tcp_sock", "segs_out"),
-    field("OFF_SRTT_US", "tcp_sock", "srtt_us"),
-    field("OFF_TOTAL_RETRANS", "tcp_sock", "total_retrans"),
-    field("OFF_RCV_TSTAMP", "tcp_sock", "rcv_tstamp"),
-    field("OFF_TCP_MSTAMP", "tcp_sock", "tcp_mstamp"),
-    field("OFF_FASTOPEN_REQ", "tcp_sock", "fastopen_req"),
-    field("OFF_TASK_LEADER", "task_struct", "group_leader"),
-    field("OFF_TASK_COMM", "task_struct", "comm"),
-];
+fields! {
+    NetInum: "net", "ns.inum";
+    SkProtocol: "sock", "sk_protocol";
+    SkErr: "sock", "sk_err";
+    SkFlags: "sock_common", "skc_flags";
+    SkShutdown: "sock", "sk_shutdown";
+    InetSport: "inet_sock", "inet_sport";
+    BytesReceived: "tcp_sock", "bytes_received";
+    BytesAcked: "tcp_sock", "bytes_acked";
+    SndUna: "tcp_sock", "snd_una";
+    SndNxt: "tcp_sock", "snd_nxt";
+    WriteSeq: "tcp_sock", "write_seq";
+    SegsOut: "tcp_sock", "segs_out";
+    SrttUs: "tcp_sock", "srtt_us";
+    TotalRetrans: "tcp_sock", "total_retrans";
+    RcvTstamp: "tcp_sock", "rcv_tstamp";
+    TcpMstamp: "tcp_sock", "tcp_mstamp";
+    FastopenReq: "tcp_sock", "fastopen_req";
+    Repair: "tcp_sock", "repair";
+    TaskLeader: "task_struct", "group_leader";
+    TaskComm: "task_struct", "comm";
+    TaskNsproxy: "task_struct", "nsproxy";
+    NsproxyNet: "nsproxy", "net_ns";
+    NetTable: "net", "ipv4.tcp_death_row.hashinfo";
+    TableBuckets: "inet_hashinfo", "ehash";
+    TableMask: "inet_hashinfo", "ehash_mask";
+    SkNode: "sock_common", "skc_nulls_node";
+}
 
-/// Every bit that the programs read; the global receives its offset in bits.
-pub const BITS: &[Field] = &[field("BIT_REPAIR", "tcp_sock", "repair")];
-
-/// Fields that lead to the table of sockets. Where one is missing, there is no
-/// walk: `tcp_death_row` was a pointer from 5.17 to 6.0.
-pub const TABLE_FIELDS: &[Field] = &[
-    field("OFF_TASK_NSPROXY", "task_struct", "nsproxy"),
-    field("OFF_NSPROXY_NET", "nsproxy", "net_ns"),
-    field("OFF_NET_TABLE", "net", "ipv4.tcp_death_row.hashinfo"),
-    field("OFF_TABLE_BUCKETS", "inet_hashinfo", "ehash"),
-    field("OFF_TABLE_MASK", "inet_hashinfo", "ehash_mask"),
-    field("OFF_SK_NODE", "sock_common", "skc_nulls_node"),
-];
-
-const fn field(global: &'static str, container: &'static str, path: &'static str) -> Field {
-    Field {
-        global,
-        container,
-        path,
+impl Field {
+    /// Whether only the socket scan reads this field. Without such a field there
+    /// is no scan: `tcp_death_row` was a pointer from 5.17 to 6.0.
+    pub fn is_for_scan(self) -> bool {
+        self as usize >= Self::TaskNsproxy as usize
     }
 }
 
-/// Offsets within `struct sock_common`, the same on every supported kernel
-/// and architecture (64 bit); the loader checks each against BTF and refuses
-/// the programs that use them when one differs.
-pub mod sock_common {
-    /// `skc_daddr`, followed by `skc_rcv_saddr`: IPv4 remote, local.
-    pub const ADDRESSES: usize = 0;
-    /// `skc_dport`, network order.
-    pub const DPORT: usize = 12;
-    /// `skc_num`, host order.
-    pub const NUM: usize = 14;
+/// The start of `struct sock_common`, the same on every supported kernel and
+/// architecture (64 bit). The loader compares it with BTF, and refuses the
+/// programs that use it if it differs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SockCommon {
+    /// `skc_addrpair`: IPv4 remote address, then local.
+    pub addresses: u64,
+    /// `skc_hash`, `skc_dport` (network order) and `skc_num` (host order).
+    pub hash_and_ports: u64,
     /// `skc_family`.
-    pub const FAMILY: usize = 16;
+    pub family: u16,
     /// `skc_state`.
-    pub const STATE: usize = 18;
+    pub state: u8,
+    /// `skc_reuse` and other bits.
+    pub bits: u8,
+    /// `skc_bound_dev_if`.
+    pub bound_dev_if: u32,
+    /// `skc_bind_node`.
+    pub bind_node: [u64; 2],
+    /// `skc_prot`.
+    pub prot: u64,
     /// `skc_net`.
-    pub const NET: usize = 48;
+    pub net: u64,
     /// `skc_v6_daddr`.
-    pub const V6_DADDR: usize = 56;
+    pub v6_daddr: [u64; 2],
     /// `skc_v6_rcv_saddr`.
-    pub const V6_RCV_SADDR: usize = 72;
+    pub v6_rcv_saddr: [u64; 2],
     /// `skc_cookie`.
-    pub const COOKIE: usize = 88;
-    /// Bytes from the start that hold all of the above.
-    pub const LEN: usize = 96;
+    pub cookie: u64,
+}
 
-    /// Member and asserted offset.
+impl SockCommon {
+    /// Offset of `skc_dport`.
+    pub const DPORT: usize = offset_of!(Self, hash_and_ports) + 4;
+    /// Offset of `skc_num`.
+    pub const NUM: usize = offset_of!(Self, hash_and_ports) + 6;
+
+    /// Member and offset, for the loader to compare.
     pub const ASSERTED: &[(&str, usize)] = &[
-        ("skc_daddr", ADDRESSES),
-        ("skc_rcv_saddr", ADDRESSES + 4),
-        ("skc_dport", DPORT),
-        ("skc_num", NUM),
-        ("skc_family", FAMILY),
-        ("skc_state", STATE),
-        ("skc_net", NET),
-        ("skc_v6_daddr", V6_DADDR),
-        ("skc_v6_rcv_saddr", V6_RCV_SADDR),
-        ("skc_cookie", COOKIE),
+        ("skc_daddr", offset_of!(Self, addresses)),
+        ("skc_rcv_saddr", offset_of!(Self, addresses) + 4),
+        ("skc_dport", Self::DPORT),
+        ("skc_num", Self::NUM),
+        ("skc_family", offset_of!(Self, family)),
+        ("skc_state", offset_of!(Self, state)),
+        ("skc_net", offset_of!(Self, net)),
+        ("skc_v6_daddr", offset_of!(Self, v6_daddr)),
+        ("skc_v6_rcv_saddr", offset_of!(Self, v6_rcv_saddr)),
+        ("skc_cookie", offset_of!(Self, cookie)),
     ];
 }
 
-/// The record of the classic tracepoint `sock:inet_sock_set_state`
-/// (`include/trace/events/sock.h`), the same since 5.6; the loader compares
-/// it with the `format` file before it attaches.
-pub mod tracepoint {
-    /// Layout of the context. The first 8 bytes are not readable.
-    #[repr(C)]
-    #[derive(Clone, Copy, Debug)]
-    pub struct SetState {
-        /// `common_*`, unreadable.
-        pub common: u64,
-        /// Address of the `struct sock`.
-        pub skaddr: u64,
-        /// State left.
-        pub oldstate: u32,
-        /// State entered.
-        pub newstate: u32,
-        /// Local port, host order.
-        pub sport: u16,
-        /// Remote port, host order.
-        pub dport: u16,
-        /// AF_INET or AF_INET6.
-        pub family: u16,
-        /// IPPROTO_*.
-        pub protocol: u16,
-        /// Local IPv4 address; junk for some IPv6 sockets.
-        pub saddr: u32,
-        /// Remote IPv4 address; junk for some IPv6 sockets.
-        pub daddr: u32,
-        /// Local address as IPv6 words, v4-mapped for IPv4 sockets.
-        pub saddr_v6: [u64; 2],
-        /// Remote address as IPv6 words, v4-mapped for IPv4 sockets.
-        pub daddr_v6: [u64; 2],
-    }
+const _: () = assert!(size_of::<SockCommon>() == 96);
 
-    /// Field name and asserted offset and size.
-    pub const ASSERTED: &[(&str, usize, usize)] = &[
-        ("skaddr", core::mem::offset_of!(SetState, skaddr), 8),
-        ("oldstate", core::mem::offset_of!(SetState, oldstate), 4),
-        ("newstate", core::mem::offset_of!(SetState, newstate), 4),
-        ("sport", core::mem::offset_of!(SetState, sport), 2),
-        ("dport", core::mem::offset_of!(SetState, dport), 2),
-        ("family", core::mem::offset_of!(SetState, family), 2),
-        ("protocol", core::mem::offset_of!(SetState, protocol), 2),
-        ("saddr", core::mem::offset_of!(SetState, saddr), 4),
-        ("daddr", core::mem::offset_of!(SetState, daddr), 4),
-        ("saddr_v6", core::mem::offset_of!(SetState, saddr_v6), 16),
-        ("daddr_v6", core::mem::offset_of!(SetState, daddr_v6), 16),
-    ];
+macro_rules! tracepoint {
+    ($($(#[$doc:meta])* $name:ident: $type:ty;)*) => {
+        /// Context of the classic tracepoint `sock:inet_sock_set_state`
+        /// (`include/trace/events/sock.h`), the same since 5.6. The loader
+        /// compares it with the `format` file before it attaches.
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug)]
+        pub struct SetState {
+            /// `common_*`, which programs may not read.
+            pub common: u64,
+            $($(#[$doc])* pub $name: $type,)*
+        }
 
-    const _: () = assert!(core::mem::size_of::<SetState>() == 72);
+        impl SetState {
+            /// Name, offset and size of each field, for the loader to compare.
+            pub const ASSERTED: &[(&str, usize, usize)] = &[
+                $((stringify!($name), offset_of!(Self, $name), size_of::<$type>()),)*
+            ];
+        }
+    };
 }
+
+tracepoint! {
+    /// Address of the `struct sock`.
+    skaddr: u64;
+    /// State left.
+    oldstate: u32;
+    /// State entered.
+    newstate: u32;
+    /// Local port, host order.
+    sport: u16;
+    /// Remote port, host order.
+    dport: u16;
+    /// AF_INET or AF_INET6.
+    family: u16;
+    /// IPPROTO_*.
+    protocol: u16;
+    /// Local IPv4 address; not valid for some IPv6 sockets.
+    saddr: u32;
+    /// Remote IPv4 address; not valid for some IPv6 sockets.
+    daddr: u32;
+    /// Local address as IPv6 words, v4-mapped for IPv4 sockets.
+    saddr_v6: [u64; 2];
+    /// Remote address as IPv6 words, v4-mapped for IPv4 sockets.
+    daddr_v6: [u64; 2];
+}
+
+const _: () = assert!(size_of::<SetState>() == 72);

@@ -1,13 +1,12 @@
-//! The records of the event ring buffer, and those of the walk over the table
-//! of sockets.
+//! The records of the event ring buffer and of the socket scan.
 //!
-//! One record is one [`Kind`](kind); its size follows from the kind and from
-//! [`flag::V6`]. All integers are in host order; addresses are the bytes of
-//! the packet, held in words so that a record can be built without loops.
+//! The size of a record follows from its [`kind`] and from [`flag::V6`]. All
+//! integers are in host order. Addresses are the bytes of the packet, held in
+//! words so that a program can build a record without loops.
 
 use core::mem::{align_of, offset_of, size_of};
 
-/// What a record says. 0 is never used, so that a zeroed record is invalid.
+/// What a record reports. 0 is not used, so that a zeroed record is invalid.
 pub mod kind {
     /// CLOSE → SYN_SENT, as [`super::Connect`].
     pub const CONNECT: u8 = 1;
@@ -22,15 +21,15 @@ pub mod kind {
     pub const LISTEN: u8 = 5;
     /// LISTEN → CLOSE, as [`super::Change`].
     pub const UNLISTEN: u8 = 6;
-    /// A deferred Fast Open SYN leaves, as [`super::Task`].
+    /// A deferred Fast Open SYN is sent, as [`super::Task`].
     pub const CONNECT_SENT: u8 = 7;
     /// `inet_csk_accept` returned a socket, as [`super::Task`].
     pub const ACCEPT: u8 = 8;
-    /// A socket that is there, as [`super::Live`]; from the walk over the
-    /// table of sockets, never in the ring.
+    /// A socket that exists, as [`super::Live`]; from the socket scan, never in
+    /// the ring.
     pub const LIVE: u8 = 9;
-    /// SYN_SENT → ESTABLISHED of a connection that was opened elsewhere and
-    /// is restored here (`TCP_REPAIR`), as [`super::Change`].
+    /// SYN_SENT → ESTABLISHED of a connection that was opened elsewhere and is
+    /// restored here (`TCP_REPAIR`), as [`super::Change`].
     pub const RESTORE: u8 = 10;
 }
 
@@ -40,17 +39,18 @@ pub mod flag {
     pub const V6: u8 = 1;
     /// `error` and `segments_out` of a [`super::Close`] were read.
     pub const ERROR: u8 = 2;
-    /// The traffic figures of a [`super::Close`] or [`super::Live`] were read.
+    /// Bytes, retransmissions and RTT of a [`super::Close`] or [`super::Live`]
+    /// were read.
     pub const TRAFFIC: u8 = 4;
-    /// The socket of a [`super::Close`] that leaves SYN_SENT was shut down in
-    /// both directions (`sk_shutdown`). close() does that first; a connect()
-    /// that fails does not.
+    /// The socket of a [`super::Close`] from SYN_SENT was shut down in both
+    /// directions (`sk_shutdown`). close() does that first; a failed connect()
+    /// does not.
     pub const SHUT_DOWN: u8 = 8;
     /// Every bit in use.
     pub const ALL: u8 = V6 | ERROR | TRAFFIC | SHUT_DOWN;
 }
 
-/// How every record begins.
+/// The start of every record.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Head {
@@ -62,55 +62,43 @@ pub struct Head {
     pub old: u8,
     /// State entered; 0 in [`Task`] records.
     pub new: u8,
-    /// Inode of the network namespace; 0 where it cannot be read.
+    /// Inode of the network namespace; 0 if it cannot be read.
     pub netns: u32,
     /// Address of the `struct sock`.
     pub id: u64,
-    /// `sk->__sk_common.skc_cookie`; 0 when there is none yet or it cannot be
-    /// read.
+    /// `sk->__sk_common.skc_cookie`; 0 if there is none yet or it cannot be read.
     pub cookie: u64,
 }
 
+/// Endpoints, with addresses as a word or words in network order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Ends<A> {
+    /// Local address.
+    pub local: A,
+    /// Remote address.
+    pub remote: A,
+    /// Local port, host order.
+    pub local_port: u16,
+    /// Remote port, host order.
+    pub remote_port: u16,
+    /// Zero.
+    pub pad: u32,
+}
+
 /// Endpoints of an IPv4 connection, v4-mapped ones included.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct EndsV4 {
-    /// Local address, bytes in network order.
-    pub local: u32,
-    /// Remote address, bytes in network order.
-    pub remote: u32,
-    /// Local port, host order.
-    pub local_port: u16,
-    /// Remote port, host order.
-    pub remote_port: u16,
-    /// Zero.
-    pub pad: u32,
-}
-
+pub type EndsV4 = Ends<u32>;
 /// Endpoints of an IPv6 connection.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct EndsV6 {
-    /// Local address, bytes in network order.
-    pub local: [u64; 2],
-    /// Remote address, bytes in network order.
-    pub remote: [u64; 2],
-    /// Local port, host order.
-    pub local_port: u16,
-    /// Remote port, host order.
-    pub remote_port: u16,
-    /// Zero.
-    pub pad: u32,
-}
+pub type EndsV6 = Ends<[u64; 2]>;
 
-/// The task on whose behalf the program ran.
+/// The task in whose context the program ran.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Owner {
-    /// cgroup v2 id; 0 unless asked for.
+    /// cgroup v2 id; 0 unless collected.
     pub cgroup: u64,
-    /// `comm` of the thread group's leader, the name of the process. It ends
-    /// at its first NUL; any bytes may follow.
+    /// `comm` of the thread group leader, the name of the process. It ends at
+    /// its first NUL; any bytes may follow.
     pub comm: [u8; 16],
     /// Thread group id in the initial pid namespace.
     pub pid: u32,
@@ -118,13 +106,13 @@ pub struct Owner {
     pub pad: u32,
 }
 
-/// What a socket counted until it closed, or until now.
+/// Statistics of a socket, until it closed or until now.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Stats {
-    /// Payload bytes received; the FIN is not counted.
+    /// Payload bytes received, FIN not counted.
     pub received_bytes: u64,
-    /// Payload bytes sent, however often, and 1 for the SYN of an active open.
+    /// Payload bytes sent, each once, and 1 for the SYN of an active open.
     pub sent_bytes: u64,
     /// `total_retrans`.
     pub retransmitted_segments: u32,
@@ -180,13 +168,13 @@ pub struct Close<E> {
     pub head: Head,
     /// CLOCK_MONOTONIC nanoseconds.
     pub at_ns: u64,
-    /// What the socket counted.
+    /// Statistics.
     pub stats: Stats,
     /// Endpoints. The local port is 0 for a connect that never had one.
     pub ends: E,
 }
 
-/// [`kind::LISTEN`]: the local end is the listener, the remote end is zero.
+/// [`kind::LISTEN`]. The local end is the listener, the remote end is zero.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Listen<E> {
@@ -210,13 +198,13 @@ pub struct Task {
     pub owner: Owner,
 }
 
-/// [`kind::LIVE`]: both states of the head are the one it is in.
+/// [`kind::LIVE`]. Both states of the head are the current state.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Live<E> {
     /// Common part.
     pub head: Head,
-    /// What the socket counted so far; `segments_out` and `error` are 0.
+    /// Statistics; `segments_out` and `error` are 0.
     pub stats: Stats,
     /// Endpoints.
     pub ends: E,
@@ -227,6 +215,8 @@ pub const MAX_RECORD_BYTES: usize = size_of::<Close<EndsV6>>();
 
 const _: () = {
     assert!(align_of::<Head>() == 8 && size_of::<Head>() == 24);
+    assert!(offset_of!(Head, kind) == 0 && offset_of!(Head, flags) == 1);
+    assert!(offset_of!(Head, old) == 2 && offset_of!(Head, new) == 3);
     assert!(offset_of!(Head, netns) == 4);
     assert!(offset_of!(Head, id) == 8 && offset_of!(Head, cookie) == 16);
 
@@ -248,8 +238,7 @@ const _: () = {
     assert!(size_of::<Task>() == 64);
     assert!(size_of::<Live<EndsV4>>() == 72 && size_of::<Live<EndsV6>>() == 96);
     assert!(offset_of!(Live<EndsV4>, ends) == 56 && offset_of!(Live<EndsV6>, ends) == 56);
-    // Every record type is free of hidden padding: sizes are the sums of the
-    // parts, which the asserts above spell out, and multiples of the ring
-    // buffer's 8 bytes.
+    // No record has hidden padding: each size is the sum of its parts, and a
+    // multiple of the ring buffer's 8 bytes.
     assert!(MAX_RECORD_BYTES == 104);
 };

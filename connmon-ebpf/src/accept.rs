@@ -12,38 +12,37 @@ use connmon_common::tuning::probe;
 use connmon_common::wire::kind;
 
 use crate::emit::emit_task;
+use crate::memory::{Address, BtfPointer, Memory};
 use crate::socket::is_filtered;
-use crate::task::{BtfTask, CurrentTask, ProbedTask};
 
-/// By trampoline; `bpf_get_func_ret` wants 5.17.
+/// `bpf_get_func_ret` needs 5.17.
 #[fexit(function = "inet_csk_accept")]
 fn accept_fexit(ctx: FExitContext) -> i32 {
     if let Ok(sk) = ctx.ret::<u64>() {
-        accepted::<BtfTask>(sk);
+        accepted::<BtfPointer>(sk);
     }
     0
 }
 
-/// By trampoline, before 5.17: the return value follows the four arguments.
-/// (It may not be loaded on 6.10 and later, where it follows two.)
+/// 5.5 to 5.16: the return value follows the four arguments. The loader must not
+/// use it on 6.10 and later, where the return value follows two.
 #[fexit(function = "inet_csk_accept")]
 fn accept_fexit_arg(ctx: FExitContext) -> i32 {
     let sk: *const u8 = ctx.arg(4);
-    accepted::<BtfTask>(sk as u64);
+    accepted::<BtfPointer>(sk as u64);
     0
 }
 
-/// By return breakpoint.
 #[kretprobe]
 fn accept_kret(ctx: RetProbeContext) -> u32 {
-    accepted::<ProbedTask>(ctx.ret());
+    accepted::<Address>(ctx.ret());
     0
 }
 
 #[inline(always)]
-fn accepted<T: CurrentTask>(sk: u64) {
+fn accepted<M: Memory>(sk: u64) {
     // NULL when accept() fails.
     if sk != 0 && !is_filtered(sk) {
-        emit_task::<T>(probe::ACCEPT, kind::ACCEPT, sk);
+        emit_task::<M>(probe::ACCEPT, kind::ACCEPT, sk);
     }
 }

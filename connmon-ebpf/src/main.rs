@@ -1,10 +1,9 @@
-//! The kernel side of connmon. One file per hook, and [`sockets`], which the
-//! agent runs; it and [`socket`] are the only places that read the kernel's
-//! socket fields, [`task`] reads the running task's, [`emit`] is the only one that touches the ring buffer.
+//! The kernel side of connmon: one file per hook, and [`sockets`], the scan of
+//! the TCP socket table, which the agent runs. [`memory`] is how all of them
+//! read the kernel, [`emit`] alone writes to the ring buffer.
 //!
-//! What is shared with the agent (records, map names, globals) is defined in
-//! `connmon-common`. Loads and attaches on 5.10 and later: no helper newer
-//! than 5.8 but in the program whose comment says so, no loop but the walk's.
+//! Records, map names and globals are defined in `connmon-common`. Linux 5.10
+//! and later; a program that calls a helper newer than 5.8 names it.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
@@ -13,10 +12,12 @@ mod accept;
 mod connect;
 mod emit;
 mod globals;
-mod nested;
+mod memory;
+mod misses;
 mod set_state;
 mod socket;
 mod sockets;
+mod stats;
 mod task;
 
 #[cfg(not(test))]

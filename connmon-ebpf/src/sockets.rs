@@ -1,109 +1,75 @@
-//! A walk over the kernel's table of TCP sockets (`ehash`), which the agent
-//! runs by bpf(BPF_PROG_TEST_RUN), a stretch of buckets at a time.
+//! The scan of the kernel's TCP socket table (`ehash`). The agent runs it by
+//! bpf(BPF_PROG_TEST_RUN), a batch of buckets at a time.
 //!
 //! It reads as the kernel's own lookups do (`__inet_lookup_established`): under
-//! RCU and without any lock. A chain ends in the number of its bucket; whoever
-//! comes to another one was led there by a socket that was freed and used
-//! again meanwhile, and goes through the bucket once more. So every socket
-//! that is there throughout is seen, and each stretch ends with a bucket. (As
-//! there, a bucket of the same number in another namespace's own table would
-//! not be noticed.)
+//! RCU and without a lock. A chain ends with the number of its bucket. A socket
+//! that was freed and reused during the scan can lead to another chain; the end
+//! of that one has another number, and the bucket is scanned again. So the scan
+//! finds every socket that exists throughout, and each batch ends with a whole
+//! bucket. (As in the kernel, a bucket of the same number in another
+//! namespace's own table goes unnoticed.)
 //!
-//! Nothing is written to and no reference is taken. 5.10.
+//! It changes no socket and takes no reference. 5.10.
 
 use core::arch::asm;
 use core::mem::offset_of;
 use core::ptr::addr_of_mut;
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
-use aya_ebpf::helpers::generated::bpf_get_current_task;
 use aya_ebpf::macros::{map, raw_tracepoint};
 use aya_ebpf::maps::Array;
 use aya_ebpf::programs::RawTracePointContext;
 use connmon_common::state::{
     CLOSE, CLOSING, ESTABLISHED, LISTEN, NEW_SYN_RECV, SYN_RECV, TIME_WAIT,
 };
-use connmon_common::tuning::{STEPS, Stretch, sock_common};
+use connmon_common::tuning::{Batch, Field, STEPS, SockCommon};
 use connmon_common::wire::{EndsV4, EndsV6, Head, Live, flag, kind};
 
-use crate::emit::zero;
-use crate::globals::{
-    OFF_NET_TABLE, OFF_NSPROXY_NET, OFF_SK_FLAGS, OFF_SK_NODE, OFF_TABLE_BUCKETS, OFF_TABLE_MASK,
-    OFF_TASK_NSPROXY,
-};
-use crate::socket::{AF_INET6, TracedFull, is_v4_mapped, offset, probe, write_live_stats};
+use crate::globals::offset;
+use crate::memory::{Address, Memory, zero};
+use crate::socket::{AF_INET6, is_v4_mapped};
+use crate::stats::write_traffic;
 
 #[map]
-static STRETCH: Array<Stretch> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+static BATCH: Array<Batch> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// `skc_addrpair`: remote and local address; `skc_hash`, and `skc_portpair`:
-/// remote port, local port.
-type Identity = [u64; 2];
-
-/// `struct sock_common` up to the cookie.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Common {
-    identity: Identity,
-    family: u16,
-    state: u8,
-    flags: u8,
-    bound_dev_if: u32,
-    bind_node: [u64; 2],
-    prot: u64,
-    net: u64,
-    v6_daddr: [u64; 2],
-    v6_rcv_saddr: [u64; 2],
-    cookie: u64,
-}
-
-const _: () = {
-    assert!(size_of::<Common>() == sock_common::LEN);
-    assert!(sock_common::ADDRESSES == 0 && sock_common::DPORT == 12 && sock_common::NUM == 14);
-    assert!(offset_of!(Common, state) == sock_common::STATE);
-    assert!(offset_of!(Common, net) == sock_common::NET);
-    assert!(offset_of!(Common, v6_daddr) == sock_common::V6_DADDR);
-    assert!(offset_of!(Common, v6_rcv_saddr) == sock_common::V6_RCV_SADDR);
-    assert!(offset_of!(Common, cookie) == sock_common::COOKIE);
-};
-
-/// Takes the buckets from `bucket` on of the table of the running task's
-/// network namespace, and leaves a [`Live`] of each of the namespace's
-/// connections and handshakes. Listeners, which are in another table, and
-/// TIME_WAIT are left out. Never attached.
+/// Scans buckets, from [`Batch::bucket`] on, of the table that the running
+/// task's network namespace uses. Stores a [`Live`] record of each connection
+/// and handshake of that namespace. Listeners are in another table, and
+/// TIME_WAIT is left out. Never attached.
 #[raw_tracepoint(tracepoint = "sockets")]
 fn sockets(_context: RawTracePointContext) -> i32 {
-    let Some(stretch) = STRETCH.get_ptr_mut(0) else {
+    let Some(batch) = BATCH.get_ptr_mut(0) else {
         return 0;
     };
-    // SAFETY: probe_read checks the addresses; the map value is a `Stretch`,
-    // which nobody else writes to while this runs.
+    // SAFETY: bad addresses read as zeroes; the map value is a `Batch`, and
+    // only this run writes to it now.
     unsafe {
-        let nsproxy: u64 = probe(bpf_get_current_task(), offset(&OFF_TASK_NSPROXY));
-        let net: u64 = probe(nsproxy, offset(&OFF_NSPROXY_NET));
-        let table: u64 = probe(net, offset(&OFF_NET_TABLE));
-        let heads: u64 = probe(table, offset(&OFF_TABLE_BUCKETS));
-        let mask: u32 = probe(table, offset(&OFF_TABLE_MASK));
-        let buckets = if heads == 0 { 0 } else { u64::from(mask) + 1 };
-        let walk = Walk {
-            stretch,
-            net,
+        let nsproxy: Address = Address::current_task().read(offset(Field::TaskNsproxy));
+        let net: Address = nsproxy.read(offset(Field::NsproxyNet));
+        let table: Address = net.read(offset(Field::NetTable));
+        let heads: Address = table.read(offset(Field::TableBuckets));
+        let mask: u32 = table.read(offset(Field::TableMask));
+        let buckets = if heads.0 == 0 { 0 } else { u64::from(mask) + 1 };
+        let scan = Scan {
+            batch,
+            net: net.0,
             heads,
             buckets,
         };
-        addr_of_mut!((*stretch).buckets).write_volatile(buckets);
-        addr_of_mut!((*stretch).found).write_volatile(0);
-        if walk.bucket() >= buckets {
+        addr_of_mut!((*batch).buckets).write_volatile(buckets);
+        addr_of_mut!((*batch).found).write_volatile(0);
+        if scan.bucket() >= buckets {
             return 0;
         }
-        walk.begin_bucket();
+        scan.begin_bucket();
         for _ in 0..STEPS {
-            let node = addr_of_mut!((*stretch).node).read_volatile();
+            let node = addr_of_mut!((*batch).node).read_volatile();
             if node & 1 == 0 {
-                if !walk.take(node) {
+                if !scan.take(node) {
                     break;
                 }
-            } else if !walk.end_bucket(node >> 1) {
+            } else if !scan.end_bucket(node >> 1) {
                 break;
             }
         }
@@ -111,30 +77,30 @@ fn sockets(_context: RawTracePointContext) -> i32 {
     0
 }
 
-/// What a run knows. Its state is kept in the map value, which the verifier
-/// takes for unknown each time: it would follow every count of its own.
-struct Walk {
-    stretch: *mut Stretch,
+/// One run. Its state is in the map value, whose contents the verifier does not
+/// track: it would follow each value of a local counter.
+struct Scan {
+    batch: *mut Batch,
     net: u64,
-    heads: u64,
+    heads: Address,
     buckets: u64,
 }
 
-/// The end of no chain: the bucket is gone through again.
-const ASTRAY: u64 = u64::MAX;
+/// The number of no bucket: the current one is scanned again.
+const WRONG_CHAIN: u64 = u64::MAX;
 
-/// Heads of buckets that are read at once.
+/// Bucket heads that are read at once.
 const HEADS: usize = 8;
 
-impl Walk {
+impl Scan {
     #[inline(always)]
     unsafe fn bucket(&self) -> u64 {
         // SAFETY: as in `sockets`.
-        unsafe { addr_of_mut!((*self.stretch).bucket).read_volatile() }
+        unsafe { addr_of_mut!((*self.batch).bucket).read_volatile() }
     }
 
-    /// Goes to the first socket of the bucket, or of one after it if it is
-    /// empty: most are, and eight are read at once.
+    /// Goes to the first socket of the bucket, or of a later one if it is empty,
+    /// as most are.
     #[inline(always)]
     unsafe fn begin_bucket(&self) {
         // SAFETY: as in `sockets`. `struct inet_ehash_bucket` is a pointer.
@@ -142,7 +108,7 @@ impl Walk {
             let mut bucket = self.bucket();
             let at = (bucket * 8) as usize;
             let head = if bucket + HEADS as u64 <= self.buckets {
-                let heads: [u64; HEADS] = probe(self.heads, at);
+                let heads: [u64; HEADS] = self.heads.read(at);
                 let mut head = heads[0];
                 for next in &heads[1..] {
                     if head != bucket << 1 | 1 {
@@ -153,25 +119,25 @@ impl Walk {
                 }
                 head
             } else {
-                probe(self.heads, at)
+                self.heads.read(at)
             };
-            addr_of_mut!((*self.stretch).bucket).write_volatile(bucket);
-            addr_of_mut!((*self.stretch).node).write_volatile(head);
-            let found = addr_of_mut!((*self.stretch).found).read_volatile();
-            addr_of_mut!((*self.stretch).count).write_volatile(found);
+            addr_of_mut!((*self.batch).bucket).write_volatile(bucket);
+            addr_of_mut!((*self.batch).node).write_volatile(head);
+            let found = addr_of_mut!((*self.batch).found).read_volatile();
+            addr_of_mut!((*self.batch).count).write_volatile(found);
         }
     }
 
-    /// At the end of a chain; false at that of the table.
+    /// Handles the end of a chain; false at the end of the table.
     #[inline(always)]
     unsafe fn end_bucket(&self, end: u64) -> bool {
         // SAFETY: as in `sockets`.
         unsafe {
             let bucket = self.bucket();
             if end == bucket {
-                let count = addr_of_mut!((*self.stretch).count).read_volatile();
-                addr_of_mut!((*self.stretch).found).write_volatile(count);
-                addr_of_mut!((*self.stretch).bucket).write_volatile(bucket + 1);
+                let count = addr_of_mut!((*self.batch).count).read_volatile();
+                addr_of_mut!((*self.batch).found).write_volatile(count);
+                addr_of_mut!((*self.batch).bucket).write_volatile(bucket + 1);
                 if bucket + 1 >= self.buckets {
                     return false;
                 }
@@ -181,42 +147,43 @@ impl Walk {
         }
     }
 
-    /// Leaves word of the socket at this node and goes to the next; false where
-    /// there is no room for it.
+    /// Stores the socket at this node and goes to the next; false if the batch is
+    /// full.
     #[inline(always)]
     unsafe fn take(&self, node: u64) -> bool {
         // SAFETY: as in `sockets`.
         unsafe {
-            let next: u64 = probe(node, 0);
-            let id = node.wrapping_sub(offset(&OFF_SK_NODE) as u64);
-            let common: Common = probe(id, 0);
+            let next: u64 = Address(node).read(0);
+            let sock = Address(node.wrapping_sub(offset(Field::SkNode) as u64));
+            let common: SockCommon = sock.read(0);
             if common.net == self.net && common.state != TIME_WAIT {
-                let count = addr_of_mut!((*self.stretch).count).read_volatile();
+                let count = addr_of_mut!((*self.batch).count).read_volatile();
                 if count >= STEPS as u64 {
                     return false;
                 }
-                let place = addr_of_mut!((*self.stretch).sockets)
+                let slot = addr_of_mut!((*self.batch).sockets)
                     .cast::<u8>()
                     .add(bounded(count) as usize * size_of::<Live<EndsV6>>());
-                let is_one = write(place, id, &common);
-                // Freed and used again meanwhile: what was read is of two.
-                let again: Identity = probe(id, 0);
-                if again[0] != common.identity[0] || again[1] != common.identity[1] {
-                    addr_of_mut!((*self.stretch).node).write_volatile(ASTRAY);
+                let stored = write(slot, sock, &common);
+                // Freed and reused meanwhile: the record mixes two sockets.
+                let [addresses, ports]: [u64; 2] = sock.read(0);
+                if addresses != common.addresses || ports != common.hash_and_ports {
+                    addr_of_mut!((*self.batch).node).write_volatile(WRONG_CHAIN);
                     return true;
                 }
-                if is_one {
-                    addr_of_mut!((*self.stretch).count).write_volatile(count + 1);
+                if stored {
+                    addr_of_mut!((*self.batch).count).write_volatile(count + 1);
                 }
             }
-            addr_of_mut!((*self.stretch).node).write_volatile(next);
+            addr_of_mut!((*self.batch).node).write_volatile(next);
             true
         }
     }
 }
 
-/// The same, less than [`STEPS`], in a register of which the verifier knows it:
-/// what a comparison says of one, the compiler uses in another.
+/// The same value, in a register that the verifier knows to be below [`STEPS`].
+/// After a comparison the compiler may use another register than the compared
+/// one.
 #[inline(always)]
 fn bounded(count: u64) -> u64 {
     const { assert!(STEPS == 64) };
@@ -226,13 +193,13 @@ fn bounded(count: u64) -> u64 {
     count
 }
 
-/// Writes a [`Live`]; false for what is none.
+/// Writes a [`Live`] record; false if the socket has no state to report.
 ///
 /// # Safety
 ///
-/// `place` must be valid for the larger one.
+/// `slot` must be valid for the larger record.
 #[inline(always)]
-unsafe fn write(place: *mut u8, id: u64, common: &Common) -> bool {
+unsafe fn write(slot: *mut u8, sock: Address, common: &SockCommon) -> bool {
     let state = match common.state {
         NEW_SYN_RECV => SYN_RECV,
         TIME_WAIT | CLOSE | LISTEN => return false,
@@ -240,19 +207,17 @@ unsafe fn write(place: *mut u8, id: u64, common: &Common) -> bool {
         // Just allocated.
         _ => return false,
     };
-    let [addresses, ports] = common.identity;
-    let remote_port = u16::from_be((ports >> 32) as u16);
-    let local_port = (ports >> 48) as u16;
+    let remote_port = u16::from_be((common.hash_and_ports >> 32) as u16);
+    let local_port = (common.hash_and_ports >> 48) as u16;
     if local_port == 0 {
-        // About to close: it has left the table and given its port back
+        // About to close: it has left the table and released its port
         // (`tcp_set_state`).
         return false;
     }
-    // Both begin alike.
     const { assert!(offset_of!(Live<EndsV4>, ends) == offset_of!(Live<EndsV6>, ends)) };
-    let live = place.cast::<Live<EndsV6>>();
-    // SAFETY: the caller's; probe_read checks the address. What is no full
-    // socket has nothing where the figures would be.
+    let live = slot.cast::<Live<EndsV6>>();
+    // SAFETY: the caller's; fields of the types that BTF says. A request socket
+    // has no statistics.
     unsafe {
         let is_v6 = common.family == AF_INET6 && !is_v4_mapped(common.v6_daddr);
         let ends = addr_of_mut!((*live).ends);
@@ -266,29 +231,30 @@ unsafe fn write(place: *mut u8, id: u64, common: &Common) -> bool {
             });
         } else {
             ends.cast::<EndsV4>().write(EndsV4 {
-                local: (addresses >> 32) as u32,
-                remote: addresses as u32,
+                local: (common.addresses >> 32) as u32,
+                remote: common.addresses as u32,
                 local_port,
                 remote_port,
                 pad: 0,
             });
         }
         let stats = addr_of_mut!((*live).stats);
+        zero(stats);
         let flags = if common.state == NEW_SYN_RECV {
-            zero(stats);
             0
         } else {
-            let flags: u64 = probe(id, offset(&OFF_SK_FLAGS));
-            write_live_stats(&TracedFull(id), state, flags, stats)
+            let flags: u64 = sock.read(offset(Field::SkFlags));
+            write_traffic(sock, state, flags, stats);
+            flag::TRAFFIC
         };
         addr_of_mut!((*live).head).write(Head {
             kind: kind::LIVE,
             flags: flags | if is_v6 { flag::V6 } else { 0 },
             old: state,
             new: state,
-            // That of the reader, who knows it.
+            // The agent knows it.
             netns: 0,
-            id,
+            id: sock.0,
             cookie: common.cookie,
         });
     }

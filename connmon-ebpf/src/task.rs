@@ -1,76 +1,72 @@
-//! The running task: the name of its process.
+//! The running task: the pid, cgroup and name of its process.
 //!
-//! `bpf_get_current_comm` gives the name of the thread, which is another one
-//! in many programs. That of the process is the name of the thread group's
-//! leader, also after the leader has ended: `task->group_leader->comm`.
+//! `bpf_get_current_comm` gives the name of the thread, which many programs
+//! set. The name of the process is `task->group_leader->comm`, also after the
+//! leader has ended.
 
 use core::ptr::addr_of_mut;
 
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_task_btf,
+    bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid,
 };
+use connmon_common::tuning::Field;
+use connmon_common::wire::Owner;
 
-use crate::emit::zero;
-use crate::globals::{OFF_TASK_COMM, OFF_TASK_LEADER, OFFSETS_KNOWN, TASK_BTF};
-use crate::socket::{load, offset, probe};
+use crate::globals::{OWNERS, offset};
+use crate::memory::{Address, Memory, zero};
 
-/// A way to read the running task.
-pub trait CurrentTask {
-    /// Writes the name of its process, which ends at the first NUL.
-    ///
-    /// # Safety
-    ///
-    /// `name` must be valid for writes and aligned to 8 bytes.
-    unsafe fn write_process_name(name: *mut [u8; 16]);
-}
-
-/// By BTF pointer, for programs that the kernel's BTF is checked for. 5.11;
-/// before that as [`ProbedTask`].
-pub struct BtfTask;
-
-impl CurrentTask for BtfTask {
-    #[inline(always)]
-    unsafe fn write_process_name(name: *mut [u8; 16]) {
-        // SAFETY: the caller's. The running task and its leader exist, and the
-        // offsets are from BTF, with which the verifier compares them.
-        unsafe {
-            if TASK_BTF.load() == 0 {
-                ProbedTask::write_process_name(name);
-                return;
-            }
-            let task: *const u8 = bpf_get_current_task_btf().cast();
-            let leader: *const u8 = load(task, offset(&OFF_TASK_LEADER));
-            let words: *mut u64 = name.cast();
-            words.write_volatile(load(leader, offset(&OFF_TASK_COMM)));
-            words
-                .add(1)
-                .write_volatile(load(leader, offset(&OFF_TASK_COMM) + 8));
+/// Writes the running task, with its name if `named`. The cgroup is 0 unless
+/// owners are collected, since it costs more than the pid.
+///
+/// # Safety
+///
+/// `owner` must be valid for writes.
+#[inline(always)]
+pub unsafe fn write_owner<M: Memory>(owner: *mut Owner, named: bool) {
+    // SAFETY: the caller's; helpers without preconditions.
+    unsafe {
+        let comm = addr_of_mut!((*owner).comm);
+        if !named {
+            zero(comm);
+        } else if M::has_current_task() {
+            write_process_name::<M>(comm);
+        } else {
+            write_process_name::<Address>(comm);
         }
+        let cgroup = if OWNERS.load() != 0 {
+            bpf_get_current_cgroup_id()
+        } else {
+            0
+        };
+        addr_of_mut!((*owner).cgroup).write(cgroup);
+        addr_of_mut!((*owner).pid).write((bpf_get_current_pid_tgid() >> 32) as u32);
+        addr_of_mut!((*owner).pad).write(0);
     }
 }
 
-/// By address. Without BTF a thread has no name but the first one of a
-/// process: none is better than a wrong one.
-pub struct ProbedTask;
-
-impl CurrentTask for ProbedTask {
-    #[inline(always)]
-    unsafe fn write_process_name(name: *mut [u8; 16]) {
-        // SAFETY: the caller's; probe_read checks the addresses, the helpers
-        // have no preconditions, and the buffer's length is its own.
-        unsafe {
-            if OFFSETS_KNOWN.load() != 0 {
-                let leader: u64 = probe(bpf_get_current_task(), offset(&OFF_TASK_LEADER));
-                name.write(probe(leader, offset(&OFF_TASK_COMM)));
-                return;
-            }
-            let ids = bpf_get_current_pid_tgid();
-            if ids >> 32 == ids & 0xffff_ffff {
-                // On failure the helper zeroes the buffer.
-                bpf_get_current_comm(name.cast(), 16);
-            } else {
-                zero(addr_of_mut!(*name));
-            }
+/// Writes the name of the process, which ends at the first NUL.
+///
+/// # Safety
+///
+/// `name` must be valid for writes and aligned to 8 bytes.
+#[inline(always)]
+unsafe fn write_process_name<M: Memory>(name: *mut [u8; 16]) {
+    // SAFETY: the caller's; helpers without preconditions. The running task
+    // and its leader exist.
+    unsafe {
+        if M::offsets_known() {
+            let leader: M = M::current_task().read(offset(Field::TaskLeader));
+            let words: [u64; 2] = leader.read(offset(Field::TaskComm));
+            name.cast::<[u64; 2]>().write_volatile(words);
+            return;
+        }
+        // Without BTF only a first thread has a name: it is the process's.
+        let ids = bpf_get_current_pid_tgid();
+        if ids >> 32 == ids & 0xffff_ffff {
+            // On failure the helper zeroes the buffer.
+            bpf_get_current_comm(name.cast(), 16);
+        } else {
+            zero(name);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Ring buffer bytes → [`Event`]: a total function, no unsafe.
+//! Ring buffer bytes → [`Event`]. Decoding is a total function.
 
 mod decode;
 
@@ -6,18 +6,18 @@ pub use decode::{LiveSocket, Undecodable, decode, decode_live};
 
 use std::net::{IpAddr, SocketAddr};
 
-/// Address of the kernel's `struct sock`: identity of a socket within the
-/// event stream (kernel reuses it only after CLOSE was reported).
+/// Address of the kernel's `struct sock`. Identifies a socket within the event
+/// stream: the kernel reuses it only after CLOSE was reported.
 pub type SocketId = u64;
 
 /// The kernel's socket cookie (`sk->__sk_common.skc_cookie`), never reused;
-/// 0 when the kernel has not generated one yet.
+/// 0 if the kernel has not generated one yet.
 pub type Cookie = u64;
 
 /// Inode number of a network namespace.
 pub type NetnsId = u32;
 
-/// Both ends of a connection, v4-mapped addresses already unmapped.
+/// Both ends of a connection. IPv4-mapped addresses are IPv4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tuple {
     /// Local address.
@@ -42,58 +42,57 @@ impl Tuple {
     }
 }
 
-/// Which socket an event is about.
+/// The socket of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Socket {
     /// `struct sock` address.
     pub id: SocketId,
     /// Cookie, or 0.
     pub cookie: Cookie,
-    /// Namespace inode; 0 when the rung cannot tell.
+    /// Inode of the network namespace; 0 if the method cannot read it.
     pub netns: NetnsId,
 }
 
-/// The task that owns a socket, where the kernel context can be trusted.
+/// The process that connects, listens or accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Owner {
     /// Thread group id (what user space calls pid) in the initial pid
-    /// namespace; 0 when unknown.
+    /// namespace; 0 if unknown.
     pub pid: u32,
-    /// `comm` of the process, not of the thread that ran; NUL padded, else
-    /// any bytes.
+    /// `comm` of the process, not of the thread; NUL padded, else any bytes.
     pub comm: [u8; 16],
-    /// cgroup v2 id; 0 when not collected.
+    /// cgroup v2 id; 0 if not collected.
     pub cgroup: u64,
 }
 
-/// TCP figures of one socket.
+/// Bytes, retransmissions and RTT of one socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Traffic {
     /// Payload bytes received, FIN not counted.
     pub received_bytes: u64,
     /// Payload bytes sent, each once; one more if the connection was opened by
-    /// connect(), for its SYN, which the kernel counts and of which nothing in
-    /// a socket tells. See [`Traffic::sent_payload`].
+    /// connect(), since the kernel counts its SYN and the socket does not show
+    /// how it was opened. See [`Traffic::sent_payload`].
     pub sent_bytes: u64,
     /// Segments retransmitted (`total_retrans`).
     pub retransmitted_segments: u32,
-    /// Smoothed round-trip time in microseconds; 0 when there is none.
+    /// Smoothed round-trip time in microseconds; 0 if there is none.
     pub srtt_us: u32,
 }
 
-/// What the SYN of an active open adds to [`Traffic::sent_bytes`].
+/// Bytes that the SYN of an active open adds to [`Traffic::sent_bytes`].
 pub const SYN_BYTES: u64 = 1;
 
 impl Traffic {
-    /// Payload bytes sent by a connection that was opened here by connect()
-    /// (`active`), or that was not.
+    /// Payload bytes sent by a connection; `active` if it was opened by connect()
+    /// on this host.
     pub fn sent_payload(&self, active: bool) -> u64 {
         let syn = if active { SYN_BYTES } else { 0 };
         self.sent_bytes.saturating_sub(syn)
     }
 }
 
-/// One thing the kernel reported. Times are CLOCK_MONOTONIC nanoseconds.
+/// What one record reports. Times are CLOCK_MONOTONIC nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// CLOSE → SYN_SENT: an active open begins.
@@ -107,14 +106,14 @@ pub enum Event {
         /// The connecting task.
         owner: Owner,
     },
-    /// `tcp_connect` for a connect() that was deferred (Fast Open): the SYN
-    /// leaves now.
+    /// `tcp_connect` for a connect() whose SYN was deferred (Fast Open) and is
+    /// sent now.
     ConnectSent {
         /// `struct sock` address.
         id: SocketId,
         /// When.
         at_ns: u64,
-        /// The task that wrote.
+        /// The task that wrote first.
         owner: Owner,
     },
     /// First entry to a state outside SYN_SENT, SYN_RECV, CLOSE and LISTEN.
@@ -131,8 +130,7 @@ pub enum Event {
         new: u8,
     },
     /// A connection that was opened elsewhere is restored here, ESTABLISHED
-    /// (`TCP_REPAIR`). Its connect() was no active open, though an
-    /// [`Event::Connect`] came.
+    /// (`TCP_REPAIR`). The [`Event::Connect`] before it was no active open.
     Restore {
         /// Socket.
         socket: Socket,
@@ -156,20 +154,19 @@ pub enum Event {
         socket: Socket,
         /// When.
         at_ns: u64,
-        /// Endpoints; the local port may be 0 for a connect that never had one.
+        /// Endpoints; the local port is 0 if a connect never had one.
         tuple: Tuple,
         /// State left.
         old: u8,
-        /// `sk_err`: 0 or a positive errno. Also 0 where the rung cannot read
-        /// it, and then `segments_out` is `None`.
+        /// `sk_err`: 0 or a positive errno. Also 0 if the method cannot read it;
+        /// then `segments_out` is `None`.
         error: u32,
-        /// Segments sent, `None` where the rung cannot read it.
+        /// Segments sent; `None` if the method cannot read it.
         segments_out: Option<u32>,
-        /// From SYN_SENT: whether the socket was shut down in both directions,
-        /// as close() does and a connect() that fails does not. False from any
-        /// other state, and where the rung cannot read it.
+        /// Whether the socket was shut down in both directions, as close() does
+        /// and a failed connect() does not. Read only from SYN_SENT, else false.
         shut_down: bool,
-        /// Final figures, `None` where the rung cannot read them.
+        /// Final values; `None` if the method cannot read them.
         traffic: Option<Traffic>,
     },
     /// CLOSE → LISTEN.

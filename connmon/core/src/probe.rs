@@ -1,10 +1,10 @@
-//! The kernel probes, how each is attached, and why not in a better way.
+//! The kernel probes, how each is attached, and why not by a better method.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// A probe of the contract (label `probe`).
+/// A kernel probe (label `probe`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Probe {
     /// State changes.
@@ -84,18 +84,19 @@ pub enum Stage {
     Attach,
 }
 
-/// Why a probe could not be attached by one method.
+/// Why a probe was not attached by a method.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct AttachFailure {
-    /// The method tried; [`Method::None`] where it failed before any.
+    /// The method tried; [`Method::None`] if it failed before any.
     pub method: Method,
     /// The step that failed.
     pub stage: Stage,
-    /// The kernel's error number, if it gave one.
+    /// The kernel's error number, if there is one.
     pub errno: Option<i32>,
     /// What failed, in one line.
     pub message: String,
-    /// The last lines of the verifier's log, at most 2 KiB; empty without one.
+    /// The last lines of the verifier's log, at most 2 KiB; empty if there is
+    /// none.
     pub verifier_log: String,
 }
 
@@ -125,19 +126,19 @@ impl fmt::Display for AttachFailure {
     }
 }
 
-/// How a probe is attached, and which better methods failed.
+/// How a probe is attached, and why better methods failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rung {
     /// Probe.
     pub probe: Probe,
     /// Method.
     pub method: Method,
-    /// One for each method tried before, best first.
+    /// One for each method tried before this one, best first.
     pub failures: Vec<AttachFailure>,
 }
 
 impl Rung {
-    /// Why the method is not a better one, in one line; `None` on the best.
+    /// Why the method is not a better one, in one line; `None` for the best.
     pub fn reason(&self) -> Option<String> {
         let failures: Vec<_> = self.failures.iter().map(AttachFailure::to_string).collect();
         (!failures.is_empty()).then(|| failures.join("; "))

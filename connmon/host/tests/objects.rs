@@ -64,11 +64,11 @@ fn every_architecture_has_the_same_programs_maps_and_globals() {
     ] {
         assert!(programs.contains_key(name), "{name}: {programs:?}");
     }
-    for name in ["EVENTS", "COUNTERS"] {
+    for name in ["EVENTS", "COUNTERS", "BATCH"] {
         assert!(maps.contains_key(name), "{name}: {maps:?}");
     }
     let globals = globals(x86_64);
-    for name in ["OFF_NET_INUM", "DROP_LOOPBACK"] {
+    for name in ["OFFSETS", "DROP_LOOPBACK"] {
         assert!(globals.contains_key(name), "{name}: {globals:?}");
     }
 }

@@ -22,7 +22,7 @@ const OPTIONS: TracerOptions = TracerOptions {
     log_level: log::LevelFilter::Info,
 };
 
-/// `None`, and a line that says so, when this test cannot run here.
+/// `None`, after printing the reason, if this test cannot run here.
 fn tracer(options: &TracerOptions) -> Option<Tracer> {
     if !rustix::process::geteuid().is_root() {
         return skipped("not root");
@@ -78,7 +78,7 @@ fn collect(tracer: &mut Tracer, events: &mut Vec<Event>, done: impl Fn(&[Event])
     }
 }
 
-/// What the events say of one connection's end, by its local and remote port.
+/// The events of one end of a connection, by its local and remote port.
 fn of_socket(events: &[Event], local: u16, remote: u16) -> Vec<Event> {
     let ports = |tuple: &Tuple| (tuple.local_port, tuple.remote_port) == (local, remote);
     let id = events.iter().find_map(|event| match event {
@@ -481,7 +481,7 @@ fn the_kernel_times_the_programs_when_asked() {
 }
 
 /// Accepts come with their owner, and a normal connect costs no second
-/// record, on the rung that was asked for.
+/// record, on the requested rung.
 fn function_probes(attach: AttachChoice, connect: Method, accept: Method) {
     let options = TracerOptions { attach, ..OPTIONS };
     let Some(mut tracer) = tracer(&options) else {
@@ -527,7 +527,7 @@ fn function_probes(attach: AttachChoice, connect: Method, accept: Method) {
         let sent = of_socket(&events, client, server)
             .iter()
             .any(|event| matches!(event, Event::ConnectSent { .. }));
-        assert!(!sent, "a normal connect was told twice");
+        assert!(!sent, "a normal connect was reported twice");
     }
     deferred_fast_open(&mut tracer, &mut events);
     assert_law(&mut tracer, &mut events);

@@ -1,5 +1,5 @@
 //! Who accepts, and when: blocked in accept() before anything was attached,
-//! more of them than a kretprobe has room for, and Fast Open, where it may
+//! more of them than a kretprobe has instances for, and Fast Open, where it may
 //! come before the handshake ends.
 
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -26,7 +26,7 @@ const MISSED: &str = "connmon_probe_missed_runs_total";
 
 /// 64 threads that are blocked in accept() on one listener.
 pub struct Blocked {
-    /// Stays open, or polling could not tell that its children are inbound.
+    /// Stays open, or polling could not see that its children are inbound.
     _listener: TcpListener,
     address: SocketAddr,
     threads: Vec<JoinHandle<TcpStream>>,
@@ -90,7 +90,7 @@ impl Drop for Blocked {
     }
 }
 
-/// Entered before the probes were attached, accept() returns untold on every
+/// Entered before the probes were attached, accept() returns unreported on every
 /// rung; what is counted does not depend on it.
 pub fn blocked_accepts(world: &mut World<'_>) -> Outcome {
     let blocked = world.blocked.pop().expect("one for each try");
@@ -104,8 +104,8 @@ pub fn blocked_accepts(world: &mut World<'_>) -> Outcome {
 }
 
 /// A kretprobe follows so many calls at once (10, or one a processor on a
-/// kernel without preemption); further ones return untold, and the kernel
-/// counts them, which it tells since 6.7. A trampoline follows all but those
+/// kernel without preemption); further ones return unreported, and the kernel
+/// counts them since 6.7. A trampoline follows all but those
 /// that preempt its program.
 pub fn many_accepts(world: &mut World<'_>) -> Outcome {
     let missed_before = missed(world);
@@ -121,7 +121,7 @@ pub fn many_accepts(world: &mut World<'_>) -> Outcome {
     let missed = missed(world);
     match method {
         // Where the kernel preempts within programs, a second run on the same
-        // processor is left out, and told.
+        // processor is missed, and counted.
         Some(Method::Fexit) => {
             let rise = missed.unwrap_or(0) - missed_before.unwrap_or(0);
             assert_eq!(known + rise as usize, count, "{known} known, {rise} missed");
@@ -132,8 +132,8 @@ pub fn many_accepts(world: &mut World<'_>) -> Outcome {
                 let missed = (now - before) as usize;
                 assert!(known + missed >= count, "{known} known, {missed} missed");
             }
-            let told = connmon_host::kernel::kernel_version() >= (6, 7);
-            assert_eq!(missed.is_some(), told);
+            let counted = connmon_host::kernel::kernel_version() >= (6, 7);
+            assert_eq!(missed.is_some(), counted);
         }
         _ => assert_eq!(known, 0),
     }
@@ -185,7 +185,7 @@ pub fn io_uring(world: &mut World<'_>) -> Outcome {
     Outcome::Held
 }
 
-/// Runs of our own accept program that the kernel left out, where it tells.
+/// Missed runs of our own accept program, where the kernel counts them.
 fn missed(world: &mut World<'_>) -> Option<u64> {
     let counters = world.tracer.as_mut()?.counters();
     let mut missed = counters.missed.into_iter();
@@ -224,7 +224,7 @@ fn accept_all(world: &mut World<'_>, mut blocked: Blocked) -> (Vec<Life>, Scrape
     (lives, scrape)
 }
 
-/// Where the rung tells of accepts, each passive life has an owner.
+/// Where the rung reports accepts, each passive life has an owner.
 pub fn each_known(world: &World<'_>, lives: &[Life]) {
     for life in passive(lives) {
         let known = life.accepted_by.is_some();
@@ -309,7 +309,7 @@ pub fn fast_open_deferred(world: &mut World<'_>) -> Outcome {
             .any(|rung| rung.probe.label() == "tcp_connect" && rung.method.label() != "none")
     });
     for life in active(&lives) {
-        assert_eq!(life.sent_later, known, "tcp_connect tells: {life:?}");
+        assert_eq!(life.sent_later, known, "reported by tcp_connect: {life:?}");
     }
     world.settled(port, Counts::both(1), &[]);
     Outcome::Held
@@ -378,7 +378,7 @@ fn fast_open_ends(
     drop(child);
     assert_eq!(stream.read(&mut [0; 16]).unwrap(), 0);
     drop(stream);
-    let lives = world.lives_told(listening.port(), 2);
+    let lives = world.reported_lives(listening.port(), 2);
     assert_lives(
         &lives,
         (1, &client(&FIN_FIRST), 0),
@@ -390,7 +390,7 @@ fn fast_open_ends(
 
 /// A child by Fast Open whose handshake has not ended, and cannot end before
 /// `silence` is dropped: the client is elsewhere, and nothing that we send
-/// reaches it. Our SYN-ACK is sent again for a minute.
+/// reaches it. Our SYN-ACK is retransmitted for a minute.
 struct Early {
     listening: Server,
     client: TcpStream,

@@ -1,4 +1,4 @@
-//! What the host lacks, and what the agent then says and does.
+//! What the host lacks, and what the agent then reports and does.
 
 use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
@@ -70,7 +70,7 @@ pub fn attach(world: &mut World<'_>) -> Outcome {
     Outcome::Held
 }
 
-/// What `connmon check` says of each probe is what the agent then has.
+/// What `connmon check` reports of each probe is what the agent then has.
 pub fn check(world: &mut World<'_>) -> Outcome {
     let command = Agent::binary();
     let args = match world.rung {
@@ -184,7 +184,7 @@ pub fn no_btf(world: &mut World<'_>) -> Outcome {
         }
         counts_exactly(&listening, || Agent::start(&args))
     });
-    // One namespace cannot be told from the others.
+    // Namespaces cannot be distinguished.
     let polling = without_btf(|| Agent::start(&["--netns", "host"]));
     let by = [("source", "proc")];
     assert_eq!(polling.scrape().get("connmon_source_info", &by), Some(1.0));

@@ -24,7 +24,7 @@ pub struct Life {
     pub sent_later: bool,
     /// Opened elsewhere and restored here.
     pub restored: bool,
-    /// Figures at the close.
+    /// Statistics at the close.
     pub traffic: Option<Traffic>,
     /// `sk_err` at the close.
     pub error: u32,

@@ -9,7 +9,7 @@
 //! `PASS|FAIL|NA <release> <rung> <scenario> …`.
 
 mod accepts;
-mod figures;
+mod bytes;
 #[path = "../agent/harness.rs"]
 #[expect(
     dead_code,

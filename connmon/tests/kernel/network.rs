@@ -68,7 +68,7 @@ impl Network {
     }
 
     /// A listener on the other side of our link, at a port of its own that is
-    /// no ephemeral one: these tell directions.
+    /// no ephemeral one: they show directions.
     pub fn listen_at_router(&self) -> TcpListener {
         static NEXT: AtomicU16 = AtomicU16::new(8_100);
         let port = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd};
 use io_uring::{opcode, types};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-/// `TCP_SYNCNT`: SYNs sent again before a connect times out.
+/// `TCP_SYNCNT`: SYNs retransmitted before a connect times out.
 pub const TCP_SYNCNT: i32 = libc::TCP_SYNCNT;
 /// `TCP_FASTOPEN`: the listener's queue of Fast Open children.
 pub const TCP_FASTOPEN: i32 = libc::TCP_FASTOPEN;
@@ -41,7 +41,7 @@ pub struct TcpInfo {
     pub state: u8,
     /// Smoothed round-trip time.
     pub rtt_us: u32,
-    /// Segments sent again, all in all.
+    /// Retransmitted segments in total.
     pub total_retrans: u32,
     /// Payload bytes of first transmissions; those that our own queue or a
     /// filter dropped are transmitted anew.

@@ -18,7 +18,7 @@ use crate::network::{BEYOND, NOBODY, Sysctl};
 use crate::raw;
 use crate::traffic::{ClosedPort, Family, Pair, Server};
 use crate::world::{CLOSED, Counts, OPENED, Outcome, Rung, World, in_guest};
-use crate::{accepts, figures, host, sockets};
+use crate::{accepts, bytes, host, sockets};
 
 /// Where a scenario is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,12 +92,12 @@ pub const ALL: &[(&str, On, Scenario)] = &[
     ("nonblocking-succeeds", On::Every, nonblocking_succeeds),
     ("address-reused", On::Every, address_reused),
     ("idle-close", On::Every, idle_close),
-    ("bytes", On::Every, figures::bytes),
-    ("bytes-live", On::Kernel, figures::bytes_live),
-    ("sent-queue-drops", On::Traced, figures::queue_drops),
-    ("sent-filter-drops", On::Traced, figures::filter_drops),
-    ("rtt", On::Traced, figures::rtt),
-    ("retransmits", On::Every, figures::retransmits),
+    ("bytes", On::Every, bytes::bytes),
+    ("bytes-live", On::Kernel, bytes::bytes_live),
+    ("sent-queue-drops", On::Traced, bytes::queue_drops),
+    ("sent-filter-drops", On::Traced, bytes::filter_drops),
+    ("rtt", On::Traced, bytes::rtt),
+    ("retransmits", On::Every, bytes::retransmits),
     ("many", On::Every, many),
 ];
 
@@ -117,7 +117,7 @@ pub fn server(end: &[(u8, u8)]) -> Vec<(u8, u8)> {
     [&[PASSIVE], end].concat()
 }
 
-/// A listener. Polling tells directions by listeners, so one that is polled
+/// A listener. Polling derives directions from listeners, so one that is polled
 /// must be seen before its first child is.
 pub fn listen(world: &World<'_>, family: Family) -> Server {
     let server = Server::new(family);
@@ -541,7 +541,7 @@ fn disconnect(world: &mut World<'_>) -> Outcome {
 }
 
 /// A connection that is taken out of its sockets and put into others
-/// (`TCP_REPAIR`) is not opened again: it is there, as one from before start.
+/// (`TCP_REPAIR`) is not counted as opened: it exists, as one from before start.
 fn restored(world: &mut World<'_>) -> Outcome {
     const DURATION: &str = "connmon_connection_duration_seconds_count";
     const CORRECTIONS: &str = "connmon_reconcile_corrections_total";
@@ -571,7 +571,7 @@ fn restored(world: &mut World<'_>) -> Outcome {
             .iter()
             .all(|direction| scrape.port(family, port, direction) == count)
     };
-    // The listener tells what an audit cannot see.
+    // The listener shows what an audit cannot see.
     let is_there = |scrape: &Scrape| {
         both(scrape, "connmon_port_connections", 1.0) && both(scrape, OPENED, 1.0)
     };
@@ -796,7 +796,7 @@ fn address_reused(world: &mut World<'_>) -> Outcome {
     );
     if world.traced() {
         let distinct: std::collections::BTreeSet<_> = lives.iter().map(|life| life.id).collect();
-        assert!(distinct.len() < lives.len(), "no address came again");
+        assert!(distinct.len() < lives.len(), "no address was reused");
     }
     world.settled(port, Counts::both(ROUNDS), &[]);
     Outcome::Held

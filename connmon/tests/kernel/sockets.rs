@@ -17,7 +17,7 @@ use crate::scenarios::listen;
 use crate::traffic::{Family, Server};
 use crate::world::{Outcome, World};
 
-/// Both ends of a connection, with figures, and what their closes say of them.
+/// Both ends of a connection, with statistics, and what their closes report.
 pub fn walk(world: &mut World<'_>) -> Outcome {
     let mut tracer = tracer();
     let mut walk = tracer.socket_walk().unwrap();
@@ -113,7 +113,7 @@ pub fn churn(_world: &mut World<'_>) -> Outcome {
     Outcome::Held
 }
 
-/// Connections that come and go, some hundred at a time, until told to stop;
+/// Connections that come and go, some hundred at a time, until asked to stop;
 /// how many there were.
 fn come_and_go(stop: &AtomicBool) -> usize {
     let server = Server::new(Family::V4);

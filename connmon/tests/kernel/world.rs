@@ -136,7 +136,7 @@ pub struct World<'a> {
 }
 
 /// Runs of the state program that the kernel left out: of our tracer's, and
-/// of the agent's. `None` where it does not tell.
+/// of the agent's. `None` where it does not count them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Missed {
     tracer: Option<u64>,
@@ -159,7 +159,7 @@ impl Counts {
         }
     }
 
-    /// Sides told apart.
+    /// Which side each is.
     pub fn sides(inbound: u32, outbound: u32) -> Self {
         Self {
             opened: (inbound, outbound),
@@ -262,7 +262,7 @@ impl<'a> World<'a> {
             ));
         }
         (method == Method::Tracepoint && now.tracer.is_none() && tries == 1)
-            .then(|| "this kernel does not tell of runs that it leaves out".into())
+            .then(|| "this kernel does not count missed runs".into())
     }
 
     /// The agent's own test: nothing lost, nothing out of balance.
@@ -339,15 +339,15 @@ impl<'a> World<'a> {
     /// Waits for the lives of `count` sockets of a port to end, and checks
     /// what holds of any. Empty when polling.
     pub fn lives(&mut self, port: u16, count: usize) -> Vec<Life> {
-        let lives = self.lives_told(port, count);
+        let lives = self.reported_lives(port, count);
         for life in active(&lives) {
-            assert!(!life.sent_later, "told twice: {life:?}");
+            assert!(!life.sent_later, "reported twice: {life:?}");
         }
         lives
     }
 
     /// As [`World::lives`], where a SYN may have been put off.
-    pub fn lives_told(&mut self, port: u16, count: usize) -> Vec<Life> {
+    pub fn reported_lives(&mut self, port: u16, count: usize) -> Vec<Life> {
         if self.tracer.is_none() {
             return Vec::new();
         }
@@ -389,7 +389,7 @@ impl<'a> World<'a> {
         now.tracer != self.missed.tracer
     }
 
-    /// Fails with what tells a lost event from a socket that lives on.
+    /// Fails with what distinguishes a lost event from a socket that is still open.
     fn never_ended(&mut self, port: u16, count: usize, lives: &[Life]) -> ! {
         let open: Vec<_> = lives.iter().filter(|life| !life.closed).collect();
         let counters = self.tracer.as_mut().map(Tracer::counters);
@@ -448,12 +448,12 @@ impl<'a> World<'a> {
                     failures => failed >= failures,
                 };
                 let [opened_in, opened_out, closed_in, closed_out] = now;
-                let told = if traced {
+                let reported = if traced {
                     now == wanted && alike
                 } else {
                     (opened_in, opened_out) == (closed_in, closed_out)
                 };
-                idle && told
+                idle && reported
             },
         );
         if !traced {
@@ -473,7 +473,7 @@ impl<'a> World<'a> {
         scrape
     }
 
-    /// Whether accepts are told of on this rung.
+    /// Whether this rung reports accepts.
     pub fn accepts_known(&self) -> bool {
         self.tracer.as_ref().is_some_and(Tracer::accepts_known)
     }

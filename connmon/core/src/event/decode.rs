@@ -1,4 +1,4 @@
-//! The wire format of `connmon_common::wire`, read field by field.
+//! Decodes the records of `connmon_common::wire`, field by field.
 
 use std::fmt;
 use std::mem::{offset_of, size_of};
@@ -11,16 +11,16 @@ use connmon_common::wire::{
 
 use super::{Cookie, Event, Owner, Socket, SocketId, Traffic, Tuple};
 
-/// Why bytes are no record.
+/// Why a record cannot be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Undecodable {
-    /// Shorter than every record.
+    /// Shorter than any record, in bytes.
     Short(usize),
     /// No such kind.
     Kind(u8),
-    /// Flag bits that mean nothing.
+    /// Unknown flag bits.
     Flags(u8),
-    /// Not the length that this kind has.
+    /// Not the length of this kind.
     Length {
         /// Kind.
         kind: u8,
@@ -56,96 +56,92 @@ impl std::error::Error for Undecodable {}
 ///
 /// The first thing that is wrong with the record.
 pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
-    let bytes = Bytes(record);
     if record.len() < size_of::<Head>() {
         return Err(Undecodable::Short(record.len()));
     }
-    let kind = bytes.u8(offset_of!(Head, kind));
-    let flags = bytes.u8(offset_of!(Head, flags));
+    let bytes = Bytes(record);
+    let [kind, flags, old, new] = bytes.array(0);
     if flags & !flag::ALL != 0 {
         return Err(Undecodable::Flags(flags));
     }
-    let v6 = flags & flag::V6 != 0;
-    let size = |v4: usize, v6_size: usize| if v6 { v6_size } else { v4 };
-    let expected = match kind {
-        kind::CONNECT => size(size_of::<Connect<EndsV4>>(), size_of::<Connect<EndsV6>>()),
-        kind::OPEN => size(size_of::<Open<EndsV4>>(), size_of::<Open<EndsV6>>()),
-        kind::CHANGE | kind::UNLISTEN | kind::RESTORE => {
-            size(size_of::<Change<EndsV4>>(), size_of::<Change<EndsV6>>())
-        }
-        kind::CLOSE => size(size_of::<Close<EndsV4>>(), size_of::<Close<EndsV6>>()),
-        kind::LISTEN => size(size_of::<Listen<EndsV4>>(), size_of::<Listen<EndsV6>>()),
-        kind::CONNECT_SENT | kind::ACCEPT => size_of::<Task>(),
-        _ => return Err(Undecodable::Kind(kind)),
-    };
-    if record.len() != expected {
-        return Err(Undecodable::Length {
-            kind,
-            len: record.len(),
-        });
+    let len = record.len();
+    if record_len(kind, flags & flag::V6 != 0).ok_or(Undecodable::Kind(kind))? != len {
+        return Err(Undecodable::Length { kind, len });
     }
-
-    let id = bytes.u64(offset_of!(Head, id));
-    let old = bytes.u8(offset_of!(Head, old));
-    let new = bytes.u8(offset_of!(Head, new));
-    let task = matches!(kind, kind::CONNECT_SENT | kind::ACCEPT);
+    let has_states = !matches!(kind, kind::CONNECT_SENT | kind::ACCEPT);
     let states = state::ESTABLISHED..=state::NEW_SYN_RECV;
-    let plausible = task || (states.contains(&old) && states.contains(&new));
-    if !plausible {
+    if has_states && !(states.contains(&old) && states.contains(&new)) {
         return Err(Undecodable::States { old, new });
     }
+    Ok(event(&bytes, kind, flags, old, new))
+}
+
+/// Bytes of a record in the ring; `None` if there is no such kind.
+fn record_len(kind: u8, v6: bool) -> Option<usize> {
+    let (v4_len, v6_len) = match kind {
+        kind::CONNECT => (size_of::<Connect<EndsV4>>(), size_of::<Connect<EndsV6>>()),
+        kind::OPEN => (size_of::<Open<EndsV4>>(), size_of::<Open<EndsV6>>()),
+        kind::CHANGE | kind::UNLISTEN | kind::RESTORE => {
+            (size_of::<Change<EndsV4>>(), size_of::<Change<EndsV6>>())
+        }
+        kind::CLOSE => (size_of::<Close<EndsV4>>(), size_of::<Close<EndsV6>>()),
+        kind::LISTEN => (size_of::<Listen<EndsV4>>(), size_of::<Listen<EndsV6>>()),
+        kind::CONNECT_SENT | kind::ACCEPT => (size_of::<Task>(), size_of::<Task>()),
+        _ => return None,
+    };
+    Some(if v6 { v6_len } else { v4_len })
+}
+
+/// The event of a valid record. The offsets before the endpoints do not depend
+/// on the family, as connmon-common asserts.
+fn event(bytes: &Bytes<'_>, kind: u8, flags: u8, old: u8, new: u8) -> Event {
+    let ends = |at| bytes.ends(at, flags & flag::V6 != 0);
+    let id = bytes.u64(offset_of!(Head, id));
     let socket = Socket {
         id,
         cookie: bytes.u64(offset_of!(Head, cookie)),
         netns: bytes.u32(offset_of!(Head, netns)),
     };
-
-    // The offsets before the endpoints do not depend on their size, which
-    // connmon-common asserts.
-    Ok(match kind {
+    match kind {
         kind::CONNECT => Event::Connect {
             socket,
             at_ns: bytes.u64(offset_of!(Connect<EndsV4>, at_ns)),
-            tuple: bytes.ends(offset_of!(Connect<EndsV4>, ends), v6),
+            tuple: ends(offset_of!(Connect<EndsV4>, ends)),
             owner: bytes.owner(offset_of!(Connect<EndsV4>, owner)),
         },
         kind::OPEN => Event::Open {
             socket,
             at_ns: bytes.u64(offset_of!(Open<EndsV4>, at_ns)),
-            tuple: bytes.ends(offset_of!(Open<EndsV4>, ends), v6),
+            tuple: ends(offset_of!(Open<EndsV4>, ends)),
             old,
             new,
         },
         kind::CHANGE => Event::Change {
             socket,
-            tuple: bytes.ends(offset_of!(Change<EndsV4>, ends), v6),
+            tuple: ends(offset_of!(Change<EndsV4>, ends)),
             old,
             new,
         },
         kind::RESTORE => Event::Restore {
             socket,
-            tuple: bytes.ends(offset_of!(Change<EndsV4>, ends), v6),
+            tuple: ends(offset_of!(Change<EndsV4>, ends)),
         },
         kind::CLOSE => {
             let stats = offset_of!(Close<EndsV4>, stats);
-            let read = flags & flag::ERROR != 0;
+            let field = |at| (flags & flag::ERROR != 0).then(|| bytes.u32(stats + at));
             Event::Close {
                 socket,
                 at_ns: bytes.u64(offset_of!(Close<EndsV4>, at_ns)),
-                tuple: bytes.ends(offset_of!(Close<EndsV4>, ends), v6),
+                tuple: ends(offset_of!(Close<EndsV4>, ends)),
                 old,
-                error: if read {
-                    bytes.u32(stats + offset_of!(Stats, error))
-                } else {
-                    0
-                },
-                segments_out: read.then(|| bytes.u32(stats + offset_of!(Stats, segments_out))),
+                error: field(offset_of!(Stats, error)).unwrap_or(0),
+                segments_out: field(offset_of!(Stats, segments_out)),
                 shut_down: flags & flag::SHUT_DOWN != 0,
-                traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(stats)),
+                traffic: bytes.traffic(stats, flags),
             }
         }
         kind::LISTEN => {
-            let tuple = bytes.ends(offset_of!(Listen<EndsV4>, ends), v6);
+            let tuple = ends(offset_of!(Listen<EndsV4>, ends));
             Event::Listen {
                 socket,
                 address: tuple.local,
@@ -154,7 +150,7 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
             }
         }
         kind::UNLISTEN => {
-            let tuple = bytes.ends(offset_of!(Change<EndsV4>, ends), v6);
+            let tuple = ends(offset_of!(Change<EndsV4>, ends));
             Event::Unlisten {
                 socket,
                 address: tuple.local,
@@ -171,13 +167,13 @@ pub fn decode(record: &[u8]) -> Result<Event, Undecodable> {
             at_ns: bytes.u64(offset_of!(Task, at_ns)),
             owner: bytes.owner(offset_of!(Task, owner)),
         },
-    })
+    }
 }
 
-/// A socket that is there, as the walk over the kernel's table tells of it.
+/// A socket, as the walk over the kernel's socket table reads it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LiveSocket {
-    /// Its TCP state; SYN_RECV for a request socket as well.
+    /// TCP state; SYN_RECV for a request socket as well.
     pub state: u8,
     /// Address of the kernel's `struct sock`, or of the request socket.
     pub id: SocketId,
@@ -185,27 +181,26 @@ pub struct LiveSocket {
     pub cookie: Cookie,
     /// Endpoints.
     pub tuple: Tuple,
-    /// What it counted so far; `None` for a request socket.
+    /// Bytes, retransmissions and RTT so far; `None` for a request socket.
     pub traffic: Option<Traffic>,
 }
 
-/// Decodes a place with a [`Live`] record, which may be shorter. Never panics,
+/// Decodes a [`Live`] record, which may be followed by other bytes. Never panics,
 /// whatever the bytes.
 ///
 /// # Errors
 ///
 /// The first thing that is wrong with the record.
-pub fn decode_live(place: &[u8]) -> Result<LiveSocket, Undecodable> {
-    let bytes = Bytes(place);
-    let kind = bytes.u8(offset_of!(Head, kind));
-    let flags = bytes.u8(offset_of!(Head, flags));
+pub fn decode_live(slot: &[u8]) -> Result<LiveSocket, Undecodable> {
+    let bytes = Bytes(slot);
+    let [kind, flags, old, new] = bytes.array(0);
     let v6 = flags & flag::V6 != 0;
     let length = match v6 {
         true => size_of::<Live<EndsV6>>(),
         false => size_of::<Live<EndsV4>>(),
     };
-    if place.len() < length {
-        return Err(Undecodable::Short(place.len()));
+    if slot.len() < length {
+        return Err(Undecodable::Short(slot.len()));
     }
     if kind != kind::LIVE {
         return Err(Undecodable::Kind(kind));
@@ -213,26 +208,21 @@ pub fn decode_live(place: &[u8]) -> Result<LiveSocket, Undecodable> {
     if flags & !(flag::V6 | flag::TRAFFIC) != 0 {
         return Err(Undecodable::Flags(flags));
     }
-    let (old, new) = (
-        bytes.u8(offset_of!(Head, old)),
-        bytes.u8(offset_of!(Head, new)),
-    );
     let left_out = matches!(new, state::TIME_WAIT | state::CLOSE | state::LISTEN);
     if old != new || left_out || !(state::ESTABLISHED..=state::CLOSING).contains(&new) {
         return Err(Undecodable::States { old, new });
     }
-    let stats = offset_of!(Live<EndsV4>, stats);
     Ok(LiveSocket {
         state: new,
         id: bytes.u64(offset_of!(Head, id)),
         cookie: bytes.u64(offset_of!(Head, cookie)),
         tuple: bytes.ends(offset_of!(Live<EndsV4>, ends), v6),
-        traffic: (flags & flag::TRAFFIC != 0).then(|| bytes.traffic(stats)),
+        traffic: bytes.traffic(offset_of!(Live<EndsV4>, stats), flags),
     })
 }
 
-/// A record whose length has been checked. Reads past its end give zeroes,
-/// so that no arithmetic slip can panic.
+/// The bytes of a record. A read past the end gives zeroes, so that a wrong
+/// offset cannot panic.
 struct Bytes<'a>(&'a [u8]);
 
 impl Bytes<'_> {
@@ -241,10 +231,6 @@ impl Bytes<'_> {
             Some(chunk) => *chunk,
             None => [0; N],
         }
-    }
-
-    fn u8(&self, at: usize) -> u8 {
-        u8::from_ne_bytes(self.array(at))
     }
 
     fn u16(&self, at: usize) -> u16 {
@@ -294,18 +280,18 @@ impl Bytes<'_> {
         }
     }
 
-    fn traffic(&self, at: usize) -> Traffic {
-        Traffic {
+    fn traffic(&self, at: usize, flags: u8) -> Option<Traffic> {
+        (flags & flag::TRAFFIC != 0).then(|| Traffic {
             received_bytes: self.u64(at + offset_of!(Stats, received_bytes)),
             sent_bytes: self.u64(at + offset_of!(Stats, sent_bytes)),
             retransmitted_segments: self.u32(at + offset_of!(Stats, retransmitted_segments)),
             srtt_us: self.u32(at + offset_of!(Stats, srtt_us)),
-        }
+        })
     }
 }
 
-/// A name ends at its first NUL: the kernel leaves what follows as it was, and
-/// one process is to have one name.
+/// Zeroes what follows the first NUL: the kernel leaves old bytes there, and a
+/// process must have one name.
 fn name(mut comm: [u8; 16]) -> [u8; 16] {
     if let Some(end) = comm.iter().position(|&byte| byte == 0) {
         comm[end..].fill(0);
@@ -341,7 +327,7 @@ mod tests {
             self
         }
 
-        /// With bytes after the end of the name, as they come on 6.1.
+        /// With bytes after the end of the name, as 6.1 leaves them.
         fn owner(mut self) -> Self {
             self.0.extend(7_u64.to_ne_bytes());
             self.0.extend(b"curl\0\0\0@\0-1\0\0\0\0\xff");
@@ -472,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn a_close_has_what_its_flags_say() {
+    fn close_has_what_its_flags_allow() {
         let close = |flags| {
             let record = Record::new(kind::CLOSE, flags, 9, 7).u64(8);
             let stats = record.u64(1000).u64(500).u32(2).u32(250).u32(12).u32(104);
@@ -507,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn errors_name_what_is_wrong() {
         assert_eq!(decode(&[]), Err(Undecodable::Short(0)));
         assert_eq!(
             decode(&Record::new(0, 0, 1, 1).v4().0),
@@ -532,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_decodes_or_is_refused() {
+    fn live_record_decodes_or_is_refused() {
         let stats = |record: Record| record.u64(10).u64(20).u32(3).u32(40).u32(0).u32(0);
         let local = "2001:db8::1".parse::<Ipv6Addr>().unwrap();
         let v6 = stats(Record::new(kind::LIVE, flag::V6 | flag::TRAFFIC, 1, 1)).v6(local);
@@ -541,7 +527,7 @@ mod tests {
         assert_eq!(socket.tuple.local, IpAddr::V6(local));
         assert_eq!(socket.traffic.unwrap().sent_bytes, 20);
         assert_eq!(decode_live(&v6.0[..95]), Err(Undecodable::Short(95)));
-        // In a place for the longer one.
+        // In a slot for the longer record.
         let mut v4 = stats(Record::new(kind::LIVE, 0, 3, 3)).v4().0;
         v4.resize(96, 0xff);
         let socket = decode_live(&v4).unwrap();
@@ -564,13 +550,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_place_decodes_or_is_refused(
+        fn any_slot_decodes_or_is_refused(
             kind in 8_u8..10, flags in 0_u8..16, old in 0_u8..14, new in 0_u8..14,
             tail in prop::collection::vec(any::<u8>(), 0..=MAX_RECORD_BYTES),
         ) {
-            let mut place = Record::new(kind, flags, old, new).0;
-            place.extend(tail);
-            let _ = decode_live(&place);
+            let mut slot = Record::new(kind, flags, old, new).0;
+            slot.extend(tail);
+            let _ = decode_live(&slot);
         }
 
         #[test]
@@ -586,7 +572,7 @@ mod tests {
             let mut record = Record::new(kind, flags, old, new).0;
             record.extend(tail);
             if let Ok(event) = decode(&record) {
-                // No v4-mapped address ever leaves this room.
+                // No event has a v4-mapped address.
                 let mapped = |address: IpAddr| matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
                 if let Event::Open { tuple, .. } | Event::Close { tuple, .. } = event {
                     prop_assert!(!mapped(tuple.local) && !mapped(tuple.remote));

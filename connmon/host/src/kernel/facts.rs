@@ -1,6 +1,5 @@
-//! What this host allows, read once, and what follows from it when the
-//! kernel says no. [`HostFacts::diagnose`] is pure, so that every case is
-//! tested from recorded facts.
+//! What this host allows, and from that the cause and remedy of a failed
+//! attach. [`HostFacts::diagnose`] is pure, so that tests cover every case.
 
 use std::fs;
 use std::io::Read as _;
@@ -10,24 +9,23 @@ use libc::{EACCES, EINVAL, ENOENT, ENOMEM, ENOSYS, EPERM};
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::CapabilitySet;
 
-use super::tracefs::{MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs};
+use super::tracefs::{MOUNT_TRACEFS, MOUNT_TRACEFS_OR_BTF, OPEN_TRACEFS, Tracefs};
 
-/// The kernel's own, which no libc knows (include/linux/errno.h).
+/// Internal to the kernel, so not in libc (include/linux/errno.h).
 const ENOTSUPP: i32 = 524;
 
-/// A host, as far as tracing is concerned.
+/// The facts about a host that decide whether it can trace.
 #[derive(Clone, Debug)]
 pub struct HostFacts {
     /// `uname -r`.
     pub release: String,
     /// Whether the kernel shows its BTF.
     pub btf: bool,
-    /// Active mode of `/sys/kernel/security/lockdown`; empty when there is
-    /// no such file.
+    /// Active mode of `/sys/kernel/security/lockdown`; empty without that file.
     pub lockdown: String,
     /// Permitted capabilities.
     pub capabilities: CapabilitySet,
-    /// Whether a seccomp filter is on this thread.
+    /// Whether this thread has a seccomp filter.
     pub seccomp: bool,
     /// `RLIMIT_MEMLOCK` in bytes; `None` is unlimited.
     pub memlock_bytes: Option<u64>,
@@ -37,11 +35,11 @@ pub struct HostFacts {
     pub host_users: bool,
     /// Whether this is the host's pid namespace.
     pub host_pids: bool,
-    /// tracefs, where it belongs.
+    /// Whether tracefs can be read.
     pub tracefs: Tracefs,
 }
 
-/// What to say of a failure: its cause and what helps.
+/// What a failure means.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnosis {
     /// Cause, no full stop.
@@ -57,7 +55,7 @@ impl std::fmt::Display for Diagnosis {
 }
 
 impl HostFacts {
-    /// Reads them; what cannot be read counts as allowed.
+    /// Reads the facts. What cannot be read counts as allowed.
     pub fn read() -> Self {
         let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let status = text("/proc/thread-self/status");
@@ -92,13 +90,13 @@ impl HostFacts {
         super::parse_version(&self.release)
     }
 
-    /// Whether this is the Linux under Windows.
+    /// Whether this is the Windows Subsystem for Linux 2.
     pub fn is_wsl2(&self) -> bool {
         let release = self.release.to_ascii_lowercase();
         release.contains("microsoft") && release.contains("wsl2")
     }
 
-    /// What eBPF lacks of capabilities.
+    /// The capabilities that eBPF needs and this process lacks.
     pub fn missing_capabilities(&self) -> CapabilitySet {
         if self.capabilities.contains(CapabilitySet::SYS_ADMIN) {
             return CapabilitySet::empty();
@@ -107,125 +105,108 @@ impl HostFacts {
     }
 
     /// What the failures of the state program, or of its maps, mean here.
-    /// `ring_bytes` is the size of the ring that was asked for.
+    /// `ring_bytes` is the requested size of the ring.
     pub fn diagnose(&self, failures: &[AttachFailure], ring_bytes: u32) -> Diagnosis {
-        let say = |cause: String, remedy: &str| Diagnosis {
+        let (cause, remedy) = self.cause(failures, ring_bytes);
+        Diagnosis {
             cause,
-            remedy: remedy.to_owned(),
-        };
-        let errnos = |wanted: &[i32]| {
-            let mut found = failures.iter().filter_map(|failure| failure.errno);
-            found.any(|errno| wanted.contains(&errno))
-        };
-        let at = |stage, wanted: &[i32]| {
-            failures.iter().any(|failure| {
-                let errno = failure.errno.unwrap_or_default();
-                failure.stage == stage && wanted.contains(&errno)
-            })
-        };
-        let refused = errnos(&[EPERM, EACCES]);
+            remedy: remedy.into(),
+        }
+    }
+
+    fn cause(&self, failures: &[AttachFailure], ring_bytes: u32) -> (String, &'static str) {
+        let any = |wanted: &[i32]| failed(failures, None, wanted);
+        let release = &self.release;
+        let refused = any(&[EPERM, EACCES]);
         let version = self.version();
-        // Some distributions took the ring buffer over to older kernels.
-        if at(Stage::Map, &[EINVAL]) && version < (5, 8) {
-            return say(
-                format!(
-                    "kernel {} has no BPF ring buffer, which came with 5.8",
-                    self.release
-                ),
+        // Some distributions backported the ring buffer to older kernels.
+        if failed(failures, Some(Stage::Map), &[EINVAL]) && version < (5, 8) {
+            return (
+                format!("kernel {release} has no BPF ring buffer, which came with 5.8"),
                 "run a newer kernel, or poll with --source proc",
             );
         }
         if refused && self.is_confidential() {
-            return say(
-                "kernel lockdown is in confidentiality mode, which keeps BPF from reading kernel memory".into(),
+            return (
+                "kernel lockdown is in confidentiality mode, in which BPF may not read kernel memory".into(),
                 "boot with lockdown=integrity or without, or poll with --source proc",
             );
         }
         let missing = self.missing_capabilities();
         if refused && !missing.is_empty() {
-            return say(
-                format!("missing capability {}", capability_names(missing)),
-                GRANT,
-            );
+            let names: Vec<_> = missing.iter().map(crate::sandbox::name).collect();
+            return (format!("missing capability {}", names.join(" and ")), GRANT);
         }
-        if at(Stage::Tracefs, &[EPERM, EACCES]) {
-            return say("tracefs cannot be read by this user".into(), OPEN_TRACEFS);
+        if failed(failures, Some(Stage::Tracefs), &[EPERM, EACCES]) {
+            return ("tracefs cannot be read by this user".into(), OPEN_TRACEFS);
         }
         let limit = self.memlock_bytes.unwrap_or(u64::MAX);
-        if errnos(&[EPERM, ENOMEM])
+        if any(&[EPERM, ENOMEM])
             && version < (5, 11)
             && limit < u64::from(ring_bytes) + (1 << 20)
             && !self.capabilities.contains(CapabilitySet::SYS_RESOURCE)
         {
-            return say(
+            let (limit, ring) = (limit / 1024, ring_bytes / 1024);
+            return (
                 format!(
-                    "the locked-memory limit of {} KiB is too small for a ring of {} KiB on kernel {}",
-                    limit / 1024,
-                    ring_bytes / 1024,
-                    self.release
+                    "the locked-memory limit of {limit} KiB is too small for a ring of {ring} KiB on kernel {release}"
                 ),
                 "set LimitMEMLOCK=infinity or ulimit -l unlimited, grant CAP_SYS_RESOURCE, or lower --ebpf.ring-buffer-size",
             );
         }
-        if errnos(&[EACCES]) && self.selinux {
-            return say(
+        if any(&[EACCES]) && self.selinux {
+            return (
                 "SELinux denies bpf() to this process".into(),
                 "allow its domain class bpf { map_create map_read map_write prog_load prog_run } (see ausearch -m avc)",
             );
         }
         if refused && !self.host_users {
-            return say(
+            return (
                 "the capabilities hold in this user namespace only (a rootless container)".into(),
                 "run it in the host's user namespace",
             );
         }
-        if self.seccomp && errnos(&[EPERM, ENOSYS]) {
-            return say(
+        if self.seccomp && any(&[EPERM, ENOSYS]) {
+            return (
                 "a seccomp filter denies bpf()".into(),
                 "allow bpf and perf_event_open (docker --security-opt seccomp=unconfined or a profile of your own)",
             );
         }
-        if errnos(&[ENOSYS]) {
-            return say(
+        self.missing_feature(failures)
+    }
+
+    /// The cause where nothing denies what was tried.
+    fn missing_feature(&self, failures: &[AttachFailure]) -> (String, &'static str) {
+        if failed(failures, None, &[ENOSYS]) {
+            return (
                 format!("kernel {} has no bpf()", self.release),
                 "run a kernel with CONFIG_BPF_SYSCALL, or poll with --source proc",
             );
         }
-        if self.tracefs == Tracefs::Absent {
-            if !self.btf {
-                return say(
-                    "the kernel shows no BTF (CONFIG_DEBUG_INFO_BTF) and tracefs is not mounted"
-                        .into(),
-                    &format!("{MOUNT_TRACEFS}, or run a kernel with BTF"),
-                );
-            }
-            if at(Stage::Tracefs, &[ENOENT]) {
-                return say("tracefs is not mounted".into(), MOUNT_TRACEFS);
-            }
+        if self.tracefs == Tracefs::Absent && !self.btf {
+            return (
+                "the kernel shows no BTF (CONFIG_DEBUG_INFO_BTF) and tracefs is not mounted".into(),
+                MOUNT_TRACEFS_OR_BTF,
+            );
+        }
+        if self.tracefs == Tracefs::Absent && failed(failures, Some(Stage::Tracefs), &[ENOENT]) {
+            return ("tracefs is not mounted".into(), MOUNT_TRACEFS);
         }
         let failures: Vec<_> = failures.iter().map(AttachFailure::to_string).collect();
-        say(
+        (
             format!("the kernel refused ({})", failures.join("; ")),
             "poll with --source proc, and report this with the output of `connmon check`",
         )
     }
 
-    /// What would attach a probe by a better method than it is.
+    /// What would attach a probe by a better method.
     pub fn remedy(&self, rung: &Rung) -> &'static str {
-        let has = |stage, errno: Option<i32>| {
-            let mut failures = rung.failures.iter();
-            failures.any(|failure| {
-                failure.stage == stage && (errno.is_none() || failure.errno == errno)
-            })
-        };
-        let failed_with = |wanted: i32| {
-            let mut failures = rung.failures.iter();
-            failures.any(|failure| failure.errno == Some(wanted))
-        };
-        let refused = failed_with(EPERM) || failed_with(EACCES);
-        if has(Stage::Configuration, None) {
+        let failures = &rung.failures[..];
+        let at = |stage| failures.iter().any(|failure| failure.stage == stage);
+        let refused = failed(failures, None, &[EPERM, EACCES]);
+        if at(Stage::Configuration) {
             "leave --ebpf.attach at auto"
-        } else if has(Stage::Btf, None) {
+        } else if at(Stage::Btf) {
             "run a kernel with CONFIG_DEBUG_INFO_BTF"
         } else if refused && self.is_confidential() {
             "boot with lockdown=integrity or without; counts do not depend on it"
@@ -233,11 +214,11 @@ impl HostFacts {
             GRANT
         } else if rung.probe == Probe::SetState {
             "please report this line with the kernel's release"
-        } else if refused && has(Stage::Attach, Some(ENOENT)) {
+        } else if refused && failed(failures, Some(Stage::Attach), &[ENOENT]) {
             "this kernel refuses trampolines and has no kprobes: run one with CONFIG_KPROBES; counts do not depend on it"
         } else if refused {
             "the kernel refuses trampolines and kprobes; counts do not depend on it"
-        } else if failed_with(ENOTSUPP) {
+        } else if failed(failures, None, &[ENOTSUPP]) {
             "this architecture has trampolines from Linux 6.4 on: run a newer kernel, or one with CONFIG_KPROBES; counts do not depend on it"
         } else {
             "run a kernel with CONFIG_KPROBES; counts do not depend on it"
@@ -249,17 +230,17 @@ impl HostFacts {
     }
 }
 
-/// What gives the agent the capabilities it lacks.
+/// Whether any failed with one of these errors, at this stage if given.
+fn failed(failures: &[AttachFailure], stage: Option<Stage>, errnos: &[i32]) -> bool {
+    failures.iter().any(|failure| {
+        stage.is_none_or(|stage| failure.stage == stage)
+            && failure.errno.is_some_and(|errno| errnos.contains(&errno))
+    })
+}
+
+/// How to give the agent the capabilities that it lacks.
 const GRANT: &str =
     "run as root, or grant it (systemd AmbientCapabilities=, docker --cap-add, setcap)";
-
-/// Comma-separated names.
-fn capability_names(set: CapabilitySet) -> String {
-    set.iter()
-        .map(crate::sandbox::name)
-        .collect::<Vec<_>>()
-        .join(" and ")
-}
 
 /// `none [integrity] confidentiality` → `integrity`.
 fn active_lockdown(text: &str) -> &str {
@@ -274,7 +255,7 @@ fn is_namespace(kind: &str, inode: u64) -> bool {
     })
 }
 
-/// Whether there is BTF, not only its file.
+/// Whether there is BTF, not only an empty file.
 fn shows_btf() -> bool {
     let mut magic = [0; 2];
     let read =
@@ -323,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn every_cause_has_its_sentence() {
+    fn failures_are_diagnosed() {
         let old = HostFacts {
             release: "5.4.0-150-generic".into(),
             ..root()
@@ -411,14 +392,14 @@ mod tests {
             ..root()
         };
         assert!(cause(&bare, Stage::Tracefs, ENOENT).contains("no BTF"));
-        // Asked for, though there is BTF.
+        // --ebpf.attach tracepoint on a kernel with BTF.
         let unmounted = HostFacts { btf: true, ..bare };
         let absent = failure(Method::Tracepoint, Stage::Tracefs, ENOENT);
         let diagnosis = unmounted.diagnose(&[absent], RING);
         assert_eq!(diagnosis.cause, "tracefs is not mounted");
         assert_eq!(diagnosis.remedy, MOUNT_TRACEFS);
 
-        // A mode, whatever SELinux and seccomp do besides.
+        // The mode of tracefs comes before SELinux and seccomp.
         let closed = HostFacts {
             tracefs: Tracefs::Closed,
             selinux: true,
@@ -435,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn a_remedy_names_what_keeps_a_probe_from_its_best_method() {
+    fn remedies_match_the_failures() {
         let rung = |probe, failures: &[AttachFailure]| Rung {
             probe,
             method: Method::None,
@@ -475,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn facts_parse() {
+    fn lockdown_and_release_parse() {
         assert_eq!(
             active_lockdown("none [integrity] confidentiality\n"),
             "integrity"
@@ -486,7 +467,7 @@ mod tests {
             ..root()
         };
         assert!(wsl.is_wsl2() && !root().is_wsl2());
-        // The host's own can be read, whoever asks.
+        // Needs no privilege.
         assert_ne!(HostFacts::read().version(), (0, 0));
     }
 }

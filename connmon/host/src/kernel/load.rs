@@ -1,10 +1,10 @@
-//! From the embedded object to maps and programs ready to be loaded: offsets
-//! resolved, globals filled in.
+//! The embedded object → maps and programs ready to be loaded, with offsets
+//! from the kernel's BTF in their globals.
 
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader, Endianness};
-use connmon_common::tuning::{self, BITS, FIELDS, TABLE_FIELDS, global, sock_common};
+use connmon_common::tuning::{self, Field, SockCommon, global};
 
-use super::btf::{self, BtfError, KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, Wanted};
+use super::btf::{self, KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, Wanted};
 use super::{TracerOptions, sys};
 
 /// The programs, built by `cargo xtask build-ebpf`.
@@ -22,136 +22,114 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!("connmon has BPF objects for x86_64 and aarch64 only");
 
-/// What attaches by BTF id, and the structures that programs read.
-const WANTED: &[Wanted] = &[
-    STATE_TYPEDEF,
-    CONNECT_FUNC,
-    ACCEPT_FUNC,
-    (KIND_STRUCT, "sock_common"),
-    (KIND_STRUCT, "net"),
-    (KIND_STRUCT, "sock"),
-    (KIND_STRUCT, "inet_sock"),
-    (KIND_STRUCT, "tcp_sock"),
-    (KIND_STRUCT, "task_struct"),
-    (KIND_STRUCT, "nsproxy"),
-    (KIND_STRUCT, "inet_hashinfo"),
-    TASK_FUNC,
+/// Types that programs attach to by BTF id.
+const ATTACH: [Wanted; 3] = [
+    (KIND_TYPEDEF, "btf_trace_inet_sock_set_state"),
+    (KIND_FUNC, "tcp_connect"),
+    (KIND_FUNC, "inet_csk_accept"),
 ];
-const STATE_TYPEDEF: Wanted = (KIND_TYPEDEF, "btf_trace_inet_sock_set_state");
-const CONNECT_FUNC: Wanted = (KIND_FUNC, "tcp_connect");
-const ACCEPT_FUNC: Wanted = (KIND_FUNC, "inet_csk_accept");
-/// A helper that programs use where the kernel has it.
+/// A helper that programs call if the kernel has it.
 const TASK_FUNC: Wanted = (KIND_FUNC, "bpf_get_current_task_btf");
 
 /// What the agent takes from the kernel's BTF.
 #[derive(Debug)]
 pub struct KernelTypes {
-    /// One per [`FIELDS`].
-    offsets: Vec<u32>,
-    /// One per [`BITS`].
-    bits: Vec<u32>,
+    /// By [`Field`]; 0 for what is missing for the scan.
+    offsets: [u32; Field::COUNT],
     /// Whether there is [`TASK_FUNC`].
     task_btf: bool,
-    /// For aya: the types that programs attach to, under their kernel ids.
+    /// [`ATTACH`] under their kernel ids, for aya.
     pub attach: Btf,
-    /// One per [`TABLE_FIELDS`], or why there is none.
-    table: Result<Vec<u32>, BtfError>,
+    /// Why the socket table cannot be scanned, if so.
+    pub no_table: Option<String>,
 }
 
 impl KernelTypes {
-    /// Reads and resolves the kernel's BTF; the reason in words when that
-    /// cannot be had.
+    /// Reads and resolves the kernel's BTF.
+    ///
+    /// # Errors
+    ///
+    /// Why that is impossible, in words.
     pub fn read() -> Result<Self, String> {
         let blob = std::fs::read(btf::SYS_PATH)
             .map_err(|error| format!("no kernel BTF ({}: {error})", btf::SYS_PATH))?;
-        Self::resolve(&blob).map_err(|error| error.to_string())
+        Self::resolve(&blob)
     }
 
-    /// Why the table of sockets cannot be found, if so.
-    pub fn no_table(&self) -> Option<String> {
-        Some(self.table.as_ref().err()?.to_string())
-    }
-
-    fn resolve(blob: &[u8]) -> Result<Self, BtfError> {
-        let types = btf::Btf::parse(blob, WANTED)?;
-        for (member, asserted) in sock_common::ASSERTED {
+    fn resolve(blob: &[u8]) -> Result<Self, String> {
+        let types = btf::Btf::parse(blob, &wanted())?;
+        for (member, expected) in SockCommon::ASSERTED {
             let offset = types.offset("sock_common", member)?;
-            if offset as usize != *asserted {
-                return Err(BtfError::Moved {
-                    path: format!("sock_common.{member}"),
-                    offset,
-                    expected: *asserted as u32,
-                });
+            if offset as usize != *expected {
+                return Err(format!(
+                    "sock_common.{member} is at offset {offset}, not {expected}"
+                ));
             }
         }
-        let offsets = FIELDS
-            .iter()
-            .map(|field| types.offset(field.container, field.path))
-            .collect::<Result<_, _>>()?;
-        let bits = BITS
-            .iter()
-            .map(|field| types.bit_offset(field.container, field.path))
-            .collect::<Result<_, _>>()?;
-        let attach = attach_types(&types)?;
-        let table = TABLE_FIELDS
-            .iter()
-            .map(|field| types.offset(field.container, field.path))
-            .collect();
+        let mut offsets = [0; Field::COUNT];
+        let mut no_table = None;
+        for (field, place) in Field::ALL.iter().zip(&mut offsets) {
+            let (container, path) = field.member();
+            let offset = match field {
+                Field::Repair => types.bit_offset(container, path),
+                _ => types.offset(container, path),
+            };
+            match offset {
+                Ok(offset) => *place = offset,
+                Err(error) if field.is_for_scan() => no_table = no_table.or(Some(error)),
+                Err(error) => return Err(error),
+            }
+        }
         Ok(Self {
             offsets,
-            bits,
-            task_btf: types.id(TASK_FUNC.0, TASK_FUNC.1).is_some(),
-            attach,
-            table,
+            task_btf: types.id(TASK_FUNC).is_some(),
+            attach: attach_types(&types)?,
+            no_table,
         })
     }
 }
 
-/// A surrogate id for the kernel's BTF in which only the types that programs
-/// attach to exist, under their own ids: aya asks it for nothing else, and
-/// its parse of the real one takes 20 MB.
-fn attach_types(types: &btf::Btf<'_>) -> Result<Btf, BtfError> {
-    const BTF_KIND_PTR: u32 = 2;
-    let mut named: Vec<(u32, Wanted)> = [STATE_TYPEDEF, CONNECT_FUNC, ACCEPT_FUNC]
-        .into_iter()
-        .filter_map(|wanted| Some((types.id(wanted.0, wanted.1)?, wanted)))
+/// Everything that is looked up by name.
+fn wanted() -> Vec<Wanted> {
+    let structs = Field::ALL
+        .iter()
+        .map(|field| (KIND_STRUCT, field.member().0));
+    let mut wanted: Vec<_> = structs.chain(ATTACH).chain([TASK_FUNC]).collect();
+    wanted.sort_unstable();
+    wanted.dedup();
+    wanted
+}
+
+/// A stub of the kernel's BTF that has only [`ATTACH`], under their own ids.
+/// aya looks up nothing else, and its parse of the real BTF takes 20 MB.
+fn attach_types(types: &btf::Btf<'_>) -> Result<Btf, String> {
+    const KIND_PTR: u32 = 2;
+    let mut named: Vec<_> = (ATTACH.iter())
+        .filter_map(|wanted| Some((types.id(*wanted)?, *wanted)))
         .collect();
     named.sort_unstable();
-    let mut records: Vec<u8> = Vec::new();
+    let mut records: Vec<u32> = Vec::new();
     let mut strings = vec![0u8];
-    let mut push = |name: u32, kind: u32| {
-        for word in [name, kind << 24, 0] {
-            records.extend(word.to_ne_bytes());
-        }
-    };
-    let mut next = 1;
     for (id, (kind, name)) in named {
-        while next < id {
-            push(0, BTF_KIND_PTR);
-            next += 1;
+        // Three words a type, and ids begin at 1.
+        let before = (id as usize - 1) * 3;
+        while records.len() < before {
+            records.extend([0, KIND_PTR << 24, 0]);
         }
-        push(strings.len() as u32, kind);
-        next += 1;
+        records.extend([strings.len() as u32, kind << 24, 0]);
         strings.extend(name.bytes());
         strings.push(0);
     }
-    let mut blob = Vec::with_capacity(24 + records.len() + strings.len());
-    blob.extend(btf::MAGIC.to_ne_bytes());
-    blob.extend([1, 0]);
-    let type_len = records.len() as u32;
-    for word in [24, 0, type_len, type_len, strings.len() as u32] {
-        blob.extend(u32::to_ne_bytes(word));
-    }
-    blob.extend(records);
+    let mut blob = btf::header(records.len() as u32 * 4, strings.len() as u32);
+    blob.extend(records.iter().flat_map(|word| word.to_ne_bytes()));
     blob.extend(strings);
     Btf::parse(&blob, Endianness::default())
-        .map_err(|_| BtfError::Malformed("attach types do not parse"))
+        .map_err(|error| format!("the stub of the kernel's BTF does not parse: {error}"))
 }
 
-/// A loader without the kernel's BTF. Its constructor reads and parses that
-/// whatever comes after, which takes 27 MB and 200 ms in a debug build; so it
-/// runs on a thread that may not read files. Where the kernel has no Landlock
-/// (5.13), it costs what it costs.
+/// A loader without the kernel's BTF. The constructor reads and parses it in any
+/// case, which takes 27 MB and, in a debug build, 200 ms; so it runs on a thread
+/// that may not read files. Without Landlock (5.13) the cost remains.
 fn empty_loader() -> EbpfLoader<'static> {
     use landlock::{AccessFs, Ruleset, RulesetAttr as _};
     let construct = || {
@@ -160,7 +138,7 @@ fn empty_loader() -> EbpfLoader<'static> {
         loader
     };
     let confined = move || {
-        // Of this thread alone, and gone with it.
+        // Confines this thread alone.
         let _ = Ruleset::default()
             .handle_access(AccessFs::from_read(landlock::ABI::V1))
             .and_then(Ruleset::create)
@@ -184,49 +162,33 @@ pub fn prepare(options: &TracerOptions, types: Option<&KernelTypes>) -> Result<E
     let switches = [
         (
             global::DROP_LOOPBACK,
-            u32::from(options.drop_loopback && types.is_some()),
+            options.drop_loopback && types.is_some(),
         ),
-        (global::ONLY_NETNS, options.only_netns.unwrap_or(0)),
-        (global::OWNERS, u32::from(options.owners)),
-        (global::TRAFFIC, u32::from(options.traffic)),
-        (global::OFFSETS_KNOWN, u32::from(types.is_some())),
-        (
-            global::TASK_BTF,
-            u32::from(types.is_some_and(|types| types.task_btf)),
-        ),
-    ];
-    let log_level = if logs(options) {
+        (global::OWNERS, options.owners),
+        (global::TRAFFIC, options.traffic),
+        (global::OFFSETS_KNOWN, types.is_some()),
+        (global::TASK_BTF, types.is_some_and(|types| types.task_btf)),
+    ]
+    .map(|(name, on)| (name, u32::from(on)));
+    let only_netns = options.only_netns.unwrap_or(0);
+    let offsets = types.map_or([0; Field::COUNT], |types| types.offsets);
+    let log_level = if options.logs() {
         aya_log::Level::Debug as u8
     } else {
+        // Nobody reads the log's ring then.
+        loader.map_max_entries("AYA_LOGS", 4096);
         0
     };
     loader
         .map_max_entries(tuning::EVENTS_MAP, options.ring_buffer_bytes)
         .override_global(global::WAKE_BYTES, &wake_bytes, true)
+        .override_global(global::ONLY_NETNS, &only_netns, true)
+        .override_global(global::OFFSETS, &offsets, true)
         .override_global(aya_log::LEVEL, &log_level, false);
-    if !logs(options) {
-        // The log's own ring is not read then.
-        loader.map_max_entries("AYA_LOGS", 4096);
-    }
     for (name, value) in &switches {
         loader.override_global(name, value, true);
     }
-    let (offsets, bits): (&[u32], &[u32]) = match types {
-        Some(types) => (&types.offsets, &types.bits),
-        None => (&[0; FIELDS.len()], &[0; BITS.len()]),
-    };
-    let table = types.and_then(|types| types.table.as_ref().ok());
-    let known = FIELDS.iter().zip(offsets).chain(BITS.iter().zip(bits));
-    let table = TABLE_FIELDS.iter().zip(table.into_iter().flatten());
-    for (field, offset) in known.chain(table) {
-        loader.override_global(field.global, offset, true);
-    }
     loader.load(OBJECT)
-}
-
-/// Whether the programs' own diagnostics are compiled in.
-pub fn logs(options: &TracerOptions) -> bool {
-    options.log_level >= log::LevelFilter::Debug
 }
 
 #[cfg(test)]
@@ -235,24 +197,21 @@ mod tests {
     use aya_obj::btf::BtfKind;
 
     #[test]
-    fn the_surrogate_keeps_ids() {
+    fn stub_btf_keeps_the_kernels_ids() {
         // Needs no privilege, only a kernel that shows its BTF.
         let Ok(blob) = std::fs::read(btf::SYS_PATH) else {
             println!("not applicable: BTF ids: this kernel shows no BTF");
             return;
         };
-        let real = btf::Btf::parse(&blob, WANTED).unwrap();
+        let real = btf::Btf::parse(&blob, &wanted()).unwrap();
         let types = KernelTypes::resolve(&blob).unwrap();
-        for (name, kind, wanted) in [
-            (STATE_TYPEDEF.1, BtfKind::Typedef, STATE_TYPEDEF),
-            (CONNECT_FUNC.1, BtfKind::Func, CONNECT_FUNC),
-            (ACCEPT_FUNC.1, BtfKind::Func, ACCEPT_FUNC),
-        ] {
-            assert_eq!(
-                types.attach.id_by_type_name_kind(name, kind).ok(),
-                real.id(wanted.0, wanted.1),
-                "{name}"
-            );
+        for wanted @ (kind, name) in ATTACH {
+            let kind = match kind {
+                KIND_FUNC => BtfKind::Func,
+                _ => BtfKind::Typedef,
+            };
+            let stub = types.attach.id_by_type_name_kind(name, kind).ok();
+            assert_eq!(stub, real.id(wanted), "{name}");
         }
     }
 
@@ -269,18 +228,16 @@ mod tests {
             "tcp_sock",
             "task_struct",
         ] {
-            let mut members: Vec<(&str, u32, u32)> = FIELDS
-                .iter()
-                .chain(BITS)
-                .filter(|field| field.container == container)
+            let mut members: Vec<(&str, u32, u32)> = (Field::ALL.iter())
+                .filter(|field| field.member().0 == container && !field.is_for_scan())
                 .zip(1..)
-                .map(|(field, at)| match field.path.split_once('.') {
+                .map(|(field, at)| match field.member().1.split_once('.') {
                     Some((outer, _)) => (outer, inner, at * 1024),
-                    None => (field.path, int, at * 1024),
+                    None => (field.member().1, int, at * 1024),
                 })
                 .collect();
             if container == "sock_common" {
-                members.extend(sock_common::ASSERTED.iter().map(|(member, offset)| {
+                members.extend(SockCommon::ASSERTED.iter().map(|(member, offset)| {
                     let by = if *member == moved { 8 } else { 0 };
                     (*member, int, (*offset as u32 + by) * 8)
                 }));
@@ -291,19 +248,20 @@ mod tests {
     }
 
     #[test]
-    fn a_member_that_moved_is_refused() {
+    fn moved_member_is_refused() {
         let types = KernelTypes::resolve(&kernel_types("none")).unwrap();
-        assert_eq!(types.offsets[0], 128 + 8, "net.ns.inum");
-        assert_eq!(types.bits[0] % 1024, 0, "tcp_sock.repair, in bits");
-        for (member, offset) in sock_common::ASSERTED {
-            let expected = *offset as u32;
+        let offset = |field| types.offsets[field as usize];
+        assert_eq!(offset(Field::NetInum), 128 + 8);
+        assert_eq!(offset(Field::Repair) % 1024, 0, "in bits");
+        assert_eq!(offset(Field::SkNode), 0, "no socket table");
+        assert!(types.no_table.as_ref().unwrap().contains("nsproxy"));
+        for (member, offset) in SockCommon::ASSERTED {
             assert_eq!(
                 KernelTypes::resolve(&kernel_types(member)).unwrap_err(),
-                BtfError::Moved {
-                    path: format!("sock_common.{member}"),
-                    offset: expected + 8,
-                    expected,
-                }
+                format!(
+                    "sock_common.{member} is at offset {}, not {offset}",
+                    offset + 8
+                )
             );
         }
     }

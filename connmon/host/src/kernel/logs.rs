@@ -1,5 +1,5 @@
-//! The programs' own diagnostics (aya-log) → the agent's log, at debug
-//! whatever their own level.
+//! Copies the programs' own diagnostics (aya-log) to the agent's log, at level
+//! debug.
 
 use aya::Ebpf;
 use aya_log::EbpfLogger;
@@ -8,17 +8,11 @@ use log::{Level, Log, Metadata, Record};
 /// Log target of the programs.
 const TARGET: &str = "connmon::kernel::program";
 
-/// Reads the log ring.
+/// Reads the ring buffer of aya-log.
 pub struct ProgramLog(EbpfLogger<AtDebug>);
 
-impl std::fmt::Debug for ProgramLog {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("ProgramLog")
-    }
-}
-
 impl ProgramLog {
-    /// `None` when the object logs nothing.
+    /// `None` if the object logs nothing.
     pub fn new(ebpf: &mut Ebpf) -> Option<Self> {
         EbpfLogger::init_with_logger(ebpf, AtDebug).ok().map(Self)
     }

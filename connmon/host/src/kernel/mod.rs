@@ -1,5 +1,5 @@
-//! The userspace edge of the kernel: BTF offsets, load, attach ladder, ring
-//! drain. With `reconcile/` and `sandbox/`, the only place with `unsafe`.
+//! The kernel side, seen from user space: resolves offsets from BTF, loads and
+//! attaches the programs, drains the ring buffer, reads the counters.
 
 mod btf;
 mod error;
@@ -21,36 +21,37 @@ pub use sys::{return_memory_at_once, trim_memory};
 pub use tracefs::{MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs};
 pub use watch::watch;
 
+use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::sync::OnceLock;
 
-use aya::maps::{Map, MapError};
-use connmon_common::tuning::{COUNTERS_MAP, EVENTS_MAP, STRETCH_MAP};
+use aya::maps::{Map, MapData, MapError, RingBuf};
+use connmon_common::tuning::{BATCH_MAP, COUNTERS_MAP, EVENTS_MAP};
 use connmon_core::event::Event;
 use connmon_core::probe::{AttachFailure, Method, Probe, Rung};
 use connmon_core::report::ProgramStats;
 
-use ring::{CounterReader, ProgramMeter, Ring};
+use ring::{CounterReader, ProgramMeter};
 use sys::Shared;
 
-/// `--ebpf.attach`: the highest rung tried for the function probes.
+/// `--ebpf.attach`: the methods that are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachChoice {
-    /// The whole ladder.
+    /// Every method, best first.
     Auto,
-    /// fentry/fexit only.
+    /// Only fentry and fexit for the function probes.
     Fentry,
-    /// kprobe/kretprobe only.
+    /// Only kprobe and kretprobe for the function probes.
     Kprobe,
     /// No function probes; the classic tracepoint for state changes.
     Tracepoint,
 }
 
 impl AttachChoice {
-    /// As it is written.
+    /// The value of the flag.
     pub fn label(self) -> &'static str {
         match self {
             Self::Auto => "auto",
@@ -59,129 +60,142 @@ impl AttachChoice {
             Self::Tracepoint => "tracepoint",
         }
     }
+
+    fn allows(self, method: Method) -> bool {
+        match method {
+            Method::Tracepoint => true,
+            Method::TpBtf => self != Self::Tracepoint,
+            Method::Fentry | Method::Fexit => matches!(self, Self::Auto | Self::Fentry),
+            _ => matches!(self, Self::Auto | Self::Kprobe),
+        }
+    }
 }
 
-/// What a [`Tracer`] is asked to do.
+/// Options of a [`Tracer`].
 #[derive(Clone, Debug)]
 pub struct TracerOptions {
     /// `--ebpf.attach`.
     pub attach: AttachChoice,
     /// Size of the ring, a power of two number of pages.
     pub ring_buffer_bytes: u32,
-    /// Leave loopback connections out in the programs already; without the
-    /// kernel's BTF they come all the same, since the function probes could
-    /// not leave them out, and their records would wait for an opening.
+    /// Let the programs leave out loopback connections. Not without the kernel's
+    /// BTF: then the function probes could not leave them out, and the fold would
+    /// wait for the openings that belong to their records.
     pub drop_loopback: bool,
-    /// Only this namespace, in the programs already; refused where nothing
-    /// tells namespaces, which is without the kernel's BTF.
+    /// Let the programs trace only the network namespace with this inode. An
+    /// error without the kernel's BTF, since events carry no namespace then.
     pub only_netns: Option<u32>,
-    /// Collect name and cgroup of those who connect and accept; else only
-    /// their pid. Who listens is always named.
+    /// Collect process name and cgroup at connect and accept; else only the pid.
+    /// Both are always collected at listen.
     pub owners: bool,
-    /// Collect traffic figures at close.
+    /// Collect bytes, retransmissions and RTT at close.
     pub traffic: bool,
-    /// At debug and above the programs' own diagnostics are logged.
+    /// At debug and above, the programs' own diagnostics are logged.
     pub log_level: log::LevelFilter,
 }
 
-/// The programs, attached, and what they produce. Dropping it detaches them.
-#[derive(Debug)]
+impl TracerOptions {
+    /// Whether the programs' own diagnostics are compiled in.
+    fn logs(&self) -> bool {
+        self.log_level >= log::LevelFilter::Debug
+    }
+}
+
+/// The attached programs and what they produce. Dropping it detaches them.
 pub struct Tracer {
-    ring: Ring,
+    ring: RingBuf<MapData>,
     counters: CounterReader,
     /// Records drained since attach.
     taken: u64,
-    /// Missed runs of the state program that nothing made good.
+    /// State changes that no state program handled.
     missed: u64,
-    /// A second program tells of missed runs, on any kernel.
-    lost_told: bool,
+    /// Whether a second program counts them itself, on any kernel.
+    counts_misses: bool,
     ring_bytes: u32,
     rungs: Vec<Rung>,
     meters: Vec<ProgramMeter>,
     traffic: bool,
     logger: Option<logs::ProgramLog>,
     stats: Option<OwnedFd>,
-    /// `kernel.bpf_stats_enabled`, opened before the thread that reports is
-    /// closed in and may open nothing any more.
+    /// `kernel.bpf_stats_enabled`. It stays open, since the sandbox allows no
+    /// opening.
     stats_switch: Option<File>,
-    /// Why the table of sockets cannot be walked, if so.
+    /// Why the socket table cannot be walked, if so.
     no_table: Option<String>,
     /// Holds the attachments.
     programs: aya::Ebpf,
 }
 
 impl Tracer {
-    /// Loads and attaches, the state program first and fully. Linux 5.8.
+    /// Loads and attaches, the state program first and fully. Linux 5.10.
     ///
     /// # Errors
     ///
-    /// When there is no state program on any rung; the message is one
-    /// sentence with the remedy. Function probes that fail are a lower rung,
-    /// not an error.
+    /// If no method attaches a state program; the message is one sentence with
+    /// the remedy. A function probe that fails is no error.
     pub fn attach(options: &TracerOptions) -> Result<Self, AttachError> {
+        let ring_bytes = options.ring_buffer_bytes;
         let types = load::KernelTypes::read();
         if let (Err(reason), Some(_)) = (&types, options.only_netns) {
             return Err(AttachError::no_namespaces(reason));
         }
-        let mut ebpf = load::prepare(options, types.as_ref().ok()).map_err(|error| {
-            AttachError::map("the BPF object", &error, options.ring_buffer_bytes)
-        })?;
-        let map_error = |name: &str, error: &(dyn std::error::Error + 'static)| {
-            AttachError::map(&format!("map {name}"), error, options.ring_buffer_bytes)
-        };
-        let no_map = |name: &str| map_error(name, &MapError::InvalidName { name: name.into() });
-
-        // The logger must exist before a program that writes to its map.
-        let logger = load::logs(options)
+        let mut ebpf = load::prepare(options, types.as_ref().ok())
+            .map_err(|error| AttachError::map("the BPF object", &error, ring_bytes))?;
+        // Before a program that writes to its map is loaded.
+        let logger = (options.logs())
             .then(|| logs::ProgramLog::new(&mut ebpf))
             .flatten();
-        let map = ebpf
-            .take_map(EVENTS_MAP)
-            .ok_or_else(|| no_map(EVENTS_MAP))?;
-        let ring = Ring::new(map).map_err(|error| map_error(EVENTS_MAP, &error))?;
-        let map = ebpf
-            .take_map(COUNTERS_MAP)
-            .ok_or_else(|| no_map(COUNTERS_MAP))?;
-        let counters = CounterReader::new(map).map_err(|error| map_error(COUNTERS_MAP, &error))?;
+        let map_error = |name: &str, error: &(dyn Error + 'static)| {
+            AttachError::map(&format!("map {name}"), error, ring_bytes)
+        };
+        let mut map = |name: &str| {
+            let missing = MapError::InvalidName { name: name.into() };
+            ebpf.take_map(name).ok_or_else(|| map_error(name, &missing))
+        };
+        let ring =
+            RingBuf::try_from(map(EVENTS_MAP)?).map_err(|error| map_error(EVENTS_MAP, &error))?;
+        let counters = CounterReader::new(map(COUNTERS_MAP)?)
+            .map_err(|error| map_error(COUNTERS_MAP, &error))?;
 
         let known = types.as_ref().map_err(String::as_str);
-        let (rung, attached) = ladder::attach_state(&mut ebpf, known, options.attach);
-        let Some(attached) = attached else {
-            return Err(AttachError::state(rung, options.ring_buffer_bytes));
-        };
-        let mut meters = vec![ProgramMeter::new(attached, &rung)];
-        let mut lost_told = false;
-        if meters[0].missed().is_some() || rung.method == Method::Tracepoint {
-            match ladder::attach_second(&mut ebpf, known, rung.method) {
-                Ok(attached) => {
-                    lost_told = rung.method == Method::Tracepoint;
-                    meters.push(ProgramMeter::second(attached));
-                }
-                Err(reason) => {
-                    log::info!("state changes within interrupts may be missed: {reason}")
+        let mut rungs = Vec::new();
+        let mut meters = Vec::new();
+        let mut counts_misses = false;
+        for probe in Probe::ALL {
+            let (rung, attached) = ladder::attach_probe(&mut ebpf, known, options.attach, probe);
+            meters.extend(attached.map(|attached| ProgramMeter::new(attached, rung.method)));
+            if probe == Probe::SetState {
+                let Some(first) = meters.first() else {
+                    return Err(AttachError::diagnosed(rung.failures, ring_bytes));
+                };
+                let is_classic = rung.method == Method::Tracepoint;
+                if is_classic || first.missed().is_some() {
+                    match ladder::attach_second(&mut ebpf, known, rung.method) {
+                        Ok(attached) => {
+                            counts_misses = is_classic;
+                            meters.push(ProgramMeter::new(attached, Method::None));
+                        }
+                        Err(reason) => {
+                            log::info!("state changes within interrupts may be missed: {reason}")
+                        }
+                    }
                 }
             }
-        }
-        let traffic = options.traffic && (rung.method == Method::TpBtf || known.is_ok());
-        let mut rungs = vec![rung];
-        for probe in [Probe::Connect, Probe::Accept] {
-            let (rung, attached) = ladder::attach_function(&mut ebpf, known, options.attach, probe);
-            meters.extend(attached.map(|attached| ProgramMeter::new(attached, &rung)));
             rungs.push(rung);
         }
-        let no_table = match &types {
-            Ok(types) => types.no_table(),
-            Err(reason) => Some(reason.clone()),
+        let traffic = options.traffic && (rungs[0].method == Method::TpBtf || known.is_ok());
+        let no_table = match types {
+            Ok(types) => types.no_table,
+            Err(reason) => Some(reason),
         };
-        drop(types);
         sys::trim_memory();
         Ok(Self {
             ring,
             counters,
             taken: 0,
             missed: 0,
-            lost_told,
-            ring_bytes: options.ring_buffer_bytes,
+            counts_misses,
+            ring_bytes,
             rungs,
             meters,
             traffic,
@@ -193,7 +207,7 @@ impl Tracer {
         })
     }
 
-    /// Closes the maps that only loading needs: the programs hold them. After
+    /// Closes the maps that only loading needs: the programs keep them. After
     /// this nothing more can be loaded.
     pub fn close_maps(&mut self) {
         let names: Vec<String> = self
@@ -206,21 +220,20 @@ impl Tracer {
         }
     }
 
-    /// Where each probe ended up, in the order of [`Probe::ALL`].
+    /// How each probe is attached, in the order of [`Probe::ALL`].
     pub fn rungs(&self) -> &[Rung] {
         &self.rungs
     }
 
-    /// Readable when the ring fills up (an eighth of it); below that nobody
-    /// is woken, so drain on a timer as well.
+    /// Readable once an eighth of the ring is used. Below that nobody is woken,
+    /// so drain on a timer as well.
     pub fn ring_fd(&self) -> BorrowedFd<'_> {
-        self.ring.fd()
+        self.ring.as_fd()
     }
 
-    /// Hands at most `budget` events on, in the order in which the kernel
-    /// reserved them.
+    /// Delivers at most `budget` events, in the order of their reservation.
     pub fn drain(&mut self, budget: usize, f: impl FnMut(Event)) -> Drained {
-        let drained = self.ring.drain(budget, f);
+        let drained = ring::drain(&mut self.ring, budget, f);
         self.taken += drained.records;
         if let Some(logger) = &mut self.logger {
             logger.flush();
@@ -228,36 +241,35 @@ impl Tracer {
         drained
     }
 
-    /// Attempts to reserve a record so far. What a program told before this
-    /// call is among them.
+    /// Attempts to reserve a record so far, all before this call included.
     pub fn produced(&mut self) -> u64 {
         self.counters.read().produced
     }
 
-    /// Whether the first `produced` attempts are drained or failed. A drain
-    /// ends at a record that another processor is still writing, and leaves
-    /// finished ones behind it (`bpf_ringbuf_reserve` orders by reservation).
+    /// Whether the first `produced` attempts are drained or failed. A drain ends
+    /// at a record that another CPU is still writing, even if later ones are
+    /// finished (`bpf_ringbuf_reserve` orders by reservation).
     pub fn is_through(&mut self, produced: u64) -> bool {
         self.taken >= produced || self.taken + self.counters.read().ring_full >= produced
     }
 
-    /// Totals since attach. Where the kernel refuses the lookup (5.10 without
-    /// CAP_BPF) the last known ones stand.
+    /// Totals since attach; the last known ones if the kernel refuses the lookup
+    /// (5.10 without CAP_BPF).
     pub fn counters(&mut self) -> Counters {
-        // Before the counters: a run is missed first, and caught then.
+        // Before the counters: a run is missed first and recovered then.
         let mut missed: Vec<_> = (self.meters.iter())
             .filter_map(ProgramMeter::missed)
             .collect();
         let totals = self.counters.read();
-        if self.lost_told {
+        if self.counts_misses {
             missed.retain(|(probe, _)| *probe != Probe::SetState);
-            missed.insert(0, (Probe::SetState, totals.lost));
+            missed.insert(0, (Probe::SetState, totals.missed));
         }
         for (probe, missed) in &mut missed {
             if *probe == Probe::SetState {
-                // Runs that were missed between the two readings and caught
-                // would hide older ones for a moment.
-                self.missed = self.missed.max(missed.saturating_sub(totals.caught));
+                // Never lower: runs that were missed and recovered between the
+                // two readings would hide older misses.
+                self.missed = self.missed.max(missed.saturating_sub(totals.recovered));
                 *missed = self.missed;
             }
         }
@@ -268,25 +280,25 @@ impl Tracer {
         }
     }
 
-    /// The walk over the kernel's table of TCP sockets, once: for
-    /// [`crate::reconcile::WalkerOptions`].
+    /// The walk over the kernel's TCP socket table, for
+    /// [`crate::reconcile::WalkerOptions`]. Only the first call succeeds.
     ///
     /// # Errors
     ///
-    /// The reason in words.
+    /// Why there is none, in words.
     pub fn socket_walk(&mut self) -> Result<SocketWalk, String> {
         if let Some(reason) = &self.no_table {
             return Err(reason.clone());
         }
-        let map = self.programs.take_map(STRETCH_MAP);
+        let map = self.programs.take_map(BATCH_MAP);
         let Some(Map::Array(map)) = map else {
-            return Err(format!("the object has no map {STRETCH_MAP}"));
+            return Err(format!("the object has no map {BATCH_MAP}"));
         };
         let program =
             ladder::socket_walk(&mut self.programs).map_err(|failure| failure.to_string())?;
-        let stretch =
-            Shared::map(map.fd().as_fd()).map_err(|error| format!("map {STRETCH_MAP}: {error}"))?;
-        SocketWalk::new(program, stretch)
+        let batch =
+            Shared::map(map.fd().as_fd()).map_err(|error| format!("map {BATCH_MAP}: {error}"))?;
+        SocketWalk::new(program, batch)
     }
 
     /// Size of the ring in bytes.
@@ -294,30 +306,29 @@ impl Tracer {
         self.ring_bytes
     }
 
-    /// Runs and run time of each program; empty unless the kernel keeps them
+    /// Runs and run time of each program; empty unless the kernel counts them
     /// (`kernel.bpf_stats_enabled`, or [`Tracer::enable_stats`]).
     pub fn program_stats(&self) -> Vec<ProgramStats> {
         let stats: Vec<_> = self.meters.iter().filter_map(ProgramMeter::stats).collect();
-        let kept = self.stats.is_some()
+        let counted = self.stats.is_some()
             || stats.iter().any(|program| program.runs > 0)
             || self.stats_switch.as_ref().is_some_and(is_on);
-        if kept { stats } else { Vec::new() }
+        if counted { stats } else { Vec::new() }
     }
 
-    /// Has the kernel time the programs while this tracer lives. Linux 5.8,
+    /// Makes the kernel time the programs while this tracer lives. Linux 5.8,
     /// CAP_SYS_ADMIN.
     ///
     /// # Errors
     ///
     /// The system call's.
     pub fn enable_stats(&mut self) -> io::Result<()> {
-        if self.stats.is_none() {
-            self.stats = Some(sys::enable_stats()?);
-        }
+        let stats = aya::sys::enable_stats(aya::sys::Stats::RunTime);
+        self.stats = Some(stats.map_err(|error| error.io_error)?);
         Ok(())
     }
 
-    /// Whether closes carry traffic figures.
+    /// Whether closes carry bytes, retransmissions and RTT.
     pub fn traffic_known(&self) -> bool {
         self.traffic
     }
@@ -330,19 +341,19 @@ impl Tracer {
     }
 }
 
-/// Whether a sysctl is 1 now: each read at offset 0 is fresh.
+/// Whether a sysctl is 1 now: a read at offset 0 is fresh.
 fn is_on(switch: &File) -> bool {
     let mut text = [0; 1];
     switch.read_at(&mut text, 0).is_ok() && text == *b"1"
 }
 
-/// CLOCK_MONOTONIC, as `bpf_ktime_get_ns`.
+/// CLOCK_MONOTONIC in nanoseconds, as `bpf_ktime_get_ns`.
 pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
-/// The rungs when nothing is attached, because of `failures`.
+/// The rungs if nothing is attached, because of `failures`.
 pub fn no_rungs(failures: &[AttachFailure]) -> Vec<Rung> {
     Probe::ALL
         .into_iter()
@@ -354,7 +365,7 @@ pub fn no_rungs(failures: &[AttachFailure]) -> Vec<Rung> {
         .collect()
 }
 
-/// Major and minor number of the running kernel; (0, 0) when unreadable.
+/// Major and minor version of the running kernel; (0, 0) if unreadable.
 pub fn kernel_version() -> (u32, u32) {
     static VERSION: OnceLock<(u32, u32)> = OnceLock::new();
     *VERSION.get_or_init(|| parse_version(&rustix::system::uname().release().to_string_lossy()))

@@ -1,27 +1,31 @@
-//! tracefs: whether it can be read, and whether the tracepoint's fields are
-//! where the program reads them.
+//! tracefs: whether it can be read, and whether the tracepoint has the fields
+//! that the program reads.
 
 use std::fs;
 use std::io;
 
-use connmon_common::tuning::tracepoint::ASSERTED;
+use connmon_common::tuning::SetState;
 use connmon_core::probe::{AttachFailure, Method, Stage};
 
-/// Where tracefs shows events.
+/// Where tracefs may be mounted.
 const ROOTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
-/// What gives this user access to tracefs.
+/// How to give this user access to tracefs.
 pub const OPEN_TRACEFS: &str =
     "run as root, grant CAP_DAC_READ_SEARCH, or mount -o remount,mode=755 /sys/kernel/tracing";
-/// What mounts it.
+/// How to mount it.
 pub const MOUNT_TRACEFS: &str = "mount -t tracefs tracefs /sys/kernel/tracing";
 
-/// Whether tracefs can be used.
+/// As above, for a kernel without BTF.
+pub const MOUNT_TRACEFS_OR_BTF: &str =
+    "mount -t tracefs tracefs /sys/kernel/tracing, or run a kernel with BTF";
+
+/// Whether this user can read tracefs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tracefs {
     /// Its events can be read.
     Mounted,
-    /// This user may not read it (its mode is 0700 as a rule).
+    /// This user may not read it (its mode is usually 0700).
     Closed,
     /// It is not mounted.
     Absent,
@@ -41,43 +45,34 @@ impl Tracefs {
 
 /// Whether the tracepoint has the fields that the program reads.
 pub(super) fn check_tracepoint() -> Result<(), AttachFailure> {
-    let failure = |stage, errno, message: String| AttachFailure {
+    let formats = ROOTS
+        .map(|root| fs::read_to_string(format!("{root}/events/sock/inet_sock_set_state/format")));
+    let (stage, errno, message) = match formats {
+        [Ok(format), _] | [Err(_), Ok(format)] => match check_format(&format) {
+            Ok(()) => return Ok(()),
+            Err(message) => (Stage::Format, None, message),
+        },
+        [Err(error), _] => {
+            let message = match error.kind() {
+                io::ErrorKind::NotFound => format!("tracefs is not mounted ({MOUNT_TRACEFS})"),
+                _ => format!("tracefs cannot be read ({error})"),
+            };
+            (Stage::Tracefs, error.raw_os_error(), message)
+        }
+    };
+    Err(AttachFailure {
         errno,
         ..AttachFailure::new(Method::Tracepoint, stage, message)
-    };
-    let mut first = None;
-    for root in ROOTS {
-        match fs::read_to_string(format!("{root}/events/sock/inet_sock_set_state/format")) {
-            Ok(format) => {
-                return check_format(&format)
-                    .map_err(|message| failure(Stage::Format, None, message));
-            }
-            Err(error) => first = first.or(Some(error)),
-        }
-    }
-    let (errno, message) = match first {
-        Some(error) if error.kind() == io::ErrorKind::NotFound => (
-            error.raw_os_error(),
-            format!("tracefs is not mounted ({MOUNT_TRACEFS})"),
-        ),
-        Some(error) => (
-            error.raw_os_error(),
-            format!("tracefs cannot be read ({error})"),
-        ),
-        None => (None, "tracefs cannot be read".to_owned()),
-    };
-    Err(failure(Stage::Tracefs, errno, message))
+    })
 }
 
-/// Compares a tracepoint's `format` file with the layout that the program
-/// was built for.
+/// Compares a tracepoint's `format` file with [`SetState`].
 fn check_format(format: &str) -> Result<(), String> {
-    for (name, offset, size) in ASSERTED {
+    for (name, offset, size) in SetState::ASSERTED {
         let found = format.lines().find_map(|line| {
             // "\tfield:__u8 saddr_v6[16];\toffset:40;\tsize:16;\tsigned:0;"
             let mut parts = line.trim().strip_prefix("field:")?.split(';');
-            let declaration = parts.next()?;
-            let declared = declaration.rsplit([' ', '*']).next()?;
+            let declared = parts.next()?.rsplit([' ', '*']).next()?;
             if declared.split('[').next()? != *name {
                 return None;
             }
@@ -86,14 +81,11 @@ fn check_format(format: &str) -> Result<(), String> {
             };
             Some((number("offset:")?, number("size:")?))
         });
-        match found {
-            Some(found) if found == (*offset, *size) => {}
-            Some((at, of)) => {
-                return Err(format!(
-                    "the tracepoint has {name} at offset {at} with {of} bytes, not at {offset} with {size}"
-                ));
-            }
-            None => return Err(format!("the tracepoint has no field {name}")),
+        let (at, of) = found.ok_or_else(|| format!("the tracepoint has no field {name}"))?;
+        if (at, of) != (*offset, *size) {
+            return Err(format!(
+                "the tracepoint has {name} at offset {at} with {of} bytes, not at {offset} with {size}"
+            ));
         }
     }
     Ok(())
@@ -127,7 +119,7 @@ format:
 ";
 
     #[test]
-    fn the_known_format_passes_and_every_other_is_refused() {
+    fn unknown_tracepoint_format_is_refused() {
         assert_eq!(check_format(FORMAT), Ok(()));
         // Before 5.6: one byte of protocol, addresses one byte earlier.
         let old = FORMAT.replace(
@@ -138,7 +130,7 @@ format:
             check_format(&old).unwrap_err(),
             "the tracepoint has protocol at offset 30 with 1 bytes, not at 30 with 2"
         );
-        // PREEMPT_RT of old: a longer common header.
+        // Old PREEMPT_RT: a longer common header.
         let shifted = FORMAT.replace("skaddr;\toffset:8", "skaddr;\toffset:16");
         assert!(
             check_format(&shifted)

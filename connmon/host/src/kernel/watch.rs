@@ -1,9 +1,6 @@
-//! Readiness of the ring for an async runtime.
+//! Readiness of the ring buffer for tokio.
 
-#![expect(
-    unsafe_code,
-    reason = "tokio asks the caller to vouch for the descriptor"
-)]
+#![expect(unsafe_code, reason = "tokio requires a valid descriptor")]
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -14,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 /// Watches a descriptor for readability, through a duplicate of its own.
 ///
 /// # Errors
-/// Without a descriptor to spare (EMFILE), or outside of a runtime.
+/// If no descriptor is free (EMFILE), or outside of a runtime.
 pub fn watch(descriptor: BorrowedFd<'_>) -> io::Result<AsyncFd<OwnedFd>> {
     let own = descriptor.try_clone_to_owned()?;
     // SAFETY: the descriptor must stay open and be the same file while it is

@@ -1,4 +1,4 @@
-//! Bytes, segments sent again and round-trip times, compared exactly.
+//! Bytes, retransmitted segments and round-trip times, compared exactly.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
@@ -14,7 +14,7 @@ use crate::world::{CLOSED, Counts, Outcome, World, in_guest};
 
 const SENT: &str = "connmon_port_sent_bytes_total";
 const RECEIVED: &str = "connmon_port_received_bytes_total";
-const AGAIN: &str = "connmon_port_retransmitted_segments_total";
+const RETRANSMITTED: &str = "connmon_port_retransmitted_segments_total";
 
 /// Payload is exact on every way to close, in both directions.
 pub fn bytes(world: &mut World<'_>) -> Outcome {
@@ -46,7 +46,7 @@ pub fn bytes(world: &mut World<'_>) -> Outcome {
     Outcome::Held
 }
 
-/// Over a lossy link segments are sent again, and payload counts once.
+/// Over a lossy link segments are retransmitted, and payload counts once.
 pub fn retransmits(world: &mut World<'_>) -> Outcome {
     const PAYLOAD: usize = 400_000;
     const CHUNK: usize = 1_000;
@@ -77,15 +77,18 @@ pub fn retransmits(world: &mut World<'_>) -> Outcome {
     assert_eq!(reader.join().unwrap(), PAYLOAD);
     assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
     // Both ends are through: nothing is sent any more.
-    let again = f64::from(raw::tcp_info(&client).unwrap().total_retrans);
-    assert!(again >= 1.0, "{again} segments sent again at 20 % loss");
+    let retransmitted = f64::from(raw::tcp_info(&client).unwrap().total_retrans);
+    assert!(
+        retransmitted >= 1.0,
+        "{retransmitted} segments retransmitted at 20 % loss"
+    );
     drop((client, lossy));
     let scrape = world.settled(port, Counts::both(1), &[]);
     if world.traced() {
         let moved = |family: &str, direction: &str| scrape.port(family, port, direction);
         assert_eq!(moved(SENT, "outbound"), PAYLOAD as f64);
         assert_eq!(moved(RECEIVED, "inbound"), PAYLOAD as f64);
-        assert_eq!(moved(AGAIN, "outbound"), again);
+        assert_eq!(moved(RETRANSMITTED, "outbound"), retransmitted);
     }
     Outcome::Held
 }
@@ -185,23 +188,23 @@ fn sent_once<T>(world: &mut World<'_>, dropping: impl Fn(u16) -> Result<T, Strin
 /// (sent outbound, received inbound, sent inbound, received outbound) of a
 /// port, and of its country, where nothing else counts.
 fn moved(scrape: &Scrape, port: u16) -> [f64; 4] {
-    let figures = [
+    let families = [
         (SENT, "outbound"),
         (RECEIVED, "inbound"),
         (SENT, "inbound"),
         (RECEIVED, "outbound"),
     ];
-    figures.map(|(family, direction)| scrape.port(family, port, direction))
+    families.map(|(family, direction)| scrape.port(family, port, direction))
 }
 
 fn moved_of_country(scrape: &Scrape) -> [f64; 4] {
-    let figures = [
+    let families = [
         ("sent", "outbound"),
         ("received", "inbound"),
         ("sent", "inbound"),
         ("received", "outbound"),
     ];
-    figures.map(|(what, direction)| {
+    families.map(|(what, direction)| {
         let family = format!("connmon_country_{what}_bytes_total");
         scrape.sum(&family, &[("country", "private"), ("direction", direction)])
     })
