@@ -4,10 +4,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
+use mmdb_writer::{Value, Writer};
 
 const METADATA: &[u8] = b"\xab\xcd\xefMaxMind.com";
 /// Two records of 24 bits.
@@ -34,6 +35,26 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     fs::write(&beside, after).with_context(|| format!("cannot write {}", beside.display()))?;
     fs::rename(&beside, &args.database).with_context(|| format!("cannot replace {path}"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a database of made-up countries: network and code of each.
+///
+/// # Errors
+/// When a network is none, or the file cannot be written.
+pub fn make_up(
+    path: &Path,
+    networks: impl IntoIterator<Item = (String, impl AsRef<str>)>,
+) -> Result<()> {
+    let mut writer = Writer::new("connmon: made-up countries");
+    for (network, code) in networks {
+        let network: ipnet::IpNet = network.parse()?;
+        let record = Value::map([("country_code", Value::from(code.as_ref()))]);
+        writer
+            .insert_value(network, record)
+            .with_context(|| format!("database entry {network}"))?;
+    }
+    let bytes = writer.to_bytes().context("cannot build the database")?;
+    fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// A search tree with what follows it.

@@ -16,11 +16,10 @@ use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use mmdb_writer::{Value, Writer};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Socket, Type};
 
-use crate::exec;
+use crate::{database, exec};
 
 /// The machine that is watched, and everybody else.
 const HERE: &str = "connmon-demo-here";
@@ -176,17 +175,15 @@ impl Files {
 
     /// The database as a file.
     fn database(&self) -> Result<PathBuf> {
-        let mut writer = Writer::new("connmon demo: made-up countries of 10.0.0.0/8");
-        for (index, country) in COUNTRIES.iter().enumerate() {
-            let network: ipnet::IpNet = format!("10.{}.0.0/16", index + 1).parse()?;
-            let record = Value::map([("country_code", Value::from(*country))]);
-            writer
-                .insert_value(network, record)
-                .with_context(|| format!("database entry {network}"))?;
-        }
         let path = self.0.join("demo.mmdb");
-        let bytes = writer.to_bytes().context("cannot build the database")?;
-        std::fs::write(&path, bytes).with_context(|| path.display().to_string())?;
+        let network = |index| format!("10.{}.0.0/16", index + 1);
+        database::make_up(
+            &path,
+            COUNTRIES
+                .iter()
+                .enumerate()
+                .map(|(at, code)| (network(at), code)),
+        )?;
         Ok(path)
     }
 }

@@ -10,8 +10,8 @@ mod exec;
 mod fuzz;
 mod install;
 mod lint;
+mod report;
 mod run;
-mod tally;
 mod test;
 mod vm;
 

@@ -61,7 +61,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
     command.args(&arguments);
     if !exec::is_root() {
-        if !exec::has("sudo") {
+        if exec::find("sudo").is_none() {
             println!("tracing needs root, and there is no sudo here. As root, type:");
             let variables = connmon_variables().into_iter().filter_map(|name| {
                 let value = env::var(&name).ok()?;

@@ -1,11 +1,9 @@
 //! `cargo xtask bench`: what connmon costs, beside what others cost, in the
 //! same minutes on the same machine.
 
-mod countries;
-mod figures;
 mod process;
 mod programs;
-mod reference;
+mod table;
 pub mod tool;
 
 use std::fs;
@@ -14,16 +12,27 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use crate::{exec, install};
-use figures::{Row, Spread, markdown, quantile};
+use crate::{database, exec, install};
 use process::{Agent, Running, Tool, load, samples, sum};
+use table::{Row, markdown, median, quantile};
 
 /// The load runs here …
 const LOAD_CPU: usize = 0;
 /// … and what is measured there.
 const AGENT_CPU: &str = "1";
+/// More processors than there are; taskset takes those that are.
+const ALL_CPUS: &str = "0-1023";
 
 const MEGABYTE: f64 = 1e6;
+
+/// 240 alpha-2 codes; 127.N.0.0/16 is the N-th country.
+const COUNTRIES: &str = "\
+ADAEAFAGAIALAMAOAQARASATAUAWAXAZBABBBDBEBFBGBHBIBJBLBMBNBOBQBRBSBTBVBWBYBZCACCCD\
+CFCGCHCICKCLCMCNCOCRCUCVCWCXCYCZDEDJDKDMDODZECEEEGEHERESETFIFJFKFMFOFRGAGBGDGEGF\
+GGGHGIGLGMGNGPGQGRGSGTGUGWGYHKHMHNHRHTHUIDIEILIMINIOIQIRISITJEJMJOJPKEKGKHKIKMKN\
+KPKRKWKYKZLALBLCLILKLRLSLTLULVLYMAMCMDMEMFMGMHMKMLMMMNMOMPMQMRMSMTMUMVMWMXMYMZNA\
+NCNENFNGNINLNONPNRNUNZOMPAPEPFPGPHPKPLPMPNPRPSPTPWPYQARERORSRURWSASBSCSDSESGSHSI\
+SJSKSLSMSNSOSRSSSTSVSXSYSZTCTDTFTGTHTJTKTLTMTNTOTRTTTVTWTZUAUGUMUSUYUZVAVCVEVGVI";
 
 /// Values of `--traffic.interval` that are compared: the default, and none.
 const SAMPLING: [&str; 2] = ["15s", "0"];
@@ -58,7 +67,8 @@ const SECTIONS: [Section; 9] = [
     ("size", Bench::size),
 ];
 
-/// Builds, measures, writes BENCHMARKS.md and target/bench.json.
+/// Builds, measures, writes `target/bench.json`, and BENCHMARKS.md once that
+/// has every section. A section that was not measured now keeps its rows.
 ///
 /// # Errors
 /// When a contender cannot be built or started.
@@ -66,43 +76,57 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     anyhow::ensure!(exec::is_root(), "bench needs root: it attaches programs");
     install::contenders()?;
     exec::run(exec::cargo().args(["build", "--release", "--locked", "--package", "connmon"]))?;
-    let mut bench = Bench {
-        quick: args.quick,
-        rows: Vec::new(),
-    };
+    let json = exec::target_dir().join("bench.json");
+    let earlier: Vec<Row> = (fs::read(&json).ok())
+        .and_then(|text| serde_json::from_slice(&text).ok())
+        .unwrap_or_default();
+    let mut rows = Vec::new();
+    let mut missing = Vec::new();
     for (name, section) in SECTIONS {
+        let first = rows.len();
         if !args.only.is_empty() && !args.only.iter().any(|only| only == name) {
+            rows.extend(earlier.iter().filter(|row| row.section == name).cloned());
+            if rows.len() == first {
+                missing.push(name);
+            }
             continue;
         }
         eprintln!("== {name}");
-        let first = bench.rows.len();
+        let mut bench = Bench {
+            quick: args.quick,
+            rows: Vec::new(),
+        };
         if let Err(error) = section(&mut bench) {
             // A contender that this machine cannot have must not hide the rest.
             bench
                 .rows
                 .push(Row::context(name, format!("not measured: {error:#}")));
         }
-        eprint!("{}", markdown(&bench.rows[first..]));
+        eprint!("{}", markdown(&bench.rows));
+        rows.extend(bench.rows.into_iter().map(|row| Row {
+            section: name.to_owned(),
+            ..row
+        }));
     }
-    let document = document(&bench)?;
-    fs::write(
-        exec::target_dir().join("bench.json"),
-        serde_json::to_vec_pretty(&bench.rows)?,
-    )?;
-    if args.only.is_empty() {
+    fs::write(json, serde_json::to_vec_pretty(&rows)?)?;
+    let document = document(args.quick, &rows)?;
+    if missing.is_empty() {
         let path = exec::root().join("BENCHMARKS.md");
-        // What people wrote about misses stays; whether it is still true is theirs.
+        // What people wrote about misses stays.
         let before = fs::read_to_string(&path).unwrap_or_default();
         let notes = before.find("\n## Misses").map_or("", |at| &before[at..]);
         fs::write(path, format!("{document}{notes}"))?;
         println!("wrote BENCHMARKS.md and target/bench.json");
     } else {
-        println!("{document}");
+        println!(
+            "{document}\nBENCHMARKS.md stays: never measured here: {}",
+            missing.join(", ")
+        );
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn document(bench: &Bench) -> Result<String> {
+fn document(quick: bool, rows: &[Row]) -> Result<String> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let cpu = fs::read_to_string("/proc/cpuinfo")?;
     let model = cpu
@@ -119,53 +143,42 @@ fn document(bench: &Bench) -> Result<String> {
          in bold.\n\n{}\n\
          How to repeat it: `cargo xtask bench` (half an hour) or `cargo xtask bench --quick` (some \
          minutes), as root on a quiet machine.\n",
-        if bench.quick { " --quick" } else { "" },
+        if quick { " --quick" } else { "" },
         model.trim(),
         release.trim(),
-        markdown(&bench.rows),
+        markdown(rows),
     ))
 }
 
-/// A contender on the hook, attached while the value lives.
-#[expect(dead_code, reason = "held for its drop")]
-enum Attached {
-    Agent(Agent),
-    Reference(Tool),
-    Other(Running),
-}
-
-/// Who takes turns.
-const CONTENDERS: [&str; 6] = [
+/// Who takes turns on the hook.
+const CONTENDERS: [&str; 5] = [
     "connmon",
     "empty program",
-    "8 bytes a change",
     "tcplife",
     "tcpstates",
     "bpftrace",
 ];
 
-fn attach(contender: &str) -> Result<Attached> {
-    let cpu = AGENT_CPU;
-    let started = match contender {
-        "connmon" => Attached::Agent(Agent::start(AGENT_CPU, &[])?),
-        "empty program" => Attached::Reference(Tool::start(&["--cpu", cpu, "empty"])?),
-        "8 bytes a change" => Attached::Reference(Tool::start(&["--cpu", cpu, "record"])?),
-        "tcplife" | "tcpstates" => Attached::Other(Running::start(
-            &mut Command::new(format!("/usr/sbin/{contender}")),
-            AGENT_CPU,
-        )?),
-        _ => Attached::Other(Running::start(
-            Command::new("bpftrace").args([
-                "-e",
-                "tracepoint:sock:inet_sock_set_state { @[args->newstate] = count(); }",
-            ]),
-            AGENT_CPU,
-        )?),
+/// bpftrace's programs on the hook of connmon's own: the least that any
+/// program there costs, and one that counts.
+const EMPTY: &str = "rawtracepoint:inet_sock_set_state { }";
+const COUNTING: &str = "tracepoint:sock:inet_sock_set_state { @[args->newstate] = count(); }";
+
+/// A contender, attached while the value lives.
+fn attach(contender: &str) -> Result<Running> {
+    let mut command = match contender {
+        "connmon" => return Ok(Agent::start(AGENT_CPU, &[])?.process),
+        "tcplife" | "tcpstates" => Command::new(format!("/usr/sbin/{contender}")),
+        _ => Command::new("bpftrace"),
     };
-    if matches!(started, Attached::Other(_)) {
-        std::thread::sleep(Duration::from_millis(1500));
+    match contender {
+        "empty program" => drop(command.args(["-e", EMPTY])),
+        "bpftrace" => drop(command.args(["-e", COUNTING])),
+        _ => {}
     }
-    Ok(started)
+    let running = Running::start(&mut command, AGENT_CPU)?;
+    std::thread::sleep(Duration::from_millis(1500));
+    Ok(running)
 }
 
 /// Three agents started one after the other, a bare dump after each; medians.
@@ -184,7 +197,7 @@ impl Starts {
         let (mut firsts, mut merges, mut dumps) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             // Both processors: nothing else runs, as on a host at its start.
-            let agent = Agent::start_unpinned(&[])?;
+            let agent = Agent::start(ALL_CPUS, &[])?;
             std::thread::sleep(Duration::from_secs(2));
             firsts.push(agent.first_scrape_s);
             merges.push(sum(&agent.scrape()?, "connmon_reconcile_duration_seconds"));
@@ -192,9 +205,9 @@ impl Starts {
             if merges.len() == Self::COUNT {
                 return Ok(Self {
                     agent,
-                    first_scrape_s: Spread::of(&firsts).median,
-                    merge_s: Spread::of(&merges).median,
-                    dump_s: Spread::of(&dumps).median,
+                    first_scrape_s: median(&firsts),
+                    merge_s: median(&merges),
+                    dump_s: median(&dumps),
                 });
             }
         }
@@ -216,7 +229,7 @@ fn timed(mut work: impl FnMut() -> Result<()>) -> Result<f64> {
         work()?;
         times.push(started.elapsed().as_secs_f64());
     }
-    Ok(Spread::of(&times).median)
+    Ok(median(&times))
 }
 
 fn quietly(program: &str, args: &[&str]) -> Result<()> {
@@ -267,16 +280,17 @@ impl Bench {
                 }
             }
         }
-        let median = |name: &str, figure: fn(&programs::Cost) -> f64| -> f64 {
-            let named = costs.iter().find(|(contender, _)| *contender == name);
-            named.map_or(f64::NAN, |(_, costs)| {
-                let figures: Vec<f64> = costs.iter().map(figure).collect();
-                Spread::of(&figures).median
-            })
+        let of = |name: &str, cost: fn(&programs::Cost) -> f64| -> f64 {
+            let mut costs = costs.iter().filter(|(contender, _)| *contender == name);
+            median(
+                &costs
+                    .next()
+                    .map_or(Vec::new(), |(_, costs)| costs.iter().map(cost).collect()),
+            )
         };
-        let hit = |name| median(name, |cost| cost.hit);
+        let hit = |name| of(name, |cost| cost.hit);
         let (own, empty, tcplife) = (hit("connmon"), hit("empty program"), hit("tcplife"));
-        let run = median("connmon", |cost| cost.run);
+        let run = of("connmon", |cost| cost.run);
         self.rows.push(Row::bound(
             "kernel body per state event, FIN close, mean over all hits",
             "≤ 120 ns",
@@ -292,7 +306,7 @@ impl Bench {
             format!("1/{:.1} (tcplife {tcplife:.0} ns)", tcplife / own),
             own * 10.0 <= tcplife,
         ));
-        for other in ["8 bytes a change", "tcpstates", "bpftrace"] {
+        for other in ["tcpstates", "bpftrace"] {
             self.rows.push(Row::context(
                 format!("{other}, kernel body"),
                 format!("{:.0} ns per hit", hit(other)),
@@ -320,10 +334,10 @@ impl Bench {
                 lost.push(100.0 * (1.0 - on * 2.0 / (before + after)));
             }
         }
-        let rate = Spread::of(&rates);
+        let [least, rate, most] = [0.0, 0.5, 1.0].map(|share| quantile(&rates, share));
         self.rows.push(Row::context(
             "connections per second without anything attached",
-            format!("{:.0} ({:.0}–{:.0})", rate.median, rate.min, rate.max),
+            format!("{rate:.0} ({least:.0}–{most:.0})"),
         ));
         for (contender, lost) in lost {
             if lost.is_empty() {
@@ -357,16 +371,12 @@ impl Bench {
         }
         exec::run(&mut command)?;
         for (what, id, target) in programs::CRITERION {
-            let Some(rate) = programs::criterion_rate(id)? else {
-                self.rows
-                    .push(Row::context(*what, "no such benchmark in target/criterion"));
-                continue;
-            };
+            let rate = programs::criterion_rate(id)?;
             self.rows.push(Row::bound(
-                *what,
+                what,
                 format!("≥ {:.1} M/s", target / 1e6),
                 format!("{:.2} M/s", rate / 1e6),
-                rate >= *target,
+                rate >= target,
             ));
         }
         Ok(())
@@ -446,8 +456,8 @@ impl Bench {
             "agent CPU that sampling traffic adds at 10,000 connections/s",
             format!(
                 "{:.2} % of {:.2} % ({rounds} pairs)",
-                Spread::of(&added).median,
-                Spread::of(&shares).median
+                median(&added),
+                median(&shares)
             ),
         ));
         Ok(())
@@ -477,10 +487,10 @@ impl Bench {
             "≤ 0.5 % of a core",
             format!(
                 "{:.2} % of {:.2} % ({rounds} pairs)",
-                Spread::of(&added).median,
-                Spread::of(&shares).median
+                median(&added),
+                median(&shares)
             ),
-            Spread::of(&added).median <= 0.5,
+            median(&added) <= 0.5,
         ));
         Ok(())
     }
@@ -573,22 +583,11 @@ impl Bench {
 
     fn scrape(&mut self) -> Result<()> {
         let scrapes = if self.quick { 300 } else { 2000 };
-        let measure = |clients: u8, gzip: bool, address: String, path: &str| -> Result<f64> {
+        let measure = |clients: u8, gzip: bool, address: String| -> Result<f64> {
             let (cpu, clients) = (LOAD_CPU.to_string(), clients.to_string());
             let scrapes = scrapes.to_string();
-            let mut args = vec![
-                "--cpu",
-                &cpu,
-                "scrape",
-                "--address",
-                &address,
-                "--path",
-                path,
-                "--clients",
-                &clients,
-                "--scrapes",
-                &scrapes,
-            ];
+            let mut args = vec!["--cpu", &cpu, "scrape", "--address", &address];
+            args.extend(["--clients", &clients, "--scrapes", &scrapes]);
             if gzip {
                 args.push("--gzip");
             }
@@ -598,7 +597,11 @@ impl Bench {
                 .collect();
             Ok(quantile(&micros, 0.99) / 1e3)
         };
-        let database = countries::database()?;
+        let database = exec::target_dir().join("bench.mmdb");
+        // 127.0.0.0/16 stays loopback.
+        let networks = (COUNTRIES.as_bytes().chunks(2).zip(1..=u8::MAX))
+            .map(|(code, n)| (format!("127.{n}.0.0/16"), String::from_utf8_lossy(code)));
+        database::make_up(&database, networks)?;
         let path = database.to_str().context("a path in UTF-8")?.to_owned();
         // Few, about 1,000 and about 10,000 samples.
         for (addresses, ports, limit) in [("1", "1", 1.0), ("15", "8", 1.0), ("240", "96", 5.0)] {
@@ -606,9 +609,9 @@ impl Bench {
             let _held = Tool::start(&["spread", "--addresses", addresses, "--ports", ports])?;
             let count = samples(&agent.scrape()?);
             let own = agent.address.to_string();
-            let plain = measure(1, false, own.clone(), "/metrics")?;
-            let gzip = measure(1, true, own.clone(), "/metrics")?;
-            let crowd = measure(40, false, own, "/metrics")?;
+            let plain = measure(1, false, own.clone())?;
+            let gzip = measure(1, true, own.clone())?;
+            let crowd = measure(40, false, own)?;
             self.rows.push(Row::bound(
                 format!("scrape p99, {count} samples"),
                 format!("≤ {limit} ms"),
@@ -632,8 +635,8 @@ impl Bench {
             AGENT_CPU,
         )?;
         std::thread::sleep(Duration::from_secs(1));
-        let count = samples(&process::get(address, "/metrics")?);
-        let node = measure(1, false, address.to_string(), "/metrics")?;
+        let count = samples(&exec::get(address, "/metrics")?);
+        let node = measure(1, false, address.to_string())?;
         self.rows.push(Row::context(
             format!("node_exporter with tcpstat alone, scrape p99, {count} samples"),
             format!("{node:.2} ms"),
