@@ -76,7 +76,7 @@ pub fn run(agent: &Path, args: &[OsString]) -> Result<ExitCode> {
     let status = wait(&mut child, &stop);
     stop.store(true, Ordering::Relaxed);
     for thread in traffic {
-        // A panic of made-up traffic has said so itself.
+        // A thread that panicked has printed its panic.
         let _ = thread.join();
     }
     Ok(match status?.code() {
@@ -88,13 +88,13 @@ pub fn run(agent: &Path, args: &[OsString]) -> Result<ExitCode> {
 
 /// Waits for the agent; a signal to us alone is passed on to it.
 fn wait(child: &mut Child, stop: &AtomicBool) -> Result<ExitStatus> {
-    let mut told = false;
+    let mut passed_on = false;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        if stop.load(Ordering::Relaxed) && !told {
-            told = true;
+        if stop.load(Ordering::Relaxed) && !passed_on {
+            passed_on = true;
             exec::run(Command::new("kill").args(["-TERM", &child.id().to_string()]))?;
         }
         sleep(Duration::from_millis(50));

@@ -235,6 +235,8 @@ pub fn cargo_tool((name, version): (&str, &str)) -> Result<()> {
     exec::run(
         exec::cargo()
             .args(["install", "--quiet", "--locked", "--version", version, name])
+            // Dependencies that two tools share are built once.
+            .env("CARGO_TARGET_DIR", exec::target_dir().join("tools"))
             .env("CARGO_PROFILE_RELEASE_LTO", "off")
             .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
             .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0"),

@@ -270,11 +270,8 @@ impl Report {
         }
         let (lines, green) = self.summary(install::is_ci());
         let (counts, lines) = lines.split_last().expect("the counts");
-        println!(
-            "{}\n{} s\n{counts}",
-            lines.join("\n"),
-            started.elapsed().as_secs()
-        );
+        lines.iter().for_each(|line| println!("{line}"));
+        println!("{} s\n{counts}", started.elapsed().as_secs());
         Ok(match green {
             true => ExitCode::SUCCESS,
             false => ExitCode::FAILURE,

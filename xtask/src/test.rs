@@ -148,7 +148,8 @@ impl Target for Binary {
     fn run(&self, names: &[String]) -> Result<Results> {
         let mut results = Results::default();
         let details = report::details(&self.name, names.is_empty())?;
-        // libtest-mimic knows one name only, and alone is alone.
+        // One process a name: libtest-mimic takes only one, and a retried test
+        // runs alone.
         let runs = match names {
             [] => vec![None],
             names => names.iter().map(Some).collect(),

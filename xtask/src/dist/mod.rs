@@ -109,20 +109,20 @@ pub fn release(args: &Args) -> Result<Release> {
     )?;
     dist.root(&binary)?;
     let (tarball, package) = (dist.tarball()?, dist.package()?);
-    let again = dist.again()?;
+    let copy = dist.copy()?;
     check(
         "tarball, package and SBOM, made twice, are the same bytes",
-        checks::same(&tarball, &again.tarball()?)
-            .and_then(|()| checks::same(&package, &again.package()?))
-            .and_then(|()| checks::same(&sbom, &again.sbom()?)),
+        checks::same(&tarball, &copy.tarball()?)
+            .and_then(|()| checks::same(&package, &copy.package()?))
+            .and_then(|()| checks::same(&sbom, &copy.sbom()?)),
     )?;
     check(
         "the tarball's binary serves a scrape in an empty root",
-        checks::runs_in_an_empty_root(&tarball, &again.out),
+        checks::runs_in_an_empty_root(&tarball, &copy.out),
     )?;
     check(
         "the package installs what it should, and runs",
-        checks::installs(&package, &again.out),
+        checks::installs(&package, &copy.out),
     )?;
     check(
         "the package keeps its configuration and starts its unit",
@@ -181,16 +181,16 @@ impl Dist {
     }
 
     /// The same content, to be packed a second time beside the first.
-    fn again(&self) -> Result<Self> {
-        let again = self.at(&self.top, self.top.join("target/dist-scratch"));
-        fresh(&again.out)?;
+    fn copy(&self) -> Result<Self> {
+        let copy = self.at(&self.top, self.top.join("target/dist-scratch"));
+        fresh(&copy.out)?;
         exec::run(
             Command::new("cp")
                 .arg("-r")
                 .arg(self.out.join("root"))
-                .arg(&again.out),
+                .arg(&copy.out),
         )?;
-        Ok(again)
+        Ok(copy)
     }
 
     fn cargo(&self) -> Command {

@@ -19,7 +19,7 @@ const CARGO_CYCLONEDX: (&str, &str) = ("cargo-cyclonedx", "0.5.9");
 /// The agent, and the programs that it embeds.
 const PACKAGES: [&str; 2] = ["connmon", "connmon-ebpf"];
 
-/// What cargo-cyclonedx is told to write beside each manifest.
+/// Name of the file that cargo-cyclonedx writes beside each manifest.
 const FILE: &str = "cyclonedx-of-dist";
 
 /// Files of a crate that hold licence terms, by how their names begin.
