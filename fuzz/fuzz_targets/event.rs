@@ -1,4 +1,4 @@
-//! A record of the ring buffer or of the walk: what it says, or a refusal.
+//! A record of the ring buffer or of a scan: it is decoded or refused.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, ensure};
 use sha2::{Digest as _, Sha256};
 
 use crate::{exec, install};
@@ -35,11 +35,11 @@ const DEBIAN_CORE: &str = "/usr/lib/rustlib/bpfel-unknown-none";
 const DEBIAN_LLVM: &str = "/usr/lib/llvm-22";
 const BPF_LINKER: &str = "0.13.0";
 
-/// Options of `build-ebpf`.
+/// `cargo xtask build-ebpf`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Change nothing; fail when the committed objects are not what the
-    /// sources say
+    /// Change nothing; fail when the committed objects are not built from the
+    /// sources
     #[arg(long)]
     check: bool,
 }
@@ -49,20 +49,21 @@ pub struct Args {
 /// # Errors
 /// When there is no toolchain, it fails, or `--check` finds a difference.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    let root = exec::root();
     if args.check {
-        check(&exec::root())?;
-        println!("the BPF objects are those of the sources");
+        check(&root)?;
+        println!("the BPF objects are built from the sources");
         return Ok(ExitCode::SUCCESS);
     }
     let toolchain = Toolchain::find()?;
-    println!("building with {}", toolchain.name());
-    let folder = exec::root().join("connmon/bpf");
-    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     for architecture in ARCHITECTURES {
-        toolchain.build(architecture, &folder.join(object_name(architecture)))?;
+        toolchain.build(
+            architecture,
+            &root.join("connmon/bpf").join(object_name(architecture)),
+        )?;
     }
-    let sidecar = toolchain.sidecar(&exec::root())?;
-    let path = folder.join(SIDECAR);
+    let sidecar = toolchain.sidecar(&root)?;
+    let path = root.join("connmon/bpf").join(SIDECAR);
     fs::write(&path, &sidecar).with_context(|| format!("cannot write {}", path.display()))?;
     print!("{sidecar}");
     Ok(ExitCode::SUCCESS)
@@ -73,24 +74,19 @@ fn object_name(architecture: &str) -> String {
 }
 
 /// Compares the sidecar with the sources and the objects.
-///
-/// # Errors
-/// When they disagree; the message says what to do.
-pub fn check(root: &Path) -> Result<()> {
+fn check(root: &Path) -> Result<()> {
     let path = root.join("connmon/bpf").join(SIDECAR);
     let sidecar =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     for (key, hash) in hashes(root)? {
-        let stands = sidecar
-            .lines()
-            .find_map(|line| line.strip_prefix(&format!("{key}: ")));
-        if stands != Some(hash.as_str()) {
-            bail!(
-                "{key} is {hash}, but {} says {}: run `cargo xtask build-ebpf` and commit connmon/bpf",
-                path.display(),
-                stands.unwrap_or("nothing")
-            );
-        }
+        let mut lines = sidecar.lines();
+        let recorded = lines.find_map(|line| line.strip_prefix(&format!("{key}: ")));
+        ensure!(
+            recorded == Some(hash.as_str()),
+            "{key} is {hash}, but {} has {}: run `cargo xtask build-ebpf` and commit connmon/bpf",
+            path.display(),
+            recorded.unwrap_or("none")
+        );
     }
     Ok(())
 }
@@ -98,11 +94,10 @@ pub fn check(root: &Path) -> Result<()> {
 /// What the sidecar holds of sources and objects: key and SHA-256.
 fn hashes(root: &Path) -> Result<Vec<(String, String)>> {
     let mut list = vec![("sources".to_owned(), hash_sources(root)?)];
-    for architecture in ARCHITECTURES {
-        let name = object_name(architecture);
+    for name in ARCHITECTURES.map(object_name) {
         let path = root.join("connmon/bpf").join(&name);
         let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        list.push((name, hex(&Sha256::digest(bytes))));
+        list.push((name, sha256(bytes)));
     }
     Ok(list)
 }
@@ -112,25 +107,21 @@ fn hashes(root: &Path) -> Result<Vec<(String, String)>> {
 fn hash_sources(root: &Path) -> Result<String> {
     let mut files = Vec::new();
     for part in ["connmon-ebpf", "connmon-common"] {
-        for name in ["Cargo.toml", "Cargo.lock"] {
-            let path = root.join(part).join(name);
-            if path.is_file() {
-                files.push(path);
-            }
-        }
+        let manifests = ["Cargo.toml", "Cargo.lock"].map(|name| root.join(part).join(name));
+        files.extend(manifests.into_iter().filter(|path| path.is_file()));
         collect(&root.join(part).join("src"), &mut files)?;
     }
     files.sort();
-    let mut hash = Sha256::new();
+    let mut hashed = Vec::new();
     for path in files {
         let name = path.strip_prefix(root).unwrap_or(&path);
         let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        hash.update(name.to_string_lossy().as_bytes());
-        hash.update([0]);
-        hash.update((bytes.len() as u64).to_le_bytes());
-        hash.update(bytes);
+        hashed.extend(name.to_string_lossy().as_bytes());
+        hashed.push(0);
+        hashed.extend((bytes.len() as u64).to_le_bytes());
+        hashed.extend(bytes);
     }
-    Ok(hex(&hash.finalize()))
+    Ok(sha256(hashed))
 }
 
 fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
@@ -147,11 +138,13 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
+/// SHA-256 in hexadecimal.
+pub fn sha256(bytes: impl AsRef<[u8]>) -> String {
+    let mut text = String::new();
+    for byte in Sha256::digest(bytes) {
         let _ = write!(text, "{byte:02x}");
-        text
-    })
+    }
+    text
 }
 
 /// What can build for the BPF target.
@@ -163,40 +156,35 @@ enum Toolchain {
 }
 
 impl Toolchain {
-    /// What is there; as root on Debian, what can be installed.
+    /// The one that is there; as root on Debian, one that can be installed.
     fn find() -> Result<Self> {
-        if Path::new(DEBIAN_CORE).is_dir() && linker().is_some() {
+        if linker().is_ok() && Path::new(DEBIAN_CORE).is_dir() {
             return Ok(Self::Debian);
         }
-        if linker().is_some() && nightly_has_sources() {
+        if linker().is_ok() && nightly_has_sources() {
             return Ok(Self::Nightly);
         }
-        if exec::is_root() && exec::has("apt-get") {
-            install_debian()?;
-            return Ok(Self::Debian);
-        }
-        bail!(
+        ensure!(
+            install::can_install(),
             "no BPF toolchain: install a nightly with rust-src (rustup toolchain install nightly -c rust-src) \
              and bpf-linker (cargo install bpf-linker), or run this as root on Debian"
         );
-    }
-
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Debian => "Debian's rustc-web",
-            Self::Nightly => "nightly with rust-src",
-        }
+        install_debian()?;
+        Ok(Self::Debian)
     }
 
     fn cargo(&self) -> Command {
         let mut command = exec::cargo();
-        if let Self::Nightly = self {
-            command = Command::new("cargo");
-            command.arg("+nightly");
-        } else {
-            command
-                .env("RUSTC", DEBIAN_RUSTC)
-                .env("RUSTC_BOOTSTRAP", "1");
+        match self {
+            Self::Debian => {
+                command
+                    .env("RUSTC", DEBIAN_RUSTC)
+                    .env("RUSTC_BOOTSTRAP", "1");
+            }
+            Self::Nightly => {
+                command = Command::new("cargo");
+                command.arg("+nightly");
+            }
         }
         // Of the outer cargo's, which may be for another compiler.
         command
@@ -208,25 +196,20 @@ impl Toolchain {
 
     fn build(&self, architecture: &str, object: &Path) -> Result<()> {
         let target_dir = exec::target_dir().join("ebpf").join(architecture);
-        let linker = linker().context("bpf-linker is gone")?;
+        // Paths of this machine would make the object differ from another's.
+        let flags = [
+            "-Cdebuginfo=2".to_owned(),
+            format!("-Clinker={}", linker()?.display()),
+            "-Clink-arg=--btf".to_owned(),
+            format!("--cfg=bpf_target_arch=\"{architecture}\""),
+            format!("--remap-path-prefix={}=.", exec::root().display()),
+            format!("--remap-path-prefix={}=cargo", exec::cargo_home().display()),
+        ];
         let mut command = self.cargo();
         command
             .args(["build", "--release", "--locked", "--target", TARGET])
             .env("CARGO_TARGET_DIR", &target_dir)
-            // Paths of this machine would make the object differ from
-            // another's.
-            .env(
-                "CARGO_ENCODED_RUSTFLAGS",
-                [
-                    "-Cdebuginfo=2".to_owned(),
-                    format!("-Clinker={}", linker.display()),
-                    "-Clink-arg=--btf".to_owned(),
-                    format!("--cfg=bpf_target_arch=\"{architecture}\""),
-                    format!("--remap-path-prefix={}=.", exec::root().display()),
-                    format!("--remap-path-prefix={}=cargo", cargo_home().display()),
-                ]
-                .join("\x1f"),
-            );
+            .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
         if let Self::Nightly = self {
             command.args(["-Z", "build-std=core"]);
         }
@@ -243,20 +226,17 @@ impl Toolchain {
     fn sidecar(&self, root: &Path) -> Result<String> {
         let mut rustc = match self {
             Self::Debian => Command::new(DEBIAN_RUSTC),
-            Self::Nightly => {
-                let mut command = Command::new("rustc");
-                command.arg("+nightly");
-                command
-            }
+            Self::Nightly => Command::new("rustc"),
         };
-        let linker = linker().context("bpf-linker is gone")?;
-        let mut text = String::from("# Written by `cargo xtask build-ebpf`.\n");
-        for (key, command) in [
-            ("compiler", rustc.arg("--version")),
-            ("linker", Command::new(linker).arg("--version")),
-        ] {
-            let _ = writeln!(text, "{key}: {}", first_line(command)?);
+        if let Self::Nightly = self {
+            rustc.arg("+nightly");
         }
+        let compiler = exec::output(rustc.arg("--version"))?;
+        let linker = exec::output(Command::new(linker()?).arg("--version"))?;
+        let linker = linker.lines().next().unwrap_or_default();
+        let mut text = format!(
+            "# Written by `cargo xtask build-ebpf`.\ncompiler: {compiler}\nlinker: {linker}\n"
+        );
         for (key, hash) in hashes(root)? {
             let _ = writeln!(text, "{key}: {hash}");
         }
@@ -264,71 +244,48 @@ impl Toolchain {
     }
 }
 
-fn first_line(command: &mut Command) -> Result<String> {
-    let output = command
-        .output()
-        .with_context(|| format!("cannot start `{}`", exec::shown(command)))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    Ok(text.lines().next().unwrap_or("unknown").trim().to_owned())
-}
-
 fn nightly_has_sources() -> bool {
-    let sysroot = Command::new("rustc")
-        .args(["+nightly", "--print", "sysroot"])
-        .output();
-    sysroot.is_ok_and(|output| {
-        let root = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-        output.status.success()
-            && Path::new(&root)
-                .join("lib/rustlib/src/rust/library/core")
-                .is_dir()
+    let mut rustc = Command::new("rustc");
+    let sysroot = exec::output(rustc.args(["+nightly", "--print", "sysroot"]));
+    sysroot.is_ok_and(|root| {
+        Path::new(&root)
+            .join("lib/rustlib/src/rust/library/core")
+            .is_dir()
     })
 }
 
-fn cargo_home() -> PathBuf {
-    env::var_os("CARGO_HOME").map_or_else(
-        || PathBuf::from(env::var_os("HOME").unwrap_or_default()).join(".cargo"),
-        PathBuf::from,
-    )
-}
-
-fn linker() -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .chain([cargo_home().join("bin")])
-        .map(|folder| folder.join("bpf-linker"))
-        .find(|file| file.is_file())
+fn linker() -> Result<PathBuf> {
+    exec::find("bpf-linker")
+        .or_else(|| Some(exec::cargo_home().join("bin/bpf-linker")).filter(|file| file.is_file()))
+        .context("there is no bpf-linker")
 }
 
 fn objcopy() -> Result<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let debian = PathBuf::from(DEBIAN_LLVM).join("bin");
-    env::split_paths(&path)
-        .chain([debian])
-        .flat_map(|folder| {
-            ["llvm-objcopy", "llvm-objcopy-22", "rust-objcopy"].map(|name| folder.join(name))
-        })
-        .find(|file| file.is_file())
+    let debian = Path::new(DEBIAN_LLVM).join("bin/llvm-objcopy");
+    let named = ["llvm-objcopy", "llvm-objcopy-22", "rust-objcopy"];
+    (named.into_iter().find_map(exec::find))
+        .or_else(|| Some(debian).filter(|file| file.is_file()))
         .context("no llvm-objcopy: install LLVM's tools (Debian: llvm-22) or cargo-binutils")
 }
 
 fn install_debian() -> Result<()> {
     install::packages(&DEBIAN_PACKAGES)?;
-    if linker().is_none() {
-        println!("installing bpf-linker {BPF_LINKER}");
-        let mut path = env::join_paths(
-            std::iter::once(PathBuf::from(DEBIAN_LLVM).join("bin"))
-                .chain(env::split_paths(&env::var_os("PATH").unwrap_or_default())),
-        )?;
-        exec::run(
-            exec::cargo()
-                .env("LLVM_PREFIX", DEBIAN_LLVM)
-                .env("PATH", std::mem::take(&mut path))
-                .args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked"])
-                .args(["--no-default-features", "--features", "llvm-22"]),
-        )?;
+    if linker().is_ok() {
+        return Ok(());
     }
-    Ok(())
+    println!("installing bpf-linker {BPF_LINKER}");
+    let path = env::var_os("PATH").unwrap_or_default();
+    let llvm = PathBuf::from(DEBIAN_LLVM).join("bin");
+    exec::run(
+        exec::cargo()
+            .env("LLVM_PREFIX", DEBIAN_LLVM)
+            .env(
+                "PATH",
+                env::join_paths([llvm].into_iter().chain(env::split_paths(&path)))?,
+            )
+            .args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked"])
+            .args(["--no-default-features", "--features", "llvm-22"]),
+    )
 }
 
 #[cfg(test)]
@@ -337,15 +294,15 @@ mod tests {
 
     /// Needs no toolchain: a change of the programs without a rebuild fails.
     #[test]
-    fn the_committed_objects_are_those_of_the_sources() {
+    fn the_committed_objects_match_the_sources() {
         check(&exec::root()).unwrap();
     }
 
     #[test]
     fn any_change_of_a_source_changes_the_hash() {
-        let root = std::env::temp_dir().join(format!("connmon-hash-{}", std::process::id()));
+        let root = env::temp_dir().join(format!("connmon-hash-{}", std::process::id()));
         let source = root.join("connmon-ebpf/src/deep/a.rs");
-        fs::create_dir_all(source.parent().unwrap()).unwrap();
+        fs::create_dir_all(source.with_file_name("")).unwrap();
         fs::create_dir_all(root.join("connmon-common/src")).unwrap();
         fs::write(&source, "one").unwrap();
         let first = hash_sources(&root).unwrap();

@@ -4,10 +4,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
+use mmdb_writer::{Value, Writer};
 
 const METADATA: &[u8] = b"\xab\xcd\xefMaxMind.com";
 /// Two records of 24 bits.
@@ -34,6 +35,26 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     fs::write(&beside, after).with_context(|| format!("cannot write {}", beside.display()))?;
     fs::rename(&beside, &args.database).with_context(|| format!("cannot replace {path}"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a database of made-up countries: network and code of each.
+///
+/// # Errors
+/// When a network is none, or the file cannot be written.
+pub fn make_up(
+    path: &Path,
+    networks: impl IntoIterator<Item = (String, impl AsRef<str>)>,
+) -> Result<()> {
+    let mut writer = Writer::new("connmon: made-up countries");
+    for (network, code) in networks {
+        let network: ipnet::IpNet = network.parse()?;
+        let record = Value::map([("country_code", Value::from(code.as_ref()))]);
+        writer
+            .insert_value(network, record)
+            .with_context(|| format!("database entry {network}"))?;
+    }
+    let bytes = writer.to_bytes().context("cannot build the database")?;
+    fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// A search tree with what follows it.
@@ -225,24 +246,22 @@ fn same(a: &Tree<'_>, b: &Tree<'_>) -> Result<bool> {
 mod tests {
     use super::*;
     use maxminddb::{Reader, WithinOptions};
-    use mmdb_writer::{Value, Writer};
 
-    /// Thirty-two networks of one pattern, IPv4 and IPv6.
-    fn database() -> Vec<u8> {
-        let mut writer = Writer::new("connmon-test");
-        for at in 0..16 {
-            for (network, code) in [
+    /// Networks of one pattern, IPv4 and IPv6.
+    fn database(name: &str) -> Vec<u8> {
+        let networks = (0..16).flat_map(|at| {
+            [
                 (format!("20.{at}.0.0/17"), "DE"),
                 (format!("20.{at}.128.0/20"), "FR"),
                 (format!("2600:{at}00::/32"), "US"),
                 (format!("2600:{at}80::/48"), "DE"),
-            ] {
-                let network: ipnet::IpNet = network.parse().unwrap();
-                let value = Value::map([("country_code", Value::from(code))]);
-                writer.insert_value(network, value).unwrap();
-            }
-        }
-        writer.to_bytes().unwrap()
+            ]
+        });
+        let path = std::env::temp_dir().join(format!("connmon-{name}-{}", std::process::id()));
+        make_up(&path, networks).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        bytes
     }
 
     fn networks(file: &[u8]) -> Vec<(String, Option<String>)> {
@@ -261,8 +280,8 @@ mod tests {
     }
 
     #[test]
-    fn a_shrunk_database_says_the_same() {
-        let file = database();
+    fn a_shrunk_database_has_the_same_networks() {
+        let file = database("shrink");
         let shrunk = shrink(&file).unwrap();
         assert!(shrunk.len() < file.len(), "{} {}", file.len(), shrunk.len());
         assert_eq!(networks(&shrunk), networks(&file));
@@ -271,8 +290,8 @@ mod tests {
     }
 
     #[test]
-    fn trees_that_differ_are_told_apart() {
-        let file = database();
+    fn trees_that_differ_are_found_different() {
+        let file = database("differ");
         let tree = Tree::parse(&file).unwrap();
         assert!(same(&tree, &tree).unwrap());
         let leaf = (0..2 * tree.nodes.len())
@@ -288,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_database_is_refused() {
+    fn a_file_that_is_no_database_is_refused() {
         for file in [
             &b""[..],
             METADATA,
@@ -296,7 +315,7 @@ mod tests {
         ] {
             assert!(shrink(file).is_err());
         }
-        let file = database();
+        let file = database("refused");
         assert!(shrink(&file[NODE..]).is_err());
     }
 }

@@ -16,11 +16,10 @@ use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use mmdb_writer::{Value, Writer};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Socket, Type};
 
-use crate::exec;
+use crate::{database, exec};
 
 /// The machine that is watched, and everybody else.
 const HERE: &str = "connmon-demo-here";
@@ -77,7 +76,7 @@ pub fn run(agent: &Path, args: &[OsString]) -> Result<ExitCode> {
     let status = wait(&mut child, &stop);
     stop.store(true, Ordering::Relaxed);
     for thread in traffic {
-        // A panic of made-up traffic has said so itself.
+        // A thread that panicked has printed its panic.
         let _ = thread.join();
     }
     Ok(match status?.code() {
@@ -89,13 +88,13 @@ pub fn run(agent: &Path, args: &[OsString]) -> Result<ExitCode> {
 
 /// Waits for the agent; a signal to us alone is passed on to it.
 fn wait(child: &mut Child, stop: &AtomicBool) -> Result<ExitStatus> {
-    let mut told = false;
+    let mut passed_on = false;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        if stop.load(Ordering::Relaxed) && !told {
-            told = true;
+        if stop.load(Ordering::Relaxed) && !passed_on {
+            passed_on = true;
             exec::run(Command::new("kill").args(["-TERM", &child.id().to_string()]))?;
         }
         sleep(Duration::from_millis(50));
@@ -176,17 +175,15 @@ impl Files {
 
     /// The database as a file.
     fn database(&self) -> Result<PathBuf> {
-        let mut writer = Writer::new("connmon demo: made-up countries of 10.0.0.0/8");
-        for (index, country) in COUNTRIES.iter().enumerate() {
-            let network: ipnet::IpNet = format!("10.{}.0.0/16", index + 1).parse()?;
-            let record = Value::map([("country_code", Value::from(*country))]);
-            writer
-                .insert_value(network, record)
-                .with_context(|| format!("database entry {network}"))?;
-        }
         let path = self.0.join("demo.mmdb");
-        let bytes = writer.to_bytes().context("cannot build the database")?;
-        std::fs::write(&path, bytes).with_context(|| path.display().to_string())?;
+        let network = |index| format!("10.{}.0.0/16", index + 1);
+        database::make_up(
+            &path,
+            COUNTRIES
+                .iter()
+                .enumerate()
+                .map(|(at, code)| (network(at), code)),
+        )?;
         Ok(path)
     }
 }

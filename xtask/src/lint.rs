@@ -1,4 +1,5 @@
-//! Format, lints, docs, supply chain, the other architecture.
+//! `cargo xtask lint`: format, lints, docs, supply chain, and the other
+//! architecture.
 
 use std::process::{Command, ExitCode};
 
@@ -7,19 +8,23 @@ use anyhow::{Context as _, Result, bail};
 use crate::exec::{cargo, root, run as exec};
 use crate::{cross, install};
 
-/// Pinned; takes minutes to build, so that only CI installs it by itself.
+/// Takes minutes to build, so that only CI installs it by itself.
 const CARGO_DENY: (&str, &str) = ("cargo-deny", "0.20.2");
 
-/// Everything with a lock file of its own.
+/// Every manifest with a lock file of its own. deny.toml is written for the
+/// first; what it allows or skips need not occur in the others.
 const MANIFESTS: [&str; 3] = ["Cargo.toml", "connmon-ebpf/Cargo.toml", "fuzz/Cargo.toml"];
 
-/// What deny.toml says for one manifest need not occur in another.
-const NOT_EVERYWHERE: [&str; 4] = [
+/// Lints about what deny.toml names and a manifest does not need.
+const UNUSED: [&str; 3] = [
     "unmatched-skip",
     "unnecessary-skip",
     "license-not-encountered",
-    "license-exception-not-encountered",
 ];
+
+/// With this variable cargo-deny fetches the database of advisories, which is
+/// a git repository and no package of a registry.
+const FETCH: &str = "CONNMON_FETCH_ADVISORIES";
 
 /// Fails at the first complaint.
 ///
@@ -27,15 +32,11 @@ const NOT_EVERYWHERE: [&str; 4] = [
 /// When a tool complains or cannot be started.
 pub fn run() -> Result<ExitCode> {
     exec(cargo().args(["fmt", "--all", "--check"]))?;
-    exec(cargo().args([
-        "clippy",
-        "--workspace",
-        "--all-targets",
-        "--locked",
-        "--",
-        "-D",
-        "warnings",
-    ]))?;
+    exec(
+        cargo()
+            .args(["clippy", "--workspace", "--all-targets", "--locked"])
+            .args(["--", "-D", "warnings"]),
+    )?;
     exec(
         cargo()
             .args(["doc", "--workspace", "--no-deps", "--locked", "--quiet"])
@@ -43,23 +44,33 @@ pub fn run() -> Result<ExitCode> {
     )?;
     supply_chain()?;
     cross::check()?;
-    println!("format, lints, docs and supply chain are clean");
+    println!("format, lints, docs, supply chain and the check for aarch64 are clean");
     Ok(ExitCode::SUCCESS)
 }
 
-/// What deny.toml allows is what is built.
+/// Licences, duplicates, sources and advisories, by deny.toml.
 fn supply_chain() -> Result<()> {
     let (name, version) = CARGO_DENY;
     if !install::is_ci() && !install::has_cargo_tool(CARGO_DENY) {
         println!(
-            "skipped: cargo deny: not there, and takes minutes to build: \
+            "skipped: supply chain: cargo-deny is not installed and takes minutes to build: \
              cargo install --locked {name}@{version}"
         );
         return Ok(());
     }
     install::cargo_tool(CARGO_DENY)?;
     for manifest in MANIFESTS {
-        exec(deny(manifest, &[]).args(["licenses", "bans", "sources"]))?;
+        let level = match manifest == MANIFESTS[0] {
+            true => "--deny",
+            false => "--allow",
+        };
+        let mut command = deny(manifest, &[]);
+        for lint in UNUSED {
+            command.args([level, lint]);
+        }
+        // Of the fuzz targets alone.
+        command.args(["--allow", "license-exception-not-encountered"]);
+        exec(command.args(["licenses", "bans", "sources"]))?;
     }
     advisories()
 }
@@ -74,14 +85,10 @@ fn deny(manifest: &str, options: &[&str]) -> Command {
         .arg("--manifest-path")
         .arg(root().join(manifest))
         .arg("check");
-    for lint in NOT_EVERYWHERE {
-        command.args(["--allow", lint]);
-    }
     command
 }
 
-/// Known vulnerabilities. Their database lies in a git repository, not in a
-/// registry of packages, and is fetched only where that is asked for.
+/// Known vulnerabilities, where their database is on this machine.
 fn advisories() -> Result<()> {
     let offline: &[&str] = match std::env::var_os(FETCH) {
         Some(_) => &[],
@@ -95,13 +102,12 @@ fn advisories() -> Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    if !said.contains("advisory-db") {
-        bail!("cargo deny check advisories:\n{said}");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if !errors.contains("advisory-db") {
+        bail!("cargo deny check advisories:\n{errors}");
     }
-    println!("not applicable: advisories: no database here; {FETCH}=1 fetches it");
+    println!(
+        "not applicable: advisories: their database is not on this machine; {FETCH}=1 fetches it"
+    );
     Ok(())
 }
-
-/// Asks for the database of advisories.
-const FETCH: &str = "CONNMON_FETCH_ADVISORIES";

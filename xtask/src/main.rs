@@ -1,4 +1,7 @@
-//! `cargo xtask`: everything one does with connmon beside writing it.
+//! `cargo xtask`: builds, runs, tests, measures and packs connmon, one module
+//! a subcommand.
+
+#![forbid(unsafe_code)]
 
 mod bench;
 mod build_ebpf;
@@ -10,8 +13,8 @@ mod exec;
 mod fuzz;
 mod install;
 mod lint;
+mod report;
 mod run;
-mod tally;
 mod test;
 mod vm;
 

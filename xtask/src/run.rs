@@ -39,7 +39,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     ]))?;
     let agent = exec::target_dir().join("release/connmon");
     let mut arguments = Vec::new();
-    if !says_where_to_listen(&args.agent) {
+    if !sets_listen_address(&args.agent) {
         arguments.extend(["--web.listen-address", LISTEN].map(OsString::from));
     }
     arguments.extend(args.agent.iter().cloned());
@@ -61,7 +61,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
     command.args(&arguments);
     if !exec::is_root() {
-        if !exec::has("sudo") {
+        if exec::find("sudo").is_none() {
             println!("tracing needs root, and there is no sudo here. As root, type:");
             let variables = connmon_variables().into_iter().filter_map(|name| {
                 let value = env::var(&name).ok()?;
@@ -122,7 +122,7 @@ fn connmon_variables() -> Vec<String> {
 }
 
 /// Whether the caller decides where to listen, by flag, variable or file.
-fn says_where_to_listen(args: &[OsString]) -> bool {
+fn sets_listen_address(args: &[OsString]) -> bool {
     let address = "web.listen-address";
     if flag(args, address).is_some() || env::var_os("CONNMON_WEB_LISTEN_ADDRESS").is_some() {
         return true;

@@ -1,4 +1,4 @@
-//! `cargo xtask run`: who builds, who runs, where it listens.
+//! `cargo xtask run`: which user builds, which runs, where it listens.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -147,7 +147,7 @@ fn settings_of_the_environment_reach_the_agent() {
 }
 
 #[test]
-fn it_listens_on_loopback_unless_told_otherwise() {
+fn it_listens_on_loopback_unless_set_otherwise() {
     let bench = Bench::new("listen");
     let (named, other) = (bench.0.join("named.yml"), bench.0.join("other.yml"));
     fs::write(&named, "web.listen-address: [\":1\"]\n").unwrap();
@@ -167,8 +167,8 @@ fn it_listens_on_loopback_unless_told_otherwise() {
         (vec![], vec!["--web.listen-addresses", "x"], true),
     ] {
         let args: Vec<&str> = std::iter::once("--").chain(args).collect();
-        let (log, said) = bench.run(true, &variables, &args);
-        assert_eq!(log.len(), 2, "{said}");
+        let (log, printed) = bench.run(true, &variables, &args);
+        assert_eq!(log.len(), 2, "{printed}");
         assert_eq!(log[1].contains(LOOPBACK), added, "{variables:?}: {log:?}");
     }
 }
@@ -177,10 +177,10 @@ fn it_listens_on_loopback_unless_told_otherwise() {
 fn without_sudo_the_command_is_one_to_type() {
     let bench = Bench::new("typed");
     let variables = [("CONNMON_PORTS_ALLOW", "it's 1")];
-    let (log, said) = bench.run(false, &variables, &["--", "--source", "a b"]);
+    let (log, printed) = bench.run(false, &variables, &["--", "--source", "a b"]);
     assert_eq!(log.len(), 1, "{log:?}");
-    let typed = said.lines().last().unwrap().trim();
-    // A shell takes it apart again.
+    let typed = printed.lines().last().unwrap().trim();
+    // A shell reads the words back.
     let script = format!(
         "run() {{ printf '%s\\n' \"$CONNMON_PORTS_ALLOW\" \"$@\"; }}\n{}",
         typed.replace("'/built here/release/connmon'", "run")
@@ -195,7 +195,7 @@ fn without_sudo_the_command_is_one_to_type() {
         "--source",
         "a b",
     ];
-    assert_eq!(words, expected, "{said}");
+    assert_eq!(words, expected, "{printed}");
     assert!(!typed.contains("sudo"), "{typed}");
 }
 
@@ -253,16 +253,16 @@ fn the_demo_shows_countries_and_leaves_nothing_behind() {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(demo.stderr.take().unwrap()).lines();
-    let mut said = String::new();
+    let mut printed = String::new();
     let address = loop {
         let Some(line) = lines.next() else {
-            panic!("the demo ended: {said}");
+            panic!("the demo ended: {printed}");
         };
         let line = line.unwrap();
         if let Some((_, rest)) = line.split_once("http://") {
             break rest.split('/').next().unwrap().to_owned();
         }
-        said += &line;
+        printed += &line;
     };
     // Read on, so that nobody waits for the pipe.
     let reader = std::thread::spawn(move || lines.map_while(Result::ok).last());

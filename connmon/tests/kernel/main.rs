@@ -1,12 +1,8 @@
 //! The state scenarios on the running kernel, rung by rung: each asserted
 //! event by event through a tracer of its own, and in the metrics of a
 //! running agent. `cargo test` runs it on this machine's kernel for the rungs
-//! that it allows; `cargo xtask vm` runs the same binary in guests, where
-//! every rung must be there.
-//!
-//! A scenario that failed while the kernel left out runs of the programs is
-//! retried, see [`World::excuse`], which a line `retried: …` reports. Prints
-//! `PASS|FAIL|NA <release> <rung> <scenario> …`.
+//! that the kernel allows; `cargo xtask vm` runs the same binary in guests,
+//! where every rung must attach. A test's name is `RUNG::SCENARIO`.
 
 mod accepts;
 mod bytes;
@@ -35,136 +31,176 @@ mod world;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
 
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use scenarios::Scenario;
 use world::{Outcome, Rung, TRIES, World};
 
-/// What was typed; libtest's own flags are let pass.
-struct Args {
-    rungs: Vec<Rung>,
-    filter: Option<String>,
+/// What the harness asks of the main thread, which alone is in the network
+/// namespace and holds the [`World`].
+struct Request {
+    rung: Rung,
+    name: String,
+    /// `None` ends the agent of this rung, which must exit cleanly.
+    scenario: Option<Scenario>,
+    answer: SyncSender<Result<Completion, Failed>>,
 }
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(host::WITHOUT_FIRST_THREAD) {
         host::without_first_thread();
     }
-    let args = parse();
+    let mut args = Arguments::from_args();
     if !rustix::process::geteuid().is_root() {
         support::skipped("state scenarios", "need root");
-        return tally(0, 0);
+        return ExitCode::SUCCESS;
     }
-    // As libtest begins, for whoever counts.
-    println!("\nrunning {} scenarios", scenarios::ALL.len());
+    args.test_threads = Some(1);
+    let (requests, asked) = sync_channel(0);
+    let trials = trials(&mut args, &requests);
+    drop(requests);
+    if args.list {
+        return libtest_mimic::run(&args, trials).exit_code();
+    }
+    let conclusion = thread::scope(|scope| {
+        let harness = scope.spawn(|| libtest_mimic::run(&args, trials));
+        serve(&asked);
+        harness.join()
+    });
+    conclusion
+        .expect("the harness catches every panic")
+        .exit_code()
+}
+
+/// The scenarios of every rung that the arguments select, and after those of
+/// a rung the end of its agent. A filter is one part of a name or several
+/// between commas.
+fn trials(args: &mut Arguments, requests: &SyncSender<Request>) -> Vec<Trial> {
+    let filter = args.filter.take();
+    let exact = std::mem::take(&mut args.exact);
+    let selected = |name: &str| {
+        let mut parts = filter.iter().flat_map(|filter| filter.split(','));
+        filter.is_none() || parts.any(|part| name == part || !exact && name.contains(part))
+    };
+    let mut trials = Vec::new();
+    for rung in rungs() {
+        let named = |scenario: &str| format!("{}::{scenario}", rung.name());
+        let before = trials.len();
+        for &(name, on, scenario) in scenarios::ALL {
+            if on.includes(rung) && selected(&named(name)) {
+                trials.push(trial(rung, named(name), Some(scenario), requests));
+            }
+        }
+        if trials.len() > before {
+            trials.push(trial(rung, named("end"), None, requests));
+        }
+    }
+    trials
+}
+
+/// Those of `CONNMON_RUNGS`, which names them between commas.
+fn rungs() -> Vec<Rung> {
+    match std::env::var("CONNMON_RUNGS") {
+        Ok(names) => names
+            .split(',')
+            .map(|name| Rung::from_name(name).unwrap_or_else(|| panic!("no rung {name}")))
+            .collect(),
+        Err(_) => vec![Rung::Auto, Rung::Tracepoint, Rung::Proc],
+    }
+}
+
+fn trial(
+    rung: Rung,
+    name: String,
+    scenario: Option<Scenario>,
+    requests: &SyncSender<Request>,
+) -> Trial {
+    let requests = requests.clone();
+    Trial::ignorable_test(name.clone(), move || {
+        let (answer, answered) = sync_channel(1);
+        requests.send(Request {
+            rung,
+            name,
+            scenario,
+            answer,
+        })?;
+        answered.recv()?
+    })
+}
+
+/// Answers every request; the world of a rung lasts from its first scenario
+/// to its end.
+fn serve(asked: &Receiver<Request>) {
     let network = network::Network::enter();
-    let (mut passed, mut failed) = (0, 0);
-    for rung in args.rungs {
-        match World::new(rung, &network) {
-            Ok(world) => {
-                let (now_passed, now_failed) = run(world, args.filter.as_deref());
-                passed += now_passed;
-                failed += now_failed;
+    let mut world: Option<Result<World<'_>, String>> = None;
+    for request in asked {
+        let ready = world.get_or_insert_with(|| {
+            caught(|| World::new(request.rung, &network)).unwrap_or_else(Err)
+        });
+        let done = match (ready, request.scenario) {
+            (Ok(world), Some(scenario)) => run(world, &request.name, scenario),
+            (Err(reason), Some(_)) => {
+                Err(format!("{} does not attach: {reason}", request.rung.name()).into())
             }
-            Err(reason) => {
-                failed += 1;
-                println!("FAIL {} {} attach {reason}", release(), rung.name());
-            }
-        }
-    }
-    drop(network);
-    tally(passed, failed)
-}
-
-fn parse() -> Args {
-    let mut rungs = Vec::new();
-    let mut filter = None;
-    let mut args = std::env::args().skip(1);
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "--rung" => {
-                let name = args.next().expect("--rung takes a name");
-                rungs.push(Rung::from_name(&name).expect("a rung"));
-            }
-            "--scenario" => filter = args.next(),
-            flag if flag.starts_with('-') => {}
-            name => filter = Some(name.to_owned()),
-        }
-    }
-    if rungs.is_empty() {
-        rungs = vec![Rung::Auto, Rung::Tracepoint, Rung::Proc];
-    }
-    Args { rungs, filter }
-}
-
-fn run(mut world: World<'_>, filter: Option<&str>) -> (u64, u64) {
-    let (mut passed, mut failed) = (0, 0);
-    let release = release();
-    let rung = world.rung.name();
-    let is_asked =
-        |name: &str| filter.is_none_or(|filter| filter.split(',').any(|part| name.contains(part)));
-    for &(name, on, scenario) in scenarios::ALL {
-        if !on.includes(world.rung) || !is_asked(name) {
-            continue;
-        }
-        let started = Instant::now();
-        let mut excused = Vec::new();
-        let came_to = loop {
-            let tries = excused.len() + 1;
-            let came_to = catch_unwind(AssertUnwindSafe(|| {
-                world.begin();
-                let outcome = scenario(&mut world);
-                world.check_laws();
-                outcome
-            }));
-            let Err(panic) = &came_to else {
-                break came_to;
-            };
-            if tries == TRIES {
-                break came_to;
-            }
-            let said = message(panic.as_ref());
-            match catch_unwind(AssertUnwindSafe(|| world.excuse(tries))) {
-                Ok(Some(excuse)) => excused.push(format!("{excuse}: {said}")),
-                _ => break came_to,
-            }
+            (_, None) => match world.take() {
+                Some(Ok(world)) => caught(|| world.end())
+                    .map(|()| Completion::Completed)
+                    .map_err(Failed::from),
+                _ => Ok(Completion::ignored()),
+            },
         };
-        let took = started.elapsed().as_millis();
-        let excused = excused.join("; ");
-        match came_to {
-            Ok(Outcome::Held) => {
-                passed += 1;
+        // The harness waits for it.
+        let _ = request.answer.send(done);
+    }
+}
+
+/// Runs one scenario. One that failed while the kernel left out runs of the
+/// programs is retried, see [`World::excuse`], which a line `retried: …`
+/// reports.
+fn run(world: &mut World<'_>, name: &str, scenario: Scenario) -> Result<Completion, Failed> {
+    let mut excused = Vec::new();
+    loop {
+        let tries = excused.len() + 1;
+        let outcome = caught(|| {
+            world.begin();
+            let outcome = scenario(world);
+            world.check_laws();
+            outcome
+        });
+        match outcome {
+            Ok(outcome) => {
                 if !excused.is_empty() {
-                    println!("retried: {release} {rung} {name}: {excused}");
+                    println!("retried: {name}: {}", excused.join("; "));
                 }
-                println!("PASS {release} {rung} {name} {took} ms");
+                return Ok(match outcome {
+                    Outcome::Held => Completion::Completed,
+                    Outcome::NotApplicable(reason) => {
+                        println!("not applicable: {name}: {reason}");
+                        Completion::ignored_with(reason)
+                    }
+                });
             }
-            Ok(Outcome::NotApplicable(reason)) => {
-                println!("NA {release} {rung} {name} {reason}");
-                if !world::in_guest() {
-                    println!("not applicable: {release} {rung} {name}: {reason}");
-                }
-            }
-            Err(panic) => {
-                failed += 1;
-                let said = message(panic.as_ref());
-                match excused.is_empty() {
-                    true => println!("FAIL {release} {rung} {name} {said}"),
-                    false => println!("FAIL {release} {rung} {name} {said}; before: {excused}"),
+            Err(message) => {
+                let excuse = caught(|| world.excuse(tries));
+                match excuse {
+                    Ok(Some(excuse)) if tries < TRIES => {
+                        excused.push(format!("{excuse}: {message}"));
+                    }
+                    _ if excused.is_empty() => return Err(message.into()),
+                    _ => return Err(format!("{message}; before: {}", excused.join("; ")).into()),
                 }
             }
         }
     }
-    if let Err(error) = catch_unwind(AssertUnwindSafe(|| world.end())) {
-        failed += 1;
-        println!("FAIL {release} {rung} end {}", message(error.as_ref()));
-    } else {
-        passed += 1;
-        println!("PASS {release} {rung} end 0 ms");
-    }
-    (passed, failed)
 }
 
-/// What a panic said, on one line.
+/// What `work` returns, or the message of its panic on one line.
+fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| message(panic.as_ref()))
+}
+
 fn message(panic: &(dyn Any + Send)) -> String {
     let message = panic
         .downcast_ref::<String>()
@@ -179,13 +215,4 @@ fn release() -> String {
         .release()
         .to_string_lossy()
         .into_owned()
-}
-
-/// Ends as libtest does, for whoever counts.
-fn tally(passed: u64, failed: u64) -> ExitCode {
-    let verdict = if failed == 0 { "ok" } else { "FAILED" };
-    println!(
-        "\ntest result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out"
-    );
-    ExitCode::from(u8::from(failed > 0))
 }

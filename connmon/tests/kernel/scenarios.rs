@@ -41,7 +41,7 @@ impl On {
     }
 }
 
-type Scenario = fn(&mut World<'_>) -> Outcome;
+pub type Scenario = fn(&mut World<'_>) -> Outcome;
 
 /// In this order; the first ones say what the others stand on.
 pub const ALL: &[(&str, On, Scenario)] = &[

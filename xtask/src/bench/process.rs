@@ -1,13 +1,13 @@
 //! The programs under measurement: started, pinned, watched, ended.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::exec;
 
@@ -96,18 +96,9 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts the release agent and waits for a scrape with status 200.
-    pub fn start(cpu: &str, args: &[&str]) -> Result<Self> {
-        Self::start_on(cpu, args)
-    }
-
-    /// The same on whichever processor is idle.
-    pub fn start_unpinned(args: &[&str]) -> Result<Self> {
-        let cpus = std::thread::available_parallelism()?;
-        Self::start_on(&format!("0-{}", cpus.get() - 1), args)
-    }
-
-    fn start_on(cpus: &str, args: &[&str]) -> Result<Self> {
+    /// Starts the release agent on these processors and waits for a scrape
+    /// with status 200.
+    pub fn start(cpus: &str, args: &[&str]) -> Result<Self> {
         let address = free_address()?;
         let started = Instant::now();
         let process = Running::start(
@@ -117,14 +108,11 @@ impl Agent {
                 .args(args),
             cpus,
         )?;
-        let until = started + PATIENCE;
-        loop {
-            if get(address, "/metrics").is_ok() {
-                break;
-            }
-            if Instant::now() > until {
-                bail!("the agent at {address} is not ready after {PATIENCE:?}");
-            }
+        while exec::get(address, "/metrics").is_err() {
+            ensure!(
+                started.elapsed() < PATIENCE,
+                "the agent at {address} is not ready after {PATIENCE:?}"
+            );
             sleep(Duration::from_millis(1));
         }
         Ok(Self {
@@ -136,7 +124,7 @@ impl Agent {
 
     /// One scrape.
     pub fn scrape(&self) -> Result<String> {
-        get(self.address, "/metrics")
+        exec::get(self.address, "/metrics")
     }
 }
 
@@ -162,21 +150,6 @@ pub fn free_address() -> Result<SocketAddr> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }
 
-/// Body of a 200 answer.
-pub fn get(address: SocketAddr, path: &str) -> Result<String> {
-    let mut stream = std::net::TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
-    )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no head")?;
-    anyhow::ensure!(head.starts_with("HTTP/1.1 200"), "{head}");
-    Ok(body.to_owned())
-}
-
 /// A tool of this program (see `tool.rs`) that runs until dropped.
 #[derive(Debug)]
 pub struct Tool {
@@ -195,7 +168,7 @@ impl Tool {
             .with_context(|| format!("cannot start `{}`", exec::shown(&command)))?;
         let mut line = String::new();
         BufReader::new(child.stdout.take().context("piped")?).read_line(&mut line)?;
-        anyhow::ensure!(line.trim() == "ready", "bench-tool {args:?} is not ready");
+        ensure!(line.trim() == "ready", "bench-tool {args:?} is not ready");
         Ok(Self {
             stdin: child.stdin.take(),
             child,
@@ -213,13 +186,7 @@ impl Drop for Tool {
 
 /// Runs a tool to its end; what it printed.
 pub fn output(args: &[&str]) -> Result<String> {
-    let mut command = tool(args)?;
-    let output = command
-        .stderr(Stdio::inherit())
-        .output()
-        .with_context(|| format!("cannot start `{}`", exec::shown(&command)))?;
-    anyhow::ensure!(output.status.success(), "bench-tool {args:?} failed");
-    Ok(String::from_utf8(output.stdout)?)
+    exec::output(&mut tool(args)?)
 }
 
 fn tool(args: &[&str]) -> Result<Command> {

@@ -1,4 +1,5 @@
-//! What the kernel and criterion say of programs and benchmarks.
+//! Costs of BPF programs by the kernel's own statistics, and results of
+//! criterion.
 
 use std::collections::HashMap;
 use std::fs;
@@ -42,12 +43,8 @@ pub struct Runs {
 
 /// Every loaded program by id.
 pub fn all() -> Result<HashMap<u32, Runs>> {
-    let output = Command::new("bpftool")
-        .args(["-j", "prog", "show"])
-        .output()
-        .context("cannot start bpftool")?;
-    let programs: Vec<Runs> =
-        serde_json::from_slice(&output.stdout).context("bpftool -j prog show")?;
+    let text = exec::output(Command::new("bpftool").args(["-j", "prog", "show"]))?;
+    let programs: Vec<Runs> = serde_json::from_str(&text).context("bpftool -j prog show")?;
     Ok(programs
         .into_iter()
         .map(|program| (program.id, program))
@@ -85,7 +82,7 @@ pub fn cost(
 }
 
 /// (what, directory under target/criterion, bound in elements per second).
-pub const CRITERION: &[(&str, &str, f64)] = &[
+pub const CRITERION: [(&str, &str, f64); 4] = [
     (
         "events folded per core, 100k connections, IPv4",
         "fold_events/100k connections, IPv4",
@@ -109,30 +106,15 @@ pub const CRITERION: &[(&str, &str, f64)] = &[
 ];
 
 /// Elements per second of a criterion benchmark's last run.
-pub fn criterion_rate(id: &str) -> Result<Option<f64>> {
-    #[derive(Deserialize)]
-    struct Estimates {
-        median: Estimate,
-    }
-    #[derive(Deserialize)]
-    struct Estimate {
-        point_estimate: f64,
-    }
-    #[derive(Deserialize)]
-    struct Benchmark {
-        throughput: Option<HashMap<String, u64>>,
-    }
+pub fn criterion_rate(id: &str) -> Result<f64> {
     let dir = exec::target_dir().join("criterion").join(id).join("new");
-    let Ok(estimates) = fs::read(dir.join("estimates.json")) else {
-        return Ok(None);
+    let number = |file: &str, pointer: &str| -> Result<f64> {
+        let path = dir.join(file);
+        let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let value: serde_json::Value = serde_json::from_slice(&text)?;
+        let number = value.pointer(pointer).and_then(serde_json::Value::as_f64);
+        number.with_context(|| format!("{} has no {pointer}", path.display()))
     };
-    let estimates: Estimates = serde_json::from_slice(&estimates)?;
-    let benchmark: Benchmark = serde_json::from_slice(&fs::read(dir.join("benchmark.json"))?)?;
-    let elements = benchmark
-        .throughput
-        .and_then(|throughput| throughput.get("Elements").copied())
-        .context("a benchmark without a number of elements")?;
-    Ok(Some(
-        elements as f64 / (estimates.median.point_estimate / 1e9),
-    ))
+    let nanoseconds = number("estimates.json", "/median/point_estimate")?;
+    Ok(number("benchmark.json", "/throughput/Elements")? / (nanoseconds / 1e9))
 }

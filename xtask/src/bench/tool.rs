@@ -1,5 +1,5 @@
-//! Load, held sockets, scrapes and programs to compare with, each in a process
-//! of its own, so that it can be pinned and counted apart from what it measures.
+//! Load, held sockets and scrapes, each in a process of its own, so that it can
+//! be pinned and counted apart from what it measures.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -14,7 +14,10 @@ use rustix::net::{
 use rustix::thread::{CpuSet, sched_setaffinity};
 use socket2::{Domain, Socket, Type};
 
-use super::{figures, reference};
+use super::table;
+
+/// IPPROTO_TCP (`include/uapi/linux/in.h`).
+const IPPROTO_TCP: u8 = 6;
 
 /// `cargo xtask bench-tool`; called by `bench` alone.
 #[derive(Debug, clap::Args)]
@@ -58,7 +61,7 @@ enum Tool {
     /// Dump the machine's sockets by sock_diag and look at no more than the
     /// messages' types; prints the median of five times in seconds
     Discard,
-    /// GET a page again and again; prints latencies in microseconds
+    /// GET a page many times; prints latencies in microseconds
     Scrape {
         #[arg(long)]
         address: SocketAddr,
@@ -71,10 +74,6 @@ enum Tool {
         #[arg(long)]
         gzip: bool,
     },
-    /// Attach an empty program to the hook until stdin ends
-    Empty,
-    /// Attach a program that writes 8 bytes into a ring until stdin ends
-    Record,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -114,18 +113,6 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             scrapes,
             gzip,
         } => scrape(*address, path, *clients, *scrapes, *gzip)?,
-        Tool::Empty => {
-            let _attached = reference::attach_nothing()?;
-            wait_for_end()?;
-        }
-        Tool::Record => {
-            let ring = reference::attach_record()?;
-            let ended = std::thread::spawn(wait_for_end);
-            while !ended.is_finished() {
-                ring.discard();
-                std::thread::sleep(Duration::from_millis(5));
-            }
-        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -149,15 +136,15 @@ fn discard() -> Result<()> {
     let mut times = Vec::new();
     for _ in 0..5 {
         let started = Instant::now();
-        for family in [libc::AF_INET, libc::AF_INET6] {
+        for family in [AddressFamily::INET, AddressFamily::INET6] {
             // struct nlmsghdr and struct inet_diag_req_v2: SOCK_DIAG_BY_FAMILY,
             // NLM_F_REQUEST | NLM_F_DUMP, the states that an audit asks for.
             let mut request = [0; 72];
             request[..4].copy_from_slice(&72_u32.to_ne_bytes());
             request[4..6].copy_from_slice(&20_u16.to_ne_bytes());
             request[6..8].copy_from_slice(&0x301_u16.to_ne_bytes());
-            request[16] = family as u8;
-            request[17] = libc::IPPROTO_TCP as u8;
+            request[16] = family.as_raw() as u8;
+            request[17] = IPPROTO_TCP;
             request[20..24].copy_from_slice(&0b1111_0011_1110_u32.to_ne_bytes());
             rustix::net::send(&socket, &request, SendFlags::empty())?;
             loop {
@@ -169,7 +156,7 @@ fn discard() -> Result<()> {
         }
         times.push(started.elapsed().as_secs_f64());
     }
-    println!("{}", figures::Spread::of(&times).median);
+    println!("{}", table::median(&times));
     Ok(())
 }
 
@@ -292,41 +279,35 @@ fn scrape(address: SocketAddr, path: &str, clients: u8, scrapes: u32, gzip: bool
     Ok(())
 }
 
-/// Reads one answer with a Content-Length and keeps no body, since what this
-/// costs is in every figure; or one in chunks.
-fn answer(stream: &mut TcpStream, chunk: &mut [u8]) -> Result<()> {
+/// Reads one answer, with a Content-Length or in chunks, and keeps no body,
+/// since what this costs is in every measured time.
+fn answer(stream: &mut TcpStream, buffer: &mut [u8]) -> Result<()> {
     let mut filled = 0;
-    let (end, head) = loop {
-        let read = stream.read(&mut chunk[filled..])?;
+    let mut read = |buffer: &mut [u8]| -> Result<usize> {
+        let read = stream.read(buffer)?;
         anyhow::ensure!(read > 0, "the server closed the connection");
-        filled += read;
-        if let Some(end) = chunk[..filled].windows(4).position(|at| at == b"\r\n\r\n") {
-            break (
-                end,
-                std::str::from_utf8(&chunk[..end])?.to_ascii_lowercase(),
-            );
+        Ok(read)
+    };
+    let body = loop {
+        filled += read(&mut buffer[filled..])?;
+        if let Some(end) = buffer[..filled].windows(4).position(|at| at == b"\r\n\r\n") {
+            break end + 4;
         }
     };
+    let head = std::str::from_utf8(&buffer[..body])?.to_ascii_lowercase();
     anyhow::ensure!(head.starts_with("http/1.1 200"), "{head}");
-    let mut lengths = head
-        .lines()
-        .filter_map(|line| line.strip_prefix("content-length: "));
-    let Some(length) = lengths.next() else {
-        let mut body = chunk[end..filled].to_vec();
-        while !body.ends_with(b"\r\n0\r\n\r\n") {
-            let read = stream.read(chunk)?;
-            anyhow::ensure!(read > 0, "the server closed the connection");
-            body.extend_from_slice(&chunk[..read]);
+    let mut lines = head.lines();
+    let Some(length) = lines.find_map(|line| line.strip_prefix("content-length: ")) else {
+        while !buffer[..filled].ends_with(b"\r\n0\r\n\r\n") {
+            filled += read(&mut buffer[filled..])?;
         }
         return Ok(());
     };
-    let mut left = (end + 4 + length.trim().parse::<usize>()?)
-        .checked_sub(filled)
-        .context("more than one answer")?;
+    let mut left = body + length.trim().parse::<usize>()? - filled;
     while left > 0 {
-        let read = stream.read(chunk)?;
-        anyhow::ensure!(read > 0, "the server closed the connection");
-        left = left.checked_sub(read).context("more than one answer")?;
+        left = left
+            .checked_sub(read(buffer)?)
+            .context("more than one answer")?;
     }
     Ok(())
 }

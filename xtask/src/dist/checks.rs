@@ -1,9 +1,8 @@
 //! What a release promises, checked on the release itself.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -11,8 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
-use super::{output, parts};
-use crate::exec;
+use super::fresh;
+use crate::build_ebpf::sha256;
+use crate::exec::{self, output};
 
 /// What the package puts where.
 const INSTALLED: [&str; 13] = [
@@ -33,7 +33,8 @@ const INSTALLED: [&str; 13] = [
 
 /// The tarball's binary serves where there is nothing but /proc.
 pub fn runs_in_an_empty_root(tarball: &Path, scratch: &Path) -> anyhow::Result<()> {
-    let root = fresh(scratch, "empty-root")?;
+    let root = scratch.join("empty-root");
+    fresh(&root)?;
     exec::run(
         Command::new("tar")
             .args(["--strip-components=1", "-xzf"])
@@ -56,29 +57,26 @@ pub fn runs_in_an_empty_root(tarball: &Path, scratch: &Path) -> anyhow::Result<(
 /// The package installs in a scratch root, holds what it should, and its
 /// binary runs there.
 pub fn installs(package: &Path, scratch: &Path) -> anyhow::Result<()> {
-    let root = fresh(scratch, "installed")?;
-    if exec::is_root() {
-        // A root that dpkg has never seen. Unpacked, not configured: the
-        // scripts that enable the unit are for a running system.
-        let state = root.join("var/lib/dpkg");
-        fs::create_dir_all(state.join("info"))?;
-        fs::create_dir_all(state.join("updates"))?;
-        fs::write(state.join("status"), "")?;
-        exec::run(
-            Command::new("dpkg")
-                .arg(format!("--root={}", root.display()))
-                .arg("--unpack")
-                .arg(package)
-                .stdout(std::process::Stdio::null()),
-        )?;
-        let status = fs::read_to_string(state.join("status"))?;
-        ensure!(
-            status.contains("Package: connmon\nStatus: install ok unpacked"),
-            "dpkg says:\n{status}"
-        );
-    } else {
-        exec::run(Command::new("dpkg-deb").arg("-x").arg(package).arg(&root))?;
-    }
+    let root = scratch.join("installed");
+    fresh(&root)?;
+    // A root that dpkg has never seen. Unpacked, not configured: the scripts
+    // that enable the unit are for a running system.
+    let state = root.join("var/lib/dpkg");
+    fs::create_dir_all(state.join("info"))?;
+    fs::create_dir_all(state.join("updates"))?;
+    fs::write(state.join("status"), "")?;
+    exec::run(
+        Command::new("dpkg")
+            .arg(format!("--root={}", root.display()))
+            .arg("--unpack")
+            .arg(package)
+            .stdout(Stdio::null()),
+    )?;
+    let status = fs::read_to_string(state.join("status"))?;
+    ensure!(
+        status.contains("Package: connmon\nStatus: install ok unpacked"),
+        "dpkg's status is:\n{status}"
+    );
     for name in INSTALLED {
         // Debian's merged /usr: either place is the same one.
         let other = name.strip_prefix("usr/").unwrap_or(name);
@@ -166,7 +164,7 @@ pub fn sbom_is_complete(sbom: &Path, top: &Path) -> anyhow::Result<()> {
         named(name)?;
     }
     for (name, file) in embedded {
-        let hash = parts::hex(&fs::read(top.join(file))?);
+        let hash = sha256(fs::read(top.join(file))?);
         ensure!(
             named(name)?["hashes"][0]["content"] == *hash,
             "the SBOM's hash of {name} is not that of {file}"
@@ -174,14 +172,15 @@ pub fn sbom_is_complete(sbom: &Path, top: &Path) -> anyhow::Result<()> {
     }
     ensure!(
         named("dbip-country-lite")?["licenses"][0]["expression"] == "CC-BY-4.0",
-        "the SBOM does not say that DB-IP's data are CC-BY-4.0"
+        "the SBOM does not have CC-BY-4.0 as the licence of DB-IP's data"
     );
     for component in components {
         let licence = &component["licenses"][0];
-        let said = [&licence["expression"], &licence["license"]["name"]];
+        let names = [&licence["expression"], &licence["license"]["name"]];
         ensure!(
-            said.iter()
-                .any(|said| said.as_str().is_some_and(|said| !said.is_empty())),
+            names
+                .iter()
+                .any(|name| name.as_str().is_some_and(|name| !name.is_empty())),
             "{} has no licence",
             component["name"]
         );
@@ -201,32 +200,17 @@ pub fn same(first: &Path, second: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn fresh(scratch: &Path, name: &str) -> anyhow::Result<PathBuf> {
-    let root = scratch.join(name);
-    if root.exists() {
-        fs::remove_dir_all(&root)?;
-    }
-    fs::create_dir_all(&root).with_context(|| format!("cannot make {}", root.display()))?;
-    Ok(root)
-}
-
 fn runs_in(root: &Path, what: &str) -> anyhow::Result<()> {
-    let chroot = |program: &str, arguments: &[&str]| {
-        let mut command = Command::new(program);
-        command.args(arguments).arg(root);
-        output(command.args(["/usr/bin/connmon", "--version"]))
-    };
-    let version = if exec::is_root() {
-        chroot("chroot", &[])
-    } else {
-        chroot("unshare", &["--map-root-user", "chroot"])
-    };
-    let version = version.with_context(|| format!("{what} does not run in an empty root"))?;
+    let version = output(
+        Command::new("chroot")
+            .arg(root)
+            .args(["/usr/bin/connmon", "--version"]),
+    )
+    .with_context(|| format!("{what} does not run in an empty root"))?;
     ensure!(
         version.contains("connmon, version"),
-        "{what} says {version:?}"
+        "{what} prints {version:?}"
     );
-    println!("{what} runs in an empty root");
     Ok(())
 }
 
@@ -234,7 +218,7 @@ fn runs_in(root: &Path, what: &str) -> anyhow::Result<()> {
 /// the machine's /proc: one scrape, and a clean end.
 fn serves_in(root: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(root.join("proc"))?;
-    // exec all the way, so that the child is the agent.
+    // Each program replaces the one before, so that the child is the agent.
     let script = "mount --rbind /proc \"$0/proc\" && exec chroot \"$0\" /usr/bin/connmon run \
                   --source proc --web.listen-address 127.0.0.1:0";
     let mut child = Command::new("unshare")
@@ -243,10 +227,10 @@ fn serves_in(root: &Path) -> anyhow::Result<()> {
         .stderr(Stdio::piped())
         .spawn()
         .context("cannot start unshare")?;
-    // Kept until the end: a log that cannot be written is an error.
-    let mut said = BufReader::new(child.stderr.take().context("piped")?).lines();
-    let scraped = scrape(&mut said);
-    // Whatever came of it, nothing stays behind.
+    // Open until the end: a log that cannot be written is an error.
+    let mut log = BufReader::new(child.stderr.take().context("piped")?).lines();
+    let scraped = scrape(&mut log);
+    // The agent ends whether the scrape failed or not.
     exec::run(Command::new("kill").args(["-TERM", &child.id().to_string()]))?;
     let status = child.wait()?;
     let body = scraped?;
@@ -261,7 +245,7 @@ fn serves_in(root: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits for the line that names the address, then for a scrape that counts.
+/// Waits for the line that names the address, then for a scrape.
 fn scrape(lines: &mut impl Iterator<Item = std::io::Result<String>>) -> anyhow::Result<String> {
     let mut before = String::new();
     let address = loop {
@@ -269,23 +253,17 @@ fn scrape(lines: &mut impl Iterator<Item = std::io::Result<String>>) -> anyhow::
             .next()
             .with_context(|| format!("the agent in an empty root ended:\n{before}"))??;
         if let Some((_, rest)) = line.split_once("http://") {
-            break rest.split('/').next().unwrap_or_default().to_owned();
+            break rest.split('/').next().unwrap_or_default().parse()?;
         }
         before += &line;
         before.push('\n');
     };
-    // What it goes on saying is not read, and far less than a pipe holds.
+    // What it goes on printing is not read, and far less than a pipe holds.
     let until = Instant::now() + Duration::from_secs(20);
     loop {
-        let mut stream =
-            TcpStream::connect(&address).with_context(|| format!("cannot reach {address}"))?;
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")?;
-        let mut body = String::new();
-        stream.read_to_string(&mut body)?;
-        if body.starts_with("HTTP/1.1 200") || Instant::now() > until {
-            return Ok(body);
+        match exec::get(address, "/metrics") {
+            Err(_) if Instant::now() < until => sleep(Duration::from_millis(100)),
+            answer => return answer,
         }
-        sleep(Duration::from_millis(100));
     }
 }

@@ -1,17 +1,19 @@
-//! Numbers → table: medians, spread, verdicts.
+//! Numbers to rows of a table: medians, spread, bounds.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// One measured row.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Row {
+    /// Set by the bench: the section that measured it.
+    pub section: String,
     /// What was measured.
     pub what: String,
-    /// What must be reached, in words; empty where there is no bound.
+    /// The bound, in words; empty where there is none.
     pub target: String,
-    /// What was.
+    /// What came out.
     pub measured: String,
-    /// Whether the bound holds; `None` for context.
+    /// Whether the bound holds; `None` without one.
     pub reached: Option<bool>,
 }
 
@@ -24,16 +26,16 @@ impl Row {
         reached: bool,
     ) -> Self {
         Self {
-            what: what.into(),
             target: target.into(),
-            measured: measured.into(),
             reached: Some(reached),
+            ..Self::context(what, measured)
         }
     }
 
-    /// A row that stands beside another.
+    /// A row without a bound, to compare others with.
     pub fn context(what: impl Into<String>, measured: impl Into<String>) -> Self {
         Self {
+            section: String::new(),
             what: what.into(),
             target: String::new(),
             measured: measured.into(),
@@ -42,26 +44,9 @@ impl Row {
     }
 }
 
-/// Minimum, median and maximum of a sample.
-#[derive(Clone, Copy, Debug)]
-pub struct Spread {
-    /// Smallest.
-    pub min: f64,
-    /// Middle.
-    pub median: f64,
-    /// Largest.
-    pub max: f64,
-}
-
-impl Spread {
-    /// Of at least one number.
-    pub fn of(numbers: &[f64]) -> Self {
-        Self {
-            min: quantile(numbers, 0.0),
-            median: quantile(numbers, 0.5),
-            max: quantile(numbers, 1.0),
-        }
-    }
+/// The middle of the numbers.
+pub fn median(numbers: &[f64]) -> f64 {
+    quantile(numbers, 0.5)
 }
 
 /// The value below which a share of the sample lies; NaN of nothing.
