@@ -302,7 +302,7 @@ fn attach(config: &Config, host: NetnsId) -> anyhow::Result<Attached> {
     }
 }
 
-fn socket_source(tracer: &mut Tracer) -> Option<Box<dyn SocketSource>> {
+fn socket_source(tracer: &mut Tracer) -> Option<SocketSource> {
     match tracer.socket_walk() {
         Ok(mut scan) => Some(Box::new(move |sink: &mut dyn FnMut(LiveSocket) -> bool| {
             scan.read(sink)

@@ -1,9 +1,15 @@
 use proptest::prelude::*;
 
-use connmon_core::event::{Traffic, Tuple};
+use connmon_common::state;
+use connmon_core::event::Traffic;
 
 use super::message::*;
 use super::*;
+use crate::reconcile::Parsed;
+use crate::reconcile::parsed::show;
+
+mod overrun;
+mod scripted;
 
 const INET: &[u8] = include_bytes!("../../../../fixtures/diag/inet");
 const INET6: &[u8] = include_bytes!("../../../../fixtures/diag/inet6");
@@ -35,19 +41,6 @@ fn rows(recording: &[u8]) -> Vec<Row> {
     }
     assert!(last.done && !last.interrupted);
     rows
-}
-
-fn show(row: &Row) -> String {
-    let Tuple {
-        local,
-        local_port,
-        remote,
-        remote_port,
-    } = row.tuple;
-    format!(
-        "{:02} {local} {local_port} {remote} {remote_port} {} {} {} {}",
-        row.state, row.inode, row.receive_queue, row.send_queue, row.cookie
-    )
 }
 
 fn parse_one(datagram: &[u8]) -> (Datagram, Vec<Row>) {
@@ -113,7 +106,10 @@ fn recorded_dumps_read_as_ss_showed_them() {
             include_str!("../../../../fixtures/diag/inet6.expected"),
         ),
     ] {
-        let shown: Vec<_> = rows(recording).iter().map(show).collect();
+        let shown: Vec<_> = rows(recording)
+            .iter()
+            .map(|row| format!("{} {}", show(row), row.cookie))
+            .collect();
         assert_eq!(shown, expected.lines().collect::<Vec<_>>());
         assert!(rows(recording).iter().all(|row| row.traffic.is_none()));
     }
@@ -149,7 +145,7 @@ fn recorded_figures_are_payload_alone() {
 fn figures_come_from_their_offsets_and_only_when_all_are_there() {
     let full = info(1_000, 3_552, 3, 250);
     let stats = |state, info: &[u8]| match parse_message(&with_info(state, info)) {
-        Message::Row(row) => row.traffic,
+        Parsed::Row(row) => row.traffic,
         other => panic!("{other:?}"),
     };
     let expected = Traffic {
@@ -210,13 +206,13 @@ fn minisocks_closed_sockets_and_strange_states_give_no_rows() {
     let mut payload = vec![0; DIAG_MESSAGE_BYTES];
     payload[0] = AF_INET;
     for (state, timer, expected) in [
-        (6, 3, Message::LeftOut),
-        (5, 3, Message::LeftOut),
-        (7, 0, Message::LeftOut),
-        (0, 0, Message::Undecodable),
-        (12, 0, Message::Undecodable),
-        (13, 0, Message::Undecodable),
-        (255, 0, Message::Undecodable),
+        (6, 3, Parsed::LeftOut),
+        (5, 3, Parsed::LeftOut),
+        (7, 0, Parsed::LeftOut),
+        (0, 0, Parsed::Undecodable),
+        (12, 0, Parsed::Undecodable),
+        (13, 0, Parsed::Undecodable),
+        (255, 0, Parsed::Undecodable),
     ] {
         payload[1] = state;
         payload[2] = timer;
@@ -224,10 +220,10 @@ fn minisocks_closed_sockets_and_strange_states_give_no_rows() {
     }
     payload[1] = 1;
     payload[2] = 0;
-    assert!(matches!(parse_message(&payload), Message::Row(_)));
+    assert!(matches!(parse_message(&payload), Parsed::Row(_)));
     payload[0] = 1;
-    assert_eq!(parse_message(&payload), Message::Undecodable);
-    assert_eq!(parse_message(&payload[..71]), Message::Undecodable);
+    assert_eq!(parse_message(&payload), Parsed::Undecodable);
+    assert_eq!(parse_message(&payload[..71]), Parsed::Undecodable);
 }
 
 #[test]
@@ -235,7 +231,7 @@ fn no_cookie_is_no_cookie() {
     let mut payload = vec![0; DIAG_MESSAGE_BYTES];
     payload[..2].copy_from_slice(&[AF_INET, 1]);
     payload[44..52].fill(0xff);
-    let Message::Row(row) = parse_message(&payload) else {
+    let Parsed::Row(row) = parse_message(&payload) else {
         panic!("not a row");
     };
     assert_eq!(row.cookie, 0);
@@ -312,29 +308,23 @@ fn a_broken_message_costs_what_follows_and_is_counted() {
 #[test]
 fn the_request_is_what_the_kernel_reads() {
     let states = States::LISTEN.and(States::OPENING).and(States::OPEN);
-    let request = request(Family::V6, states, true, 9);
-    assert_eq!(request.len(), 72);
-    assert_eq!(request[..4], 72_u32.to_ne_bytes());
-    assert_eq!(request[16..20], [10, 6, 2, 0]);
-    // 1 to 5 and 8 to 11; neither TIME_WAIT, CLOSE, NEW_SYN_RECV nor
-    // BOUND_INACTIVE.
-    assert_eq!(request[20..24], 0b1111_0011_1110_u32.to_ne_bytes());
-    assert!(request[24..].iter().all(|&byte| byte == 0));
     for state in [0, 6, 7, 12, 13, 31, 32, 255] {
         assert!(!states.has(state), "{state}");
     }
     // struct inet_diag_req: family, prefixes, extensions, 48 bytes, states.
-    let both = request_both(states, true, 9);
+    let request = request(states, true, 9);
     assert_eq!(
-        (both.len(), both[..6].to_vec()),
+        (request.len(), request[..6].to_vec()),
         (76, vec![76, 0, 0, 0, 18, 0])
     );
-    assert_eq!(both[16..20], [0, 0, 0, 2]);
-    assert_eq!(both[68..72], 0b1111_0011_1110_u32.to_ne_bytes());
+    assert_eq!(request[16..20], [0, 0, 0, 2]);
+    // 1 to 5 and 8 to 11; neither TIME_WAIT, CLOSE, NEW_SYN_RECV nor
+    // BOUND_INACTIVE.
+    assert_eq!(request[68..72], 0b1111_0011_1110_u32.to_ne_bytes());
     assert!(
-        both[20..68]
+        request[20..68]
             .iter()
-            .chain(&both[72..])
+            .chain(&request[72..])
             .all(|&byte| byte == 0)
     );
 }

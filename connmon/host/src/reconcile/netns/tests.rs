@@ -159,7 +159,8 @@ fn the_hosts_table_is_known_when_the_link_cannot_be_read_any_more() {
     let roots = tree.roots();
     let host = roots.host_namespace().unwrap();
     fs::remove_file(tree.0.path().join("1/ns/net")).unwrap();
-    let open = || roots.open_table(&host, &Handle::Process(1), Family::V4);
+    let home = File::open(tree.0.path()).unwrap();
+    let open = || roots.open_table(&host, &Handle::Process(1), Family::V4, &home);
     assert!(open().unwrap().is_some());
     // The old file keeps its inode from being used again.
     fs::rename(&table, tree.0.path().join("old")).unwrap();
@@ -169,7 +170,7 @@ fn the_hosts_table_is_known_when_the_link_cannot_be_read_any_more() {
 
 #[test]
 fn links_and_ranges_parse_or_do_not() {
-    assert_eq!(parse_link(b"net:[4026531840]"), Some(4_026_531_840));
+    assert_eq!(parse_link(b"net:[4026531840]", "net"), Some(4_026_531_840));
     for link in [
         "",
         "net:[]",
@@ -178,7 +179,7 @@ fn links_and_ranges_parse_or_do_not() {
         "net:[99999999999]",
         "net:[1",
     ] {
-        assert_eq!(parse_link(link.as_bytes()), None, "{link}");
+        assert_eq!(parse_link(link.as_bytes(), "net"), None, "{link}");
     }
     assert_eq!(parse_port_range("32768\t60999\n"), Some((32768, 60999)));
     for range in ["", "1", "x y", "2 1", "1 70000"] {

@@ -93,14 +93,14 @@ fn an_owner_that_ends_is_replaced_at_the_next_walk() {
 }
 
 #[test]
-fn a_search_that_pauses_goes_on_and_finds_the_rest() {
+fn a_search_that_pauses_resumes_and_finds_the_rest() {
     let tree = Tree::new();
     tree.process(20, "a", &[(7, 55)]);
     let mut cache = OwnerCache::default();
     cache.begin_walk(Some(Duration::ZERO));
     assert_eq!(pids(&cache.owners(&tree.roots(), &[55, 99])), [0, 0]);
     assert!(cache.end_walk(), "it says that it is not done");
-    cache.go_on();
+    cache.resume();
     assert_eq!(pids(&cache.owners(&tree.roots(), &[55, 99])), [20, 0]);
     assert!(!cache.end_walk());
     assert!(cache.scan.is_none(), "nothing is kept but what was found");
@@ -114,17 +114,17 @@ fn a_search_out_of_time_ends_and_the_next_starts_elsewhere() {
     tree.process(20, "hoard", &[(7, 55)]);
     tree.process(30, "b", &[(7, 55), (8, 66)]);
     let mut cache = OwnerCache::default();
-    for goes_on in [false, true] {
-        cache.begin_walk(goes_on.then_some(Duration::ZERO));
-        if goes_on {
+    for resumes in [false, true] {
+        cache.begin_walk(resumes.then_some(Duration::ZERO));
+        if resumes {
             cache.owners(&tree.roots(), &[55]);
             assert!(cache.end_walk());
-            cache.go_on();
+            cache.resume();
         }
         assert_eq!(cache.left, SEARCH);
         cache.left = Duration::ZERO;
         assert_eq!(pids(&cache.owners(&tree.roots(), &[55])), [0]);
-        assert!(!cache.end_walk(), "no walk goes on");
+        assert!(!cache.end_walk(), "no walk resumes");
         cache.begin_walk(None);
         let owners = cache.owners(&tree.roots(), &[55, 66]);
         assert_eq!(pids(&owners), [30, 30], "20 had its turn");

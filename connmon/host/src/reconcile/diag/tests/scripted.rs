@@ -6,7 +6,8 @@ use std::collections::VecDeque;
 
 use rustix::io::Errno;
 
-use super::message::*;
+use super::super::message::*;
+use super::super::*;
 use super::*;
 
 /// What one receive gives.
@@ -108,7 +109,7 @@ fn refused(errno: i32) -> Message {
 /// How a dump ends that gets these answers, the local ports of its rows, and
 /// how often it asked. The script must be read to its end.
 fn dump(steps: impl IntoIterator<Item = Step>) -> (Dumped, Vec<u16>, usize) {
-    let mut dialogue = Dialogue {
+    let mut socket = Socket {
         channel: Script {
             steps: RefCell::new(steps.into_iter().collect()),
             sequence: Cell::new(0),
@@ -117,8 +118,7 @@ fn dump(steps: impl IntoIterator<Item = Step>) -> (Dumped, Vec<u16>, usize) {
         sequence: 0,
     };
     let mut ports = Vec::new();
-    let dumped = dialogue.dump(
-        Some(Family::V4),
+    let dumped = socket.dump(
         States::OPEN,
         false,
         &mut DumpBuffer::default(),
@@ -128,7 +128,7 @@ fn dump(steps: impl IntoIterator<Item = Step>) -> (Dumped, Vec<u16>, usize) {
             true
         },
     );
-    let script = dialogue.channel;
+    let script = socket.channel;
     assert_eq!(script.steps.borrow().len(), 0, "answers left unread");
     (dumped, ports, script.requests.get())
 }
