@@ -535,6 +535,21 @@ fn drop_capabilities(dropped: CapabilitySet) -> io::Result<()> {
 }
 
 #[test]
+fn namespaces_of_dead_test_runs_are_removed() {
+    if !may_run("namespaces of dead test runs are removed") {
+        return;
+    }
+    let mut dead = Command::new("true").spawn().unwrap();
+    dead.wait().unwrap();
+    let name = format!("reconcile-{}-0", dead.id());
+    ip(&["netns", "add", &name]);
+    let alive = Namespace::new();
+    namespaces::remove_those_of_dead_runs();
+    let exists = |name: &str| std::path::Path::new("/run/netns").join(name).exists();
+    assert_eq!((exists(&name), exists(&alive.name)), (false, true));
+}
+
+#[test]
 fn the_thread_ends_with_its_handle_and_with_its_messages() {
     let (walker, messages) = Walker::spawn(WalkerOptions::default()).unwrap();
     drop(messages);

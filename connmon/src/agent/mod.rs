@@ -12,7 +12,6 @@ mod schedule;
 mod serve;
 mod status;
 
-use std::io;
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -24,7 +23,7 @@ use connmon_core::report::Source;
 use connmon_host::kernel::{Tracer, TracerOptions};
 use connmon_host::reconcile::netns::Roots;
 use connmon_host::reconcile::{SocketSource, Walker, WalkerOptions};
-use connmon_host::sandbox::{self, Plan};
+use connmon_host::sandbox::{self, Plan, Role};
 use connmon_http::{ServeError, Server};
 use log::warn;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -84,7 +83,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         let plan = Arc::clone(&plan);
         // With --sandbox strict what is missing here ends the others, which
         // are to have the same and more.
-        move || drop(plan.enter_log())
+        move || drop(plan.enter(Role::Log))
     });
     let (walker, messages) = Walker::spawn_after(
         WalkerOptions {
@@ -99,7 +98,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             move || {
                 #[cfg(debug_assertions)]
                 panic_if_asked("walker");
-                plan.enter_walker().map(drop).map_err(io::Error::other)
+                plan.enter(Role::Walker).map(drop)
             }
         },
     )
@@ -196,7 +195,7 @@ fn run_fold(parts: Parts, plan: &Plan) -> anyhow::Result<()> {
         .build()
         .context("cannot start the fold runtime")?;
     // After the runtime: its signal pipe is a socket pair.
-    plan.enter_fold()?;
+    plan.enter(Role::Fold)?;
     runtime.block_on(pipeline::run(parts))
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use connmon_core::geo::{Database, Locator};
 use connmon_core::report::Reporter;
-use connmon_host::sandbox::Plan;
+use connmon_host::sandbox::{Plan, Role};
 use connmon_http::Server;
 use log::info;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -63,7 +63,7 @@ pub async fn run(serving: Serving, plan: &Plan) -> anyhow::Result<()> {
         database,
         notify,
     } = serving;
-    plan.enter_serve()?;
+    plan.enter(Role::Serve)?;
     let notify = Arc::new(notify);
     let Signals {
         mut term,

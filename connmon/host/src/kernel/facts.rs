@@ -256,7 +256,7 @@ const GRANT: &str =
 /// Comma-separated names.
 fn capability_names(set: CapabilitySet) -> String {
     set.iter()
-        .map(crate::sandbox::name)
+        .map(crate::sandbox::names)
         .collect::<Vec<_>>()
         .join(" and ")
 }

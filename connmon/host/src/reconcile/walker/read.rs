@@ -24,6 +24,9 @@ impl Session {
         mut entered: Entered,
     ) -> Result<(), Closed> {
         self.begin(namespace, entered.ephemeral)?;
+        // The shorter one first: the kernel fills the longest buffer that a
+        // socket ever had (`netlink_recvmsg`).
+        self.longer &= !self.startup;
         let by_scan = entered.socket.is_some() && self.options.source.is_some();
         match (self.startup, by_scan) {
             (false, _) => self.pass(namespace, &mut entered, 0, walk.traffic)?,
@@ -94,7 +97,7 @@ impl Session {
         first: u8,
     ) -> Result<(), Closed> {
         self.pass(namespace, entered, first, false)?;
-        self.buffers.swap(0, 1);
+        self.longer = true;
         self.pass(namespace, entered, 1, walk.traffic)
     }
 
@@ -112,7 +115,7 @@ impl Session {
             let dumped = socket.dump(
                 outbox.wanted,
                 traffic,
-                &mut self.buffers[0],
+                &mut self.buffers[usize::from(self.longer)],
                 &mut self.summary.undecodable,
                 |row| outbox.push(row).is_ok(),
             );

@@ -61,10 +61,11 @@ pub struct Session {
     begun: sync::Receiver<()>,
     /// The walk is the initial scan.
     pub startup: bool,
-    /// That of this dump, and that of the next audit or pass. Of different
-    /// lengths: a dump skips sockets only where one of its parts ends, so two in
-    /// a row do not skip the same ones.
+    /// A shorter and a longer one: a dump skips sockets only where one of its
+    /// parts ends, so two in a row do not skip the same ones.
     pub buffers: [DumpBuffer; 2],
+    /// Which one: the other in each audit and in the second pass.
+    pub longer: bool,
     pub outbox: Outbox,
     pub summary: WalkSummary,
 }
@@ -111,6 +112,7 @@ impl Session {
             begun,
             startup: false,
             buffers: [DumpBuffer::shorter(), DumpBuffer::default()],
+            longer: false,
             outbox: Outbox::new(sender, roots.clone()),
             summary: WalkSummary::default(),
             options,
@@ -120,9 +122,7 @@ impl Session {
     pub fn walk(&mut self, walk: Walk) -> Result<(), Closed> {
         let (wall, cpu) = (now_ns(ClockId::Monotonic), now_ns(ClockId::ThreadCPUTime));
         self.summary = WalkSummary::default();
-        if walk.audit {
-            self.buffers.swap(0, 1);
-        }
+        self.longer ^= walk.audit;
         self.startup = walk.trigger == Trigger::Startup;
         self.outbox.begin_walk(walk, self.options.listeners);
         self.outbox.send(WalkMessage::Begin(walk))?;
