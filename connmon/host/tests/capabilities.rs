@@ -1,13 +1,12 @@
-//! Which feature needs which capability: the tables of the documents are what
-//! `connmon check` goes by.
+//! Which feature needs which capability: the tables of the documents equal the
+//! one that `connmon check` uses.
 
 use std::fs;
 use std::path::Path;
 
 use connmon_host::sandbox::{self, Feature};
 
-/// Cells of the rows of the one table in a document whose head starts so,
-/// without the marks of code.
+/// Cells of the table in a document whose head starts so, without backticks.
 fn rows(document: &str, head: &str) -> Vec<Vec<String>> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../..")

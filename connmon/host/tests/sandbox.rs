@@ -96,7 +96,7 @@ fn serve_reads_its_directories_and_nothing_else() {
 }
 
 #[test]
-fn serve_reloads_after_a_rename_and_after_symlink_swaps() {
+fn serve_reloads_after_renames_and_symlink_swaps() {
     let scratch = Scratch::new("serve-reload");
     let renamed = scratch.write("renamed/web.yml", "one");
     // As Kubernetes mounts a ConfigMap: file → ..data/file, ..data → ..1.
@@ -143,7 +143,7 @@ fn serve_reloads_after_a_rename_and_after_symlink_swaps() {
 }
 
 #[test]
-fn serve_accepts_but_cannot_call_out_start_or_keep_anything() {
+fn serve_accepts_but_cannot_connect_or_execute() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let client = thread::spawn(move || {
@@ -213,7 +213,7 @@ fn serve_sends_to_its_clients_and_to_nobody_else() {
 }
 
 #[test]
-fn fold_keeps_map_lookups_and_loses_files_sockets_and_capabilities() {
+fn fold_keeps_map_lookups_and_loses_the_rest() {
     let plan = Plan::new(SandboxChoice::Auto, true, true);
     in_thread(|| {
         let report = plan.enter(Role::Fold).unwrap();
@@ -314,9 +314,9 @@ fn walker_reads_a_namespace_made_after_its_sandbox() {
 }
 
 #[test]
-fn strict_fails_and_auto_goes_on_where_the_kernel_lacks_landlock() {
+fn without_landlock_strict_fails_and_auto_runs() {
     use seccompiler::{SeccompAction, SeccompFilter};
-    // A kernel without Landlock, as far as this thread can tell.
+    // To this thread the kernel has no Landlock.
     let blind = || {
         let program: seccompiler::BpfProgram = SeccompFilter::new(
             [(libc::SYS_landlock_create_ruleset, Vec::new())].into(),

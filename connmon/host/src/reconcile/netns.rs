@@ -220,12 +220,11 @@ impl Roots {
             let tids = self.later_threads(pid).into_iter();
             tids.map(move |tid| (pid, tid))
         });
-        let mut looks = 0;
-        for (pid, tid) in later.filter(|thread| *thread > last) {
+        let later = later.filter(|thread| *thread > last);
+        for (looks, (pid, tid)) in later.enumerate() {
             if looks == MAX_LOOKS {
                 return;
             }
-            looks += 1;
             threads.last = (pid, tid);
             match link_inode(&self.thread(pid, tid).join("ns/net"), "net") {
                 Ok(id) if finder.places.contains_key(&(id, false)) => {}

@@ -99,7 +99,7 @@ pub fn read_table(
     }
 }
 
-/// A page and room for the longest line (about 200 bytes), twice over.
+/// Twice a page and the longest line (about 200 bytes).
 const BUFFER_BYTES: usize = 8192;
 
 fn row(line: &[u8]) -> Option<Parsed> {
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn mangled_lines_are_counted_one_by_one() {
+    fn malformed_lines_are_counted_one_by_one() {
         let (good, undecodable) = rows(MANGLED);
         let ports: Vec<_> = good.iter().map(|row| row.tuple.local_port).collect();
         // Every good line of the fixture has a local port from 1 on.

@@ -59,7 +59,7 @@ pub const FEATURES: &[Feature] = &[
         name: "process names of listeners, and other network namespaces through /proc",
         needs: CapabilitySet::SYS_PTRACE.union(CapabilitySet::DAC_READ_SEARCH),
         dropped_after_attach: false,
-        without: "process=\"unknown\" for processes of other users; namespaces are told apart by /proc/<pid>/net/tcp alone",
+        without: "process=\"unknown\" for processes of other users; namespaces are identified by /proc/<pid>/net/tcp alone",
     },
     Feature {
         kind: FeatureKind::OtherNamespaces,

@@ -146,7 +146,7 @@ fn initial_scan(source: SocketSource) -> (Passes, Vec<(u8, Row)>, bool) {
 }
 
 #[test]
-fn a_source_makes_a_second_pass_needless() {
+fn a_scan_makes_a_second_pass_needless() {
     let (passes, shown, whole) = initial_scan(scripted(true, false));
     assert!(whole && passes.iter().all(|(pass, _)| *pass == 0));
     let seen = shown
@@ -158,7 +158,7 @@ fn a_source_makes_a_second_pass_needless() {
 }
 
 #[test]
-fn what_a_source_breaks_off_two_dumps_make_good() {
+fn two_dumps_replace_a_scan_that_broke_off() {
     // So that the dumps have something to show.
     let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -218,7 +218,7 @@ fn ends(messages: &mut mpsc::Receiver<WalkMessage>) -> Vec<(NetnsId, bool)> {
 }
 
 #[test]
-fn walks_take_half_a_percent() {
+fn walks_take_half_a_percent_of_a_core() {
     assert_eq!(rest_after(0), Duration::ZERO);
     assert_eq!(rest_after(1_000_000_000), Duration::from_secs(200));
     assert!(rest_after(u64::MAX) > Duration::from_secs(200));

@@ -1,5 +1,5 @@
-//! Dumps on a socket of the running kernel that has overrun, or that others
-//! would fill.
+//! Dumps by the running kernel on a socket that has overrun, or that other
+//! processes try to fill.
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
@@ -9,9 +9,9 @@ use super::super::*;
 /// A request that the kernel answers by an error alone.
 const NO_SUCH_REQUEST: u16 = 0x7f;
 
-/// Has the kernel answer more than the socket has room for, which is the one
-/// way to an ENOBUFS that needs no memory to run out (`netlink_overrun`); a
-/// dump begun then stops at its first part (`netlink_dump`).
+/// Has the kernel answer more than fits into the socket: the one way to ENOBUFS
+/// without exhausting memory (`netlink_overrun`). A dump that begins then stops
+/// at its first part (`netlink_dump`).
 fn overrun(socket: &Socket) {
     let fd = &socket.channel;
     // The kernel's minimum.
@@ -56,7 +56,7 @@ fn a_dump_after_an_overrun_is_complete() {
 }
 
 #[test]
-fn an_overrun_is_met_as_such() {
+fn an_overrun_gives_enobufs() {
     let socket = Socket::open().unwrap();
     overrun(&socket);
     let received = socket.channel.receive(&mut [0; 64], false);
