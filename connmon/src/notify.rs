@@ -137,7 +137,7 @@ mod tests {
             true,
         );
         std::thread::spawn(move || {
-            plan.enter_serve().unwrap();
+            plan.enter(connmon_host::sandbox::Role::Serve).unwrap();
             notify.ready("watching 3\nnamespaces");
             notify.alive();
             notify.stopping();

@@ -2,7 +2,8 @@
 //! counted, whatever the bytes.
 #![no_main]
 
-use connmon_host::reconcile::procfs::{Line, parse_line, read_table};
+use connmon_host::reconcile::Parsed;
+use connmon_host::reconcile::procfs::{parse_line, read_table};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -19,7 +20,7 @@ fuzz_target!(|data: &[u8]| {
     if lines > 0 && data.iter().all(|&byte| byte != b'\n') && data.len() < 4096 {
         assert_eq!((rows, undecodable), (0, 1), "a line without an end");
     }
-    if let Line::Row(row) = parse_line(data) {
+    if let Parsed::Row(row) = parse_line(data) {
         assert_eq!(row.tuple.local, row.tuple.local.to_canonical());
     }
 });

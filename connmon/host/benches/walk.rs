@@ -3,9 +3,8 @@
 //!
 //! `CONNMON_BENCH_SOCKETS` (default 100,000) sockets are held by processes of
 //! at most 18,000 descriptors in a network namespace of their own. Rounds
-//! alternate between the two, and the medians of the reading thread's CPU time
-//! are compared, which on an idle machine are those of the wall time, too; the
-//! bound is 1.3. Exit code 1 beyond it.
+//! alternate between the two. The medians of the reading thread's CPU time are
+//! compared; beyond 1.3 the exit code is 1.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -39,26 +38,26 @@ fn main() -> ExitCode {
     let holders = Holder::fill(sockets / 2);
 
     let mut walks = Walks::new();
-    let mut stats = Stats::default();
+    let mut readings = Readings::default();
     for round in 0..=rounds {
         let discard = [read_and_discard(false), read_and_discard(true)];
         let walk = [walks.run(false), walks.run(true)];
         for (seen, what) in [discard[0].sockets, discard[1].sockets]
             .into_iter()
             .chain([walk[0].sockets, walk[1].sockets])
-            .zip(["dump", "dump with stats", "walk", "walk with stats"])
+            .zip(["dump", "dump with traffic", "walk", "walk with traffic"])
         {
             assert!(seen >= sockets, "{what}: {seen} of {sockets} sockets");
         }
         if round > 0 {
-            stats.note(&discard, &walk);
+            readings.note(&discard, &walk);
         }
     }
     println!(
         "{sockets} sockets in {} processes, {rounds} rounds, medians:",
         holders.len()
     );
-    let bounded = stats.report();
+    let bounded = readings.report();
     drop(holders);
     drop(namespace);
     if bounded {
@@ -78,12 +77,12 @@ struct Reading {
 }
 
 #[derive(Default)]
-struct Stats {
+struct Readings {
     discard: [Vec<Reading>; 2],
     walk: [Vec<Reading>; 2],
 }
 
-impl Stats {
+impl Readings {
     fn note(&mut self, discard: &[Reading; 2], walk: &[Reading; 2]) {
         for info in 0..2 {
             self.discard[info].push(discard[info]);
@@ -93,7 +92,7 @@ impl Stats {
 
     fn report(&self) -> bool {
         let mut bounded = true;
-        for (info, what) in ["sockets", "sockets with stats"].into_iter().enumerate() {
+        for (info, what) in ["sockets", "sockets with traffic"].into_iter().enumerate() {
             let median = |readings: &[Reading], time: fn(&Reading) -> Duration| {
                 let mut times: Vec<_> = readings.iter().map(time).collect();
                 times.sort_unstable();

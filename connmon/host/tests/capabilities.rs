@@ -1,13 +1,12 @@
-//! Which feature needs which capability: the tables of the documents are what
-//! `connmon check` goes by.
+//! Which feature needs which capability: the tables of the documents equal the
+//! one that `connmon check` uses.
 
 use std::fs;
 use std::path::Path;
 
 use connmon_host::sandbox::{self, Feature};
 
-/// Cells of the rows of the one table in a document whose head starts so,
-/// without the marks of code.
+/// Cells of the table in a document whose head starts so, without backticks.
 fn rows(document: &str, head: &str) -> Vec<Vec<String>> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../..")
@@ -25,7 +24,7 @@ fn rows(document: &str, head: &str) -> Vec<Vec<String>> {
 
 /// In any order.
 fn needs(feature: &Feature) -> Vec<String> {
-    let mut names: Vec<_> = feature.needs.iter().map(sandbox::name).collect();
+    let mut names: Vec<_> = feature.needs.iter().map(sandbox::names).collect();
     names.sort();
     names
 }
@@ -46,7 +45,7 @@ fn the_documents_have_every_feature_in_its_words() {
         ),
     ] {
         let rows = rows(document, head);
-        let features = sandbox::features();
+        let features = sandbox::FEATURES;
         assert_eq!(rows.len(), features.len(), "{document}: {rows:#?}");
         for (row, feature) in rows.iter().zip(features) {
             assert_eq!(row[0], feature.name, "{document}");

@@ -1,5 +1,5 @@
-//! Each room of the sandbox, entered for real by a thread of this test:
-//! what must fail does, what the agent needs goes on.
+//! Threads of this test enter the sandbox of each role: what must fail does, and
+//! what the agent needs still works.
 
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
-use connmon_host::sandbox::SandboxChoice;
-use connmon_host::sandbox::{CapabilitySet, Measure, Plan, held};
+use connmon_host::sandbox::{CapabilitySet, Measure, Plan, Role, SandboxChoice, held};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -40,23 +39,23 @@ impl Drop for Scratch {
     }
 }
 
-/// Runs `inside` in a thread that has entered a room.
+/// Runs `inside` in a thread that may enter a sandbox.
 fn in_thread<T: Send>(inside: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| scope.spawn(inside).join().unwrap())
 }
 
 fn kernel_has_landlock() -> bool {
-    // Entering a room is the probe: the crate asks the kernel for its ABI.
+    // Entering a sandbox shows it: the crate asks the kernel for its ABI.
     in_thread(|| {
-        let report = Plan::new(SandboxChoice::Auto, true, true).enter_serve();
-        report.unwrap().landlock == Measure::InForce
+        let report = Plan::new(SandboxChoice::Auto, true, true).enter(Role::Serve);
+        report.unwrap().in_force.contains(&Measure::Landlock)
     })
 }
 
 #[test]
 fn serve_reads_its_directories_and_nothing_else() {
     if !kernel_has_landlock() {
-        println!("not applicable: paths closed to the serving thread: no Landlock in this kernel");
+        println!("not applicable: paths refused to the serving thread: no Landlock in this kernel");
         return;
     }
     let scratch = Scratch::new("serve-paths");
@@ -65,8 +64,8 @@ fn serve_reads_its_directories_and_nothing_else() {
     let mut plan = Plan::new(SandboxChoice::Strict, true, true);
     plan.also_readable(&database);
     in_thread(|| {
-        let report = plan.enter_serve().unwrap();
-        assert_eq!(report.lacks(), Vec::<String>::new());
+        let report = plan.enter(Role::Serve).unwrap();
+        assert_eq!(report.lacks, Vec::<String>::new());
         assert_eq!(std::fs::read_to_string(&database).unwrap(), "one");
         for path in [
             secret.as_path(),
@@ -97,7 +96,7 @@ fn serve_reads_its_directories_and_nothing_else() {
 }
 
 #[test]
-fn serve_reloads_after_a_rename_and_after_symlink_swaps() {
+fn serve_reloads_after_renames_and_symlink_swaps() {
     let scratch = Scratch::new("serve-reload");
     let renamed = scratch.write("renamed/web.yml", "one");
     // As Kubernetes mounts a ConfigMap: file → ..data/file, ..data → ..1.
@@ -121,7 +120,7 @@ fn serve_reloads_after_a_rename_and_after_symlink_swaps() {
         let inside = scope.spawn({
             let (plan, files) = (&plan, [&renamed, &mapped, &released]);
             move || {
-                plan.enter_serve().unwrap();
+                plan.enter(Role::Serve).unwrap();
                 entered.send(()).unwrap();
                 wait.recv().unwrap();
                 files.map(|file| std::fs::read_to_string(file).unwrap())
@@ -144,7 +143,7 @@ fn serve_reloads_after_a_rename_and_after_symlink_swaps() {
 }
 
 #[test]
-fn serve_accepts_but_cannot_call_out_start_or_keep_anything() {
+fn serve_accepts_but_cannot_connect_or_execute() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let client = thread::spawn(move || {
@@ -155,13 +154,13 @@ fn serve_accepts_but_cannot_call_out_start_or_keep_anything() {
     });
     let plan = Plan::new(SandboxChoice::Auto, true, true);
     in_thread(|| {
-        let report = plan.enter_serve().unwrap();
-        assert_eq!(report.seccomp, Measure::InForce);
-        assert_eq!(report.no_new_privs, Measure::InForce);
+        let report = plan.enter(Role::Serve).unwrap();
+        assert!(report.in_force.contains(&Measure::Seccomp));
+        assert!(report.in_force.contains(&Measure::NoNewPrivs));
         assert_eq!(held(), CapabilitySet::empty());
         let (mut stream, _) = listener.accept().unwrap();
         stream.write_all(b"served").unwrap();
-        // A worker thread is fine and is closed in as well.
+        // A worker thread may start and has the same sandbox.
         let called_out = thread::spawn(move || TcpStream::connect(address))
             .join()
             .unwrap();
@@ -203,25 +202,25 @@ fn serve_sends_to_its_clients_and_to_nobody_else() {
     let listener = shut_down();
     in_thread(|| {
         Plan::new(SandboxChoice::Auto, true, true)
-            .enter_serve()
+            .enter(Role::Serve)
             .unwrap();
         assert_eq!(call_out(&listener), [Err(Errno::PERM); 3]);
         let pair = UnixDatagram::pair().unwrap_err();
         assert_eq!(pair.kind(), ErrorKind::PermissionDenied);
-        // What the service manager hears.
+        // What the service manager receives.
         assert_eq!(datagrams.0.send(b"x").unwrap(), 1);
     });
 }
 
 #[test]
-fn fold_keeps_map_lookups_and_loses_files_sockets_and_capabilities() {
+fn fold_keeps_map_lookups_and_loses_the_rest() {
     let plan = Plan::new(SandboxChoice::Auto, true, true);
     in_thread(|| {
-        let report = plan.enter_fold().unwrap();
-        assert_eq!(report.seccomp, Measure::InForce);
-        assert!(CapabilitySet::BPF.contains(report.kept), "{report}");
+        let report = plan.enter(Role::Fold).unwrap();
+        assert!(report.in_force.contains(&Measure::Seccomp));
+        assert!(CapabilitySet::BPF.contains(report.kept), "{report:?}");
         assert!(TcpStream::connect("127.0.0.1:9").is_err());
-        if report.landlock == Measure::InForce {
+        if report.in_force.contains(&Measure::Landlock) {
             assert!(std::fs::read("/etc/passwd").is_err());
         }
         assert!(!std::fs::read("/proc/self/status").unwrap().is_empty());
@@ -262,7 +261,7 @@ impl Drop for Namespace {
 }
 
 #[test]
-fn walker_reads_a_namespace_and_a_listener_younger_than_its_walls() {
+fn walker_reads_a_namespace_made_after_its_sandbox() {
     let privileged = held().contains(CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE);
     if !privileged {
         println!("not applicable: setns by the walker: needs CAP_SYS_ADMIN and CAP_SYS_PTRACE");
@@ -275,8 +274,8 @@ fn walker_reads_a_namespace_and_a_listener_younger_than_its_walls() {
         let walker = scope.spawn({
             let plan = &plan;
             move || {
-                let report = plan.enter_walker().unwrap();
-                assert_eq!(report.landlock, Measure::NotWanted);
+                let report = plan.enter(Role::Walker).unwrap();
+                assert!(!report.in_force.contains(&Measure::Landlock));
                 assert!(!held().contains(CapabilitySet::NET_ADMIN));
                 assert!(!held().contains(CapabilitySet::BPF));
                 entered.send(()).unwrap();
@@ -315,9 +314,9 @@ fn walker_reads_a_namespace_and_a_listener_younger_than_its_walls() {
 }
 
 #[test]
-fn strict_fails_and_auto_goes_on_where_the_kernel_lacks_landlock() {
+fn without_landlock_strict_fails_and_auto_runs() {
     use seccompiler::{SeccompAction, SeccompFilter};
-    // A kernel without Landlock, as far as this thread can tell.
+    // To this thread the kernel has no Landlock.
     let blind = || {
         let program: seccompiler::BpfProgram = SeccompFilter::new(
             [(libc::SYS_landlock_create_ruleset, Vec::new())].into(),
@@ -333,16 +332,16 @@ fn strict_fails_and_auto_goes_on_where_the_kernel_lacks_landlock() {
     in_thread(|| {
         blind();
         let plan = Plan::new(SandboxChoice::Strict, true, true);
-        let error = plan.enter_serve().unwrap_err().to_string();
+        let error = plan.enter(Role::Serve).unwrap_err().to_string();
         assert!(error.contains("--sandbox strict: thread serve"), "{error}");
         assert!(error.contains("landlock: not in this kernel"), "{error}");
     });
     in_thread(|| {
         blind();
         let plan = Plan::new(SandboxChoice::Auto, true, true);
-        let report = plan.enter_serve().unwrap();
-        assert_eq!(report.lacks().len(), 1, "{report}");
-        assert_eq!(report.seccomp, Measure::InForce);
+        let report = plan.enter(Role::Serve).unwrap();
+        assert_eq!(report.lacks.len(), 1, "{report:?}");
+        assert!(report.in_force.contains(&Measure::Seccomp));
         assert!(std::fs::read("/etc/passwd").is_ok());
     });
 }
@@ -352,8 +351,9 @@ fn off_changes_nothing() {
     in_thread(|| {
         let before = held();
         let plan = Plan::new(SandboxChoice::Off, true, true);
-        for report in [plan.enter_walker(), plan.enter_fold(), plan.enter_serve()] {
-            assert_eq!(report.unwrap().lacks(), Vec::<String>::new());
+        for role in [Role::Walker, Role::Fold, Role::Serve, Role::Log, Role::Tool] {
+            let report = plan.enter(role).unwrap();
+            assert_eq!((report.in_force.len(), report.lacks.len()), (0, 0));
         }
         assert_eq!(held(), before);
         assert!(Command::new("/bin/true").status().unwrap().success());

@@ -1,5 +1,5 @@
-//! The walker against the running kernel: compared with what `ss` shows in
-//! namespaces made for it, and with what the test itself did.
+//! The walker on the running kernel, compared with what `ss` shows in namespaces
+//! made for it, and with what the test itself did.
 
 #[path = "../../tests/namespaces/mod.rs"]
 mod namespaces;
@@ -133,7 +133,7 @@ fn each_kind_of_walk_reads_what_it_is_for() {
 }
 
 #[test]
-fn nothing_is_read_before_the_beginning_is_folded() {
+fn nothing_is_read_before_begin_is_acknowledged() {
     if !may_run("nothing is read before the beginning is folded") {
         return;
     }
@@ -143,7 +143,7 @@ fn nothing_is_read_before_the_beginning_is_folded() {
     walker.walker.request(AUDIT).unwrap();
     let begin = walker.messages.blocking_next().unwrap();
     assert!(matches!(begin, WalkMessage::Begin(walk) if walk == AUDIT));
-    // The walker has all the time in the world to run ahead.
+    // Time in which the walker must not read.
     std::thread::sleep(Duration::from_millis(50));
     let _pair = namespace.run(|| pair("127.0.0.1:0"));
     let seen = walker.finish();
@@ -152,22 +152,22 @@ fn nothing_is_read_before_the_beginning_is_folded() {
 }
 
 #[test]
-fn figures_are_exactly_what_was_moved() {
-    if !may_run("stats are exactly what was moved") {
+fn traffic_is_exactly_what_was_moved() {
+    if !may_run("traffic is exactly what was moved") {
         return;
     }
     let (namespace, _held, expected) = moved();
     let mut walker = Handle::new(false, false);
     let seen = walker.walk(SAMPLE);
-    assert_eq!(stats(seen.only(namespace.inode())), expected);
+    assert_eq!(traffic_of(seen.only(namespace.inode())), expected);
     for traffic in [true, false] {
-        let Some(mut walker) = Handle::of_table("stats of the table's walk") else {
+        let Some(mut walker) = Handle::of_table("traffic in the socket-table scan") else {
             return;
         };
         let seen = walker.walk(Walk { traffic, ..STARTUP });
-        let stats = stats(seen.only(namespace.inode()));
+        let moved = traffic_of(seen.only(namespace.inode()));
         assert_eq!(
-            stats,
+            moved,
             if traffic {
                 expected.clone()
             } else {
@@ -210,7 +210,7 @@ fn moved() -> (Namespace, Vec<(TcpListener, TcpStream, TcpStream)>, Moved) {
     (namespace, held, expected)
 }
 
-fn stats(part: &Part) -> Moved {
+fn traffic_of(part: &Part) -> Moved {
     let mut found = BTreeMap::new();
     for row in &part.rows {
         if let Some(Traffic {
@@ -226,9 +226,9 @@ fn stats(part: &Part) -> Moved {
                 .iter()
                 .any(|other| other.state == 10 && other.tuple.local_port == row.tuple.local_port);
             let sent_bytes = sent_bytes - if listens { 0 } else { SYN_BYTES };
-            let stats = (sent_bytes as usize, received_bytes as usize);
-            found.insert((row.tuple.local_port, row.tuple.remote_port), stats);
-            // A starved machine sends a few again.
+            let bytes = (sent_bytes as usize, received_bytes as usize);
+            found.insert((row.tuple.local_port, row.tuple.remote_port), bytes);
+            // A starved machine retransmits a few.
             assert!(retransmitted_segments < 100, "{retransmitted_segments}");
             // Both ends measured the handshake or the data.
             assert!(srtt_us > 0 && srtt_us < 1_000_000, "{srtt_us}");
@@ -237,7 +237,7 @@ fn stats(part: &Part) -> Moved {
     found
 }
 
-/// A thread that went into a namespace of its own, which nothing else leads to.
+/// A thread that moved to a namespace of its own, which nothing else leads to.
 #[test]
 fn a_namespace_of_a_later_thread_is_read() {
     if !may_run("a namespace of a later thread is read") {
@@ -287,7 +287,7 @@ fn the_table_shows_what_a_dump_shows() {
             (part.pass, part.access, part.complete),
             (0, Access::Diag, true)
         );
-        // Only of listeners is the inode told.
+        // The scan has the inodes of listeners only.
         let without = |mut line: String| {
             if !line.starts_with("10 ") {
                 line.truncate(line.rfind(' ').unwrap());
@@ -361,7 +361,7 @@ fn namespaces_come_and_go_under_the_walks() {
 /// Without any capability: other namespaces by `/proc/<pid>/net/tcp`, each
 /// once however many processes are in it.
 #[test]
-fn an_unprivileged_walker_reads_proc_once_per_namespace() {
+fn unprivileged_each_namespace_is_read_once_by_proc() {
     if !may_run("an unprivileged walker reads /proc once per namespace") {
         return;
     }
@@ -456,7 +456,7 @@ fn the_host_alone_is_the_host_alone() {
     assert_eq!(seen.summary.unaudited, 0);
 }
 
-/// In a container that has the host's processes and a network of its own.
+/// As in a container with the host's processes and a network of its own.
 #[test]
 fn the_host_stays_the_host_without_capabilities() {
     let what = "the host stays the host without capabilities";
@@ -466,7 +466,7 @@ fn the_host_stays_the_host_without_capabilities() {
     if let Err(error) = std::fs::metadata("/proc/1/ns/net") {
         // Root or not: the kernel asks for every capability that pid 1 has.
         println!(
-            "not applicable: {what}: pid 1 is closed to this process: /proc/1/ns/net: {error}"
+            "not applicable: {what}: the namespace of pid 1 cannot be read: /proc/1/ns/net: {error}"
         );
         return;
     }
@@ -504,9 +504,9 @@ fn host_child() {
     assert_eq!(seen.summary.unaudited, 0);
 }
 
-/// With the right to enter namespaces, and none to look into processes.
+/// With the privilege to enter namespaces, without that to read processes.
 #[test]
-fn a_mount_and_an_unreadable_process_are_one_namespace() {
+fn a_mount_and_a_hidden_process_are_one_namespace() {
     if !may_run("a mount and an unreadable process are one namespace") {
         return;
     }
@@ -535,7 +535,22 @@ fn drop_capabilities(dropped: CapabilitySet) -> io::Result<()> {
 }
 
 #[test]
-fn the_thread_ends_with_its_handle_and_with_its_messages() {
+fn namespaces_of_dead_test_runs_are_removed() {
+    if !may_run("namespaces of dead test runs are removed") {
+        return;
+    }
+    let mut dead = Command::new("true").spawn().unwrap();
+    dead.wait().unwrap();
+    let name = format!("reconcile-{}-0", dead.id());
+    ip(&["netns", "add", &name]);
+    let alive = Namespace::new();
+    namespaces::remove_those_of_dead_runs();
+    let exists = |name: &str| std::path::Path::new("/run/netns").join(name).exists();
+    assert_eq!((exists(&name), exists(&alive.name)), (false, true));
+}
+
+#[test]
+fn the_thread_ends_with_its_handle_or_messages() {
     let (walker, messages) = Walker::spawn(WalkerOptions::default()).unwrap();
     drop(messages);
     walker.request(AUDIT).unwrap();
@@ -546,7 +561,7 @@ fn the_thread_ends_with_its_handle_and_with_its_messages() {
     assert!(messages.blocking_next().is_none());
 }
 
-/// Ends the other thread also when an assertion fails.
+/// Stops the other thread, also when an assertion fails.
 struct StopOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
@@ -719,7 +734,7 @@ fn move_bytes(from: &mut TcpStream, to: &mut TcpStream, bytes: usize) {
     });
 }
 
-/// `None`, and a line that says so, where nothing can be attached.
+/// `None`, and a printed reason, where nothing can be attached.
 fn socket_walk(what: &str) -> Option<SocketWalk> {
     let mut tracer = Tracer::attach(&TracerOptions {
         attach: AttachChoice::Auto,
@@ -744,7 +759,7 @@ fn socket_walk(what: &str) -> Option<SocketWalk> {
     walk.ok()
 }
 
-/// A walker and what it says.
+/// A walker and its messages.
 struct Handle {
     walker: Walker,
     messages: WalkMessages,
@@ -776,7 +791,7 @@ impl Handle {
         Self { walker, messages }
     }
 
-    /// One whose first walk goes over the kernel's table.
+    /// One whose initial scan reads the kernel's table.
     fn of_table(what: &str) -> Option<Self> {
         let mut scan = socket_walk(what)?;
         let (walker, messages) = Walker::spawn(WalkerOptions {

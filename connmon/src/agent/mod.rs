@@ -24,7 +24,7 @@ use connmon_core::report::Source;
 use connmon_host::kernel::{Tracer, TracerOptions};
 use connmon_host::reconcile::netns::Roots;
 use connmon_host::reconcile::{SocketSource, WalkMessages, Walker, WalkerOptions};
-use connmon_host::sandbox::{self, Plan};
+use connmon_host::sandbox::{self, Plan, Role};
 use connmon_http::{ServeError, Server};
 use log::{debug, warn};
 use tokio::runtime::Runtime;
@@ -137,7 +137,7 @@ fn sandbox_plan(config: &Config, server: &Server) -> Arc<Plan> {
         let plan = Arc::clone(&plan);
         // With --sandbox strict the threads after it fail for the same reason
         // and end the agent.
-        move || drop(plan.enter_log())
+        move || drop(plan.enter(Role::Log))
     });
     plan
 }
@@ -158,7 +158,7 @@ fn spawn_walker(
     Walker::spawn_after(options, move || {
         #[cfg(debug_assertions)]
         panic_if_asked("walker");
-        plan.enter_walker().map(drop).map_err(io::Error::other)
+        plan.enter(Role::Walker).map(drop)
     })
     .context("cannot start the walker thread")
 }
@@ -217,7 +217,7 @@ fn spawn_fold(
     let run = move || {
         let runtime = runtime().context("cannot start the fold runtime")?;
         // After the runtime: its signal pipe is a socket pair.
-        plan.enter_fold()?;
+        plan.enter(Role::Fold)?;
         runtime.block_on(pipeline.run(inputs))
     };
     let thread = std::thread::Builder::new()
@@ -333,7 +333,7 @@ fn attach(config: &Config, host: NetnsId) -> anyhow::Result<Attached> {
     Ok(attached)
 }
 
-fn socket_source(tracer: &mut Tracer) -> Option<Box<dyn SocketSource>> {
+fn socket_source(tracer: &mut Tracer) -> Option<SocketSource> {
     match tracer.socket_walk() {
         Ok(mut scan) => Some(Box::new(move |sink: &mut dyn FnMut(LiveSocket) -> bool| {
             scan.read(sink)

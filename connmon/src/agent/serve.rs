@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use connmon_core::geo::{Database, Locator};
 use connmon_core::report::{Report, Reporter};
-use connmon_host::sandbox::Plan;
+use connmon_host::sandbox::{Plan, Role};
 use connmon_http::{Asset, Content, Server};
 use log::info;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -56,7 +56,7 @@ impl Serving {
     /// # Errors
     /// When the sandbox is strict and incomplete, or a thread failed.
     pub async fn run(mut self, plan: &Plan) -> anyhow::Result<()> {
-        plan.enter_serve()?;
+        plan.enter(Role::Serve)?;
         let notify = Arc::new(self.notify);
         let Signals {
             mut term,

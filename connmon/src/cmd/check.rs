@@ -13,7 +13,7 @@ use connmon_host::kernel::{
     HostFacts, MOUNT_TRACEFS, OPEN_TRACEFS, Tracefs, Tracer, TracerOptions,
 };
 use connmon_host::reconcile::{Walker, WalkerOptions};
-use connmon_host::sandbox::Plan;
+use connmon_host::sandbox::Role;
 use connmon_host::sandbox::SandboxChoice;
 use serde::Serialize;
 
@@ -249,8 +249,8 @@ fn trace(config: &Config, asked: &Asked) -> Result<Tracing, NoTracing> {
 /// strict`.
 fn close(config: &Config) -> Result<(), String> {
     let plan = config.sandbox_plan();
-    for enter in [Plan::enter_walker, Plan::enter_fold, Plan::enter_serve] {
-        std::thread::scope(|scope| scope.spawn(|| enter(&plan)).join())
+    for role in [Role::Walker, Role::Fold, Role::Serve] {
+        std::thread::scope(|scope| scope.spawn(|| plan.enter(role)).join())
             .map_err(|_| "bug: closing in panicked".to_owned())?
             .map_err(|error| error.to_string())?;
     }

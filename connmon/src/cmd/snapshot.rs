@@ -2,7 +2,6 @@
 //! `top` and of what `trace` knows at its start.
 
 use std::collections::HashSet;
-use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -15,7 +14,7 @@ use connmon_core::geo::{Country, Database, Locator};
 use connmon_core::scan::{Row, Trigger, Walk, WalkMessage};
 use connmon_host::reconcile::netns::Roots;
 use connmon_host::reconcile::{Walker, WalkerOptions, owners};
-use connmon_host::sandbox::Plan;
+use connmon_host::sandbox::{Plan, Role};
 
 use crate::config::Config;
 use crate::database;
@@ -86,10 +85,10 @@ impl Reader {
         };
         let (walker, messages) = Walker::spawn_after(options, {
             let plan = Arc::clone(&plan);
-            move || plan.enter_walker().map(drop).map_err(io::Error::other)
+            move || plan.enter(Role::Walker).map(drop)
         })
         .context("cannot start the reconcile thread")?;
-        plan.enter_tool()?;
+        plan.enter(Role::Tool)?;
         let database = match &config.geoip_database {
             None => Database::embedded()?,
             Some(path) => {

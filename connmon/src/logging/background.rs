@@ -49,8 +49,8 @@ pub fn write_in_background() -> io::Result<()> {
     Ok(())
 }
 
-/// Has the thread that writes the log call `close_in`, which leaves it what it
-/// needs and no more.
+/// Has the thread that writes the log call `close_in`, which puts its sandbox in
+/// force.
 pub fn close_in(close_in: impl FnOnce() + Send + 'static) {
     QUEUE.lock().close_in = Some(Box::new(close_in));
     QUEUE.changed.notify_all();

@@ -105,7 +105,7 @@ fn half_open(port: u16) -> usize {
     let mut open = 0;
     let mut socket = diag::Socket::open().unwrap();
     let (states, buffer) = (States::OPENING, &mut DumpBuffer::default());
-    let ended = socket.dump(diag::Family::V4, states, false, buffer, &mut 0, |row| {
+    let ended = socket.dump(states, false, buffer, &mut 0, |row| {
         open += usize::from(row.tuple.local_port == port);
         true
     });

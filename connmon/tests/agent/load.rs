@@ -56,19 +56,14 @@ impl Counter {
     /// (ESTABLISHED, open in any state), IPv4, either end on this port.
     pub fn count(&mut self, port: u16) -> (f64, f64) {
         let mut rows = Vec::new();
-        let complete = self.0.dump(
-            diag::Family::V4,
-            States::OPEN,
-            false,
-            &mut self.1,
-            &mut 0,
-            |row| {
+        let complete = self
+            .0
+            .dump(States::OPEN, false, &mut self.1, &mut 0, |row| {
                 if [row.tuple.local_port, row.tuple.remote_port].contains(&port) {
                     rows.push((row.cookie, row.state));
                 }
                 true
-            },
-        );
+            });
         assert!(matches!(complete, diag::Dumped::Complete), "{complete:?}");
         // A dump under changes may bring a socket twice.
         rows.sort_unstable_by_key(|(cookie, _)| *cookie);

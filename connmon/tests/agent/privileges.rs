@@ -105,7 +105,7 @@ impl Everyones {
             Some(if degraded { 3 } else { 0 }),
             "{lines:#?}"
         );
-        let features = sandbox::features().iter().map(|feature| {
+        let features = sandbox::FEATURES.iter().map(|feature| {
             let line = &lines[&format!("feature: {}", feature.name)];
             let result = line["result"].as_str().unwrap();
             let (cause, remedy) = (line["cause"].as_str().unwrap(), &line["remedy"]);

@@ -3,14 +3,16 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::{Child, Command};
+use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-/// Whether the test may make namespaces; says so when not, and fails then
-/// under `CI=true`.
+/// Whether the test may make namespaces. Prints why not, and fails then under
+/// `CI=true`.
 pub fn may_run(what: &str) -> bool {
     let reason = if !rustix::process::geteuid().is_root() {
         "needs root"
@@ -27,6 +29,33 @@ pub fn may_run(what: &str) -> bool {
     false
 }
 
+/// What precedes the process id in the names that the tests and benches give.
+const PREFIXES: [&str; 5] = [
+    "reconcile-",
+    "reconcile-bench-",
+    "metrics-connmon-",
+    "xtask-k",
+    "xtask-r",
+];
+
+/// Removes the namespaces of test runs that were killed: a test that counts
+/// every namespace would count them.
+pub fn remove_those_of_dead_runs() {
+    let names = std::fs::read_dir("/run/netns").into_iter().flatten();
+    for name in names.filter_map(|entry| entry.ok()?.file_name().into_string().ok()) {
+        let pid = PREFIXES.iter().find_map(|prefix| {
+            let pid = name.strip_prefix(prefix)?.split('-').next()?;
+            pid.parse::<u32>().ok()
+        });
+        let Some(pid) = pid else { continue };
+        if Path::new("/proc").join(pid.to_string()).exists() {
+            continue;
+        }
+        let ip = Command::new("ip").args(["netns", "delete", &name]).output();
+        println!("removed network namespace {name}: process {pid} has ended; {ip:?}");
+    }
+}
+
 /// A namespace with `lo` up, made with `ip netns add`.
 pub struct Namespace {
     pub name: String,
@@ -35,6 +64,8 @@ pub struct Namespace {
 impl Namespace {
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
+        static DEAD_RUNS: Once = Once::new();
+        DEAD_RUNS.call_once(remove_those_of_dead_runs);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("reconcile-{}-{count}", std::process::id());
         ip(&["netns", "add", &name]);

@@ -134,7 +134,7 @@ impl HostFacts {
         }
         let missing = self.missing_capabilities();
         if refused && !missing.is_empty() {
-            let names: Vec<_> = missing.iter().map(crate::sandbox::name).collect();
+            let names: Vec<_> = missing.iter().map(crate::sandbox::names).collect();
             return (format!("missing capability {}", names.join(" and ")), GRANT);
         }
         if failed(failures, Some(Stage::Tracefs), &[EPERM, EACCES]) {

@@ -1,43 +1,19 @@
-//! The kernel's own tables (walked, by sock_diag, from /proc/net/tcp) → messages
-//! for the fold: what existed before start, and the audit of what events say.
+//! Reads the kernel's TCP sockets: those that existed before the agent started,
+//! and in audits what the events report against what is there.
 //!
-//! A dedicated walker thread produces [`connmon_core::scan::WalkMessage`]s; the fold thread
-//! consumes them between draining the ring. Nothing here changes state.
+//! The walker thread reads and sends [`connmon_core::scan::WalkMessage`]s; the
+//! fold thread merges them. Nothing here changes counters.
 
+mod clock;
 pub mod diag;
 pub mod netns;
 pub mod owners;
+mod parsed;
 pub mod procfs;
 mod walker;
 
-pub use walker::{BATCH_ROWS, Refused, WalkMessages, Walker, WalkerOptions, rest_after};
-
-use std::io;
-use std::time::Duration;
-
-use connmon_core::event::LiveSocket;
-
-/// Shows every connection and handshake that is in a network namespace from
-/// beginning to end, which a dump does not promise. May show one twice.
-pub trait SocketSource: Send {
-    /// Reads the namespace of the calling thread; `sink` says whether to go on.
-    /// Whether it came to the end.
-    ///
-    /// # Errors
-    /// What cut it short; what was shown before is true all the same.
-    fn read(&mut self, sink: &mut dyn FnMut(LiveSocket) -> bool) -> io::Result<bool>;
-}
-
-impl<F> SocketSource for F
-where
-    F: FnMut(&mut dyn FnMut(LiveSocket) -> bool) -> io::Result<bool> + Send,
-{
-    fn read(&mut self, sink: &mut dyn FnMut(LiveSocket) -> bool) -> io::Result<bool> {
-        self(sink)
-    }
-}
-
-/// CPU time of the calling thread: what a walk costs, whoever else runs.
-pub fn cpu_time() -> Duration {
-    Duration::from_nanos(walker::now_ns(rustix::time::ClockId::ThreadCPUTime))
-}
+pub use clock::cpu_time;
+pub use parsed::Parsed;
+pub use walker::{
+    BATCH_ROWS, Refused, SocketSource, WalkMessages, Walker, WalkerOptions, rest_after,
+};

@@ -1,8 +1,13 @@
-//! Which network namespaces there are, and ways into each.
+//! Lists the network namespaces, and enters them.
+//!
+//! They are found through processes, through threads that moved elsewhere, and
+//! through files that hold a namespace. Where the inode of a namespace may not
+//! be read, the inode of its `/proc/<pid>/net/tcp` identifies it: a surrogate
+//! id.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -10,21 +15,29 @@ use std::path::{Path, PathBuf};
 use connmon_core::event::NetnsId;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::procfs::Family;
 use crate::is_resource_exhausted;
-
-use super::diag::Family;
 
 /// Most namespaces of one walk; what is beyond counts as unaudited. A busy
 /// Kubernetes node has a few hundred.
 pub const MAX_NAMESPACES: usize = 4096;
+
+/// Most processes kept per namespace. All of them may end before they are used.
+const MAX_HANDLES: usize = 3;
+
+/// Most threads looked at when the first one of a process has ended.
+pub const MAX_THREADS: usize = 8;
+
+/// Most threads that one walk looks at for namespaces in which no process is as
+/// a whole, about 2 µs each. The next walk continues where this one ended.
+const MAX_LOOKS: usize = 4096;
 
 /// A way into a namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Handle {
     /// It is the walker's own.
     Own,
-    /// A process in it, or a thread of one whose first thread has ended:
-    /// `/proc` leads to both alike.
+    /// A process or a thread in it: `/proc` has both.
     Process(u32),
     /// A file that holds it, as `ip netns add` makes them.
     Mount(PathBuf),
@@ -33,21 +46,19 @@ pub enum Handle {
 /// A namespace that was there when the walk looked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
-    /// Inode, or a surrogate id.
+    /// Its inode, or a surrogate id.
     pub id: NetnsId,
-    /// Whether `id` is the inode of its `/proc/<pid>/net/tcp` instead, for
-    /// want of the right to read the namespace's own.
+    /// Whether `id` is a surrogate id.
     pub surrogate: bool,
-    /// Inode of its `/proc/<pid>/net/tcp`, where it is that which tells it
-    /// from others because its own may not be read, or not for long.
+    /// Inode of its `/proc/<pid>/net/tcp`, by which to recognize it where its
+    /// own inode cannot be read, or not for long.
     pub table: Option<u64>,
-    /// Ways in, at most [`MAX_HANDLES`] and a mount: processes come and go,
-    /// and all that were seen first may have ended by the time they are used.
+    /// Ways in: at most [`MAX_HANDLES`] and a mount.
     pub handles: Vec<Handle>,
 }
 
 impl Namespace {
-    /// Whether only names under `/run/netns` and the like lead there.
+    /// Whether only files under `/run/netns` and the like lead there.
     pub fn is_mount_only(&self) -> bool {
         let mut handles = self.handles.iter();
         handles.all(|handle| matches!(handle, Handle::Mount(_)))
@@ -61,14 +72,14 @@ pub struct Found {
     pub namespaces: Vec<Namespace>,
     /// Namespaces beyond [`MAX_NAMESPACES`].
     pub overflow: u32,
-    /// Why some processes' namespaces cannot even be told apart.
+    /// Why the namespace of some process could not be identified at all.
     pub hidden: Option<String>,
-    /// A directory could not be read for want of resources, so namespaces may
-    /// be missing that are there.
-    pub short: bool,
+    /// A directory could not be read for lack of descriptors or memory, so
+    /// namespaces may be missing.
+    pub incomplete: bool,
 }
 
-/// Where to look; a parameter so that tests can bring their own tree.
+/// Where to look; tests have trees of their own.
 #[derive(Clone, Debug)]
 pub struct Roots {
     /// `/proc`.
@@ -88,23 +99,13 @@ impl Default for Roots {
     }
 }
 
-/// Ways in that are kept per namespace.
-pub const MAX_HANDLES: usize = 3;
-
-/// Threads that are looked at when the first one of a process has ended.
-pub const MAX_THREADS: usize = 8;
-
-/// Threads that one walk looks at for namespaces in which no process is as a
-/// whole: about 2 µs each. The next walk goes on where this one ended.
-const MAX_LOOKS: usize = 4096;
-
-/// What is known of namespaces that only a later thread of a process is in.
+/// Namespaces that only a later thread of a process is in, from walk to walk.
 #[derive(Debug, Default)]
 pub struct ThreadSearch {
     /// Process and thread that lead there; at most [`MAX_NAMESPACES`].
     found: HashMap<NetnsId, (u32, u32)>,
-    /// Process and thread that the last search ended with; it goes on after
-    /// them, and in the end begins anew.
+    /// Process and thread that the last search ended with; (0, 0) once all were
+    /// looked at.
     last: (u32, u32),
 }
 
@@ -114,56 +115,52 @@ impl Roots {
     /// # Errors
     /// Without a readable `/proc/self/ns/net`.
     pub fn own(&self) -> io::Result<NetnsId> {
-        namespace_link(&self.proc.join("self/ns/net"))
+        link_inode(&self.proc.join("self/ns/net"), "net")
     }
 
-    /// The namespace called `host`: pid 1's where that can be read, else the
-    /// agent's own, which it usually is. The log says so where it is not, or
-    /// where nothing tells.
+    /// The namespace called `host`: pid 1's where it can be read, else the
+    /// agent's own, which it usually is. Warns where it may not be.
     ///
     /// # Errors
     /// Without a readable `/proc/self/ns/net`.
     pub fn host(&self) -> io::Result<NetnsId> {
-        let first = self.process(1).join("ns/net");
-        let error = match namespace_link(&first) {
+        let link = self.process(1).join("ns/net");
+        let error = match link_inode(&link, "net") {
             Ok(host) => return Ok(host),
             Err(error) => error,
         };
-        let table = |handle: Handle| self.table(&handle, Family::V4).and_then(inode);
-        let firsts = table(Handle::Process(1));
-        if firsts.is_none() || firsts != table(Handle::Own) {
+        let first = table_inode(&self.process(1).join("net")).ok();
+        if first.is_none() || first != table_inode(&self.proc.join("self/net")).ok() {
             log::warn!(
                 "{}: {error}; the agent's own network namespace is taken for the host's",
-                first.display(),
+                link.display(),
             );
         }
         self.own()
     }
 
-    /// The host's namespace, to be asked for before the right to read it is
-    /// given up: its table can still be read, and told from others, after.
+    /// The host's namespace, to be asked for before the sandbox: its table can
+    /// be read and recognized after that too, its inode cannot.
     ///
     /// # Errors
     /// Without a readable `/proc/self/ns/net`.
     pub fn host_namespace(&self) -> io::Result<Namespace> {
-        let (own, host) = (self.own()?, self.host()?);
-        let handle = if own == host {
-            Handle::Own
-        } else {
-            Handle::Process(1)
+        let id = self.host()?;
+        let (handle, process) = match id == self.own()? {
+            true => (Handle::Own, self.proc.join("self")),
+            false => (Handle::Process(1), self.process(1)),
         };
         Ok(Namespace {
-            id: host,
+            id,
             surrogate: false,
-            table: self.table(&handle, Family::V4).and_then(inode),
+            table: table_inode(&process.join("net")).ok(),
             handles: vec![handle],
         })
     }
 
-    /// Every namespace some process is in or some mount holds. Processes
-    /// that end meanwhile are nothing special. `home` is the way back from
-    /// namespaces that only entering tells apart, see [`within`]. Threads that
-    /// went elsewhere are looked for where `search` says so, and remembered.
+    /// Every namespace that a process is in or a file holds. `home` is the
+    /// caller's own, see [`within`]. With `search`, threads that moved to
+    /// another namespace are looked for, and remembered.
     ///
     /// # Errors
     /// Without a readable `/proc`.
@@ -173,33 +170,34 @@ impl Roots {
         let mut unreadable = Vec::new();
         let pids = self.pids()?;
         for &pid in &pids {
-            match self.living(pid, |task| namespace_link(&task.join("ns/net"))) {
+            match self.living(pid, |task| link_inode(&task.join("ns/net"), "net")) {
                 Ok((task, id)) => finder.note(id, false, Handle::Process(task)),
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                    unreadable.push(pid);
-                }
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => unreadable.push(pid),
+                // It ended.
                 Err(_) => {}
             }
         }
         for directory in &self.mounts {
-            let entries = match fs::read_dir(directory) {
-                Ok(entries) => entries,
-                Err(error) => {
-                    finder.found.short |= is_resource_exhausted(&error);
-                    continue;
+            match fs::read_dir(directory) {
+                Ok(entries) => {
+                    for path in entries.flatten().map(|entry| entry.path()) {
+                        if let Some(id) = namespace_file(&path) {
+                            finder.note(id, false, Handle::Mount(path));
+                        }
+                    }
                 }
-            };
-            // A mount point whose namespace is gone is an empty file of
-            // another file system.
-            for path in entries.flatten().map(|entry| entry.path()) {
-                if let Some(id) = namespace_file(&path) {
-                    finder.note(id, false, Handle::Mount(path));
-                }
+                Err(error) => finder.found.incomplete |= is_resource_exhausted(&error),
             }
         }
-        self.note_threads(threads, &mut finder);
+        threads.found.retain(|&id, &mut (pid, tid)| {
+            let stays = link_inode(&self.thread(pid, tid).join("ns/net"), "net").ok() == Some(id);
+            if stays {
+                finder.note(id, false, Handle::Process(tid));
+            }
+            stays
+        });
         if search {
-            unreadable.extend(self.search_threads(&pids, threads, &mut finder));
+            self.search_threads(&pids, threads, &mut finder, &mut unreadable);
         }
         if !unreadable.is_empty() {
             self.note_unreadable(&unreadable, home, &mut finder);
@@ -207,100 +205,79 @@ impl Roots {
         Ok(finder.found)
     }
 
-    /// Notes what earlier searches have found and is still there.
-    fn note_threads(&self, threads: &mut ThreadSearch, finder: &mut Finder) {
-        threads.found.retain(|&id, &mut (pid, tid)| {
-            let stays = namespace_link(&self.thread(pid, tid).join("ns/net")).ok() == Some(id);
-            if stays {
-                finder.note(id, false, Handle::Process(tid));
-            }
-            stays
-        });
-    }
-
-    /// Looks at the next threads that are not the first of their process.
-    /// Gives those whose namespace may not be read.
+    /// Looks at the next threads that are not the first of their process. Those
+    /// whose namespace may not be read are added to `unreadable`.
     fn search_threads(
         &self,
         pids: &[u32],
         threads: &mut ThreadSearch,
         finder: &mut Finder,
-    ) -> Vec<u32> {
-        let mut unreadable = Vec::new();
-        let mut looks = MAX_LOOKS;
+        unreadable: &mut Vec<u32>,
+    ) {
         let last = threads.last;
         let from = pids.partition_point(|&pid| pid < last.0);
-        for &pid in &pids[from..] {
-            for tid in self.later_threads(pid) {
-                if (pid, tid) <= last {
-                    continue;
-                }
-                if looks == 0 {
-                    return unreadable;
-                }
-                looks -= 1;
-                threads.last = (pid, tid);
-                match namespace_link(&self.thread(pid, tid).join("ns/net")) {
-                    Ok(id) if finder.places.contains_key(&(id, false)) => {}
-                    Ok(id) => {
-                        finder.note(id, false, Handle::Process(tid));
-                        if threads.found.len() < MAX_NAMESPACES {
-                            threads.found.insert(id, (pid, tid));
-                        }
+        let later = pids[from..].iter().flat_map(|&pid| {
+            let tids = self.later_threads(pid).into_iter();
+            tids.map(move |tid| (pid, tid))
+        });
+        let later = later.filter(|thread| *thread > last);
+        for (looks, (pid, tid)) in later.enumerate() {
+            if looks == MAX_LOOKS {
+                return;
+            }
+            threads.last = (pid, tid);
+            match link_inode(&self.thread(pid, tid).join("ns/net"), "net") {
+                Ok(id) if finder.places.contains_key(&(id, false)) => {}
+                Ok(id) => {
+                    finder.note(id, false, Handle::Process(tid));
+                    if threads.found.len() < MAX_NAMESPACES {
+                        threads.found.insert(id, (pid, tid));
                     }
-                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                        unreadable.push(tid);
-                    }
-                    Err(_) => {}
                 }
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => unreadable.push(tid),
+                Err(_) => {}
             }
         }
         threads.last = (0, 0);
-        unreadable
     }
 
     /// The threads of a process but the first, ascending.
     pub fn later_threads(&self, pid: u32) -> Vec<u32> {
         let tasks = self.process(pid).join("task");
-        // 2 and the number of threads (`proc_task_getattr`): most processes
-        // have one, and reading a directory costs more.
+        // Its links are 2 and the number of threads (`proc_task_getattr`): most
+        // processes have one, and reading a directory costs more.
         if fs::metadata(&tasks).is_ok_and(|tasks| tasks.nlink() == 3) {
             return Vec::new();
         }
-        let mut threads: Vec<u32> = fs::read_dir(tasks)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            .filter(|&tid| tid != pid)
-            .collect();
-        threads.sort_unstable();
+        let mut threads = numbers_in(&tasks).unwrap_or_default();
+        threads.retain(|&tid| tid != pid);
         threads
     }
 
-    /// Tells the namespaces of processes we may not look into apart by the
-    /// inode of `/proc/<pid>/net/tcp`, which needs no right at all: it
-    /// belongs to the namespace (`proc_net` entries are per `struct net`).
+    /// Identifies the namespaces of processes whose link may not be read by the
+    /// inode of `/proc/<pid>/net/tcp`, which needs no privilege: there is one
+    /// per namespace (`proc_net` entries are per `struct net`).
     fn note_unreadable(&self, pids: &[u32], home: &File, finder: &mut Finder) {
-        let namespaces = &finder.found.namespaces;
-        let known: HashSet<u64> = namespaces
+        let table_of = |namespace: &Namespace| {
+            let mut handles = namespace.handles.iter();
+            handles.find_map(|handle| self.in_net(namespace, handle, home, table_inode).ok())
+        };
+        let known: HashSet<u64> = finder
+            .found
+            .namespaces
             .iter()
-            .filter_map(|namespace| self.table_inode(namespace, home))
+            .filter_map(table_of)
             .collect();
         for &pid in pids {
-            let table = |process: &Path| process.join("net").join(Family::V4.proc_file());
-            match self.living(pid, |task| Ok(fs::metadata(table(task))?.ino())) {
-                Ok((task, inode)) => {
-                    if !known.contains(&inode) {
-                        finder.note(surrogate(inode), true, Handle::Process(task));
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            match self.living(pid, |task| table_inode(&task.join("net"))) {
+                Ok((_, inode)) if known.contains(&inode) => {}
+                // Inodes of /proc are of the same 32 bits as those of
+                // namespaces (`proc_alloc_inum`), so the two never collide.
+                Ok((task, inode)) => finder.note(inode as NetnsId, true, Handle::Process(task)),
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => {
                     finder.found.hidden.get_or_insert_with(|| {
-                        format!(
-                            "{}: {error}; CAP_SYS_PTRACE lets it be read",
-                            table(&self.process(pid)).display()
-                        )
+                        let table = self.process(pid).join("net/tcp");
+                        format!("{}: {error}; CAP_SYS_PTRACE is needed", table.display())
                     });
                 }
                 Err(_) => {}
@@ -308,46 +285,24 @@ impl Roots {
         }
     }
 
-    /// The inode of a namespace's table by the first way that leads to it.
-    fn table_inode(&self, namespace: &Namespace, home: &File) -> Option<u64> {
-        namespace.handles.iter().find_map(|handle| {
-            if let Some(path) = self.table(handle, Family::V4) {
-                return inode(path);
-            }
-            // Nothing shows a mounted namespace's table from outside.
-            let there = self.open(namespace, handle).ok()?;
-            within(&there, home, || inode(self.own_table(Family::V4))).ok()?
-        })
-    }
-
     /// What `look` finds in the directory of a process, or of another of its
-    /// threads: a first thread that ended before the others is in no
-    /// namespace any more. With the id that leads there.
+    /// threads: a first thread that ended before the others is in no namespace
+    /// any more. With the id that leads there.
     fn living<T>(&self, pid: u32, look: impl Fn(&Path) -> io::Result<T>) -> io::Result<(u32, T)> {
         let gone = match look(&self.process(pid)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => error,
+            Err(error) if error.kind() == ErrorKind::NotFound => error,
             result => return result.map(|found| (pid, found)),
         };
         self.later_threads(pid)
             .into_iter()
             .take(MAX_THREADS)
             .map(|tid| look(&self.thread(pid, tid)).map(|found| (tid, found)))
-            .find(|result| !matches!(result, Err(error) if error.kind() == io::ErrorKind::NotFound))
+            .find(|result| !matches!(result, Err(error) if error.kind() == ErrorKind::NotFound))
             .unwrap_or(Err(gone))
     }
 
-    /// The path of a namespace's table as seen through a handle.
-    pub fn table(&self, handle: &Handle, family: Family) -> Option<PathBuf> {
-        let process = match handle {
-            Handle::Own => self.proc.join("self"),
-            Handle::Process(pid) => self.process(*pid),
-            Handle::Mount(_) => return None,
-        };
-        Some(process.join("net").join(family.proc_file()))
-    }
-
-    /// Opens the file that setns(2) wants, making sure that it still is
-    /// this namespace's: a pid may have been reused.
+    /// Opens the file that setns(2) takes, and makes sure that it still is this
+    /// namespace's: a pid may have been reused.
     ///
     /// # Errors
     /// NotFound when it is gone, PermissionDenied without CAP_SYS_PTRACE.
@@ -358,14 +313,13 @@ impl Roots {
             Handle::Mount(path) => path.clone(),
         })?;
         if file.metadata()?.ino() != u64::from(namespace.id) {
-            return Err(io::ErrorKind::NotFound.into());
+            return Err(ErrorKind::NotFound.into());
         }
         Ok(file)
     }
 
-    /// Opens a namespace's table through a process, making sure that it is
-    /// still that namespace's. `Ok(None)`: the kernel has no such table (IPv6
-    /// is compiled out or off).
+    /// Opens a table of a namespace, and makes sure that it still is that
+    /// namespace's. `None`: the kernel has no IPv6.
     ///
     /// # Errors
     /// NotFound when the process or its namespace is gone.
@@ -374,56 +328,49 @@ impl Roots {
         namespace: &Namespace,
         handle: &Handle,
         family: Family,
+        home: &File,
     ) -> io::Result<Option<File>> {
-        let path = self.table(handle, family).ok_or(io::ErrorKind::NotFound)?;
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound && family == Family::V6 => {
-                // No table, or no process?
-                let v4 = self
-                    .table(handle, Family::V4)
-                    .ok_or(io::ErrorKind::NotFound)?;
-                fs::metadata(v4)?;
-                return Ok(None);
+        let table = self.in_net(namespace, handle, home, |net| {
+            match File::open(net.join(family.file())) {
+                Err(error) if error.kind() == ErrorKind::NotFound && family == Family::V6 => {
+                    // No table, or no process?
+                    table_inode(net).map(|_| None)
+                }
+                result => result.map(Some),
             }
-            Err(error) => return Err(error),
-        };
-        let same = match (handle, namespace.table) {
+        })?;
+        let is_same = match (handle, namespace.table) {
             (Handle::Own | Handle::Mount(_), _) => true,
             (Handle::Process(pid), None) => {
-                namespace_link(&self.process(*pid).join("ns/net"))? == namespace.id
+                link_inode(&self.process(*pid).join("ns/net"), "net")? == namespace.id
             }
-            (Handle::Process(_), Some(inode)) => {
-                let v4 = self
-                    .table(handle, Family::V4)
-                    .ok_or(io::ErrorKind::NotFound)?;
-                fs::metadata(v4)?.ino() == inode
+            (Handle::Process(pid), Some(inode)) => {
+                table_inode(&self.process(*pid).join("net"))? == inode
             }
         };
-        if same {
-            Ok(Some(file))
-        } else {
-            Err(io::ErrorKind::NotFound.into())
+        match is_same {
+            true => Ok(table),
+            false => Err(ErrorKind::NotFound.into()),
         }
     }
 
-    /// Opens a table of the calling thread's namespace, which need not be
-    /// that of its process.
-    ///
-    /// # Errors
-    /// Without a readable `/proc`.
-    pub fn open_own_table(&self, family: Family) -> io::Result<Option<File>> {
-        match File::open(self.own_table(family)) {
-            Ok(file) => Ok(Some(file)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && family == Family::V6 => {
-                Ok(None)
+    /// What `look` finds in the directory of `/proc` with the tables of a
+    /// namespace. Only entering a mounted one shows them.
+    fn in_net<T>(
+        &self,
+        namespace: &Namespace,
+        handle: &Handle,
+        home: &File,
+        look: impl FnOnce(&Path) -> io::Result<T>,
+    ) -> io::Result<T> {
+        match handle {
+            Handle::Own => look(&self.proc.join("self/net")),
+            Handle::Process(pid) => look(&self.process(*pid).join("net")),
+            Handle::Mount(_) => {
+                let there = self.open(namespace, handle)?;
+                within(&there, home, || look(&self.proc.join("thread-self/net")))?
             }
-            Err(error) => Err(error),
         }
-    }
-
-    fn own_table(&self, family: Family) -> PathBuf {
-        self.proc.join("thread-self/net").join(family.proc_file())
     }
 
     /// Processes, ascending.
@@ -431,12 +378,7 @@ impl Roots {
     /// # Errors
     /// Without a readable `/proc`.
     pub fn pids(&self) -> io::Result<Vec<u32>> {
-        let mut pids: Vec<u32> = fs::read_dir(&self.proc)?
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            .collect();
-        pids.sort_unstable();
-        Ok(pids)
+        numbers_in(&self.proc)
     }
 
     /// `/proc/<pid>`.
@@ -451,16 +393,14 @@ impl Roots {
 }
 
 /// Runs `inside` with the calling thread in the namespace of `there`, then
-/// brings the thread back to `home`.
-///
-/// Only for a thread that does nothing else: everything it opens meanwhile
-/// belongs to the other namespace.
+/// brings the thread back to `home`. Everything that the thread opens meanwhile
+/// belongs to the other namespace, so it must do nothing else.
 ///
 /// # Errors
 /// PermissionDenied without CAP_SYS_ADMIN over both namespaces.
 ///
 /// # Panics
-/// When there is no way back: such a thread must not live on.
+/// When the thread cannot return: it must not go on in the wrong namespace.
 pub fn within<T>(there: &File, home: &File, inside: impl FnOnce() -> T) -> io::Result<T> {
     let network = Some(LinkNameSpaceType::Network);
     move_into_link_name_space(there.as_fd(), network)?;
@@ -492,6 +432,8 @@ fn parse_port_range(text: &str) -> Option<(u16, u16)> {
 #[derive(Default)]
 struct Finder {
     found: Found,
+    /// By id and whether it is a surrogate id: the index in `found`, none
+    /// beyond [`MAX_NAMESPACES`]. At most four times that many.
     places: HashMap<(NetnsId, bool), Option<usize>>,
 }
 
@@ -521,39 +463,44 @@ impl Finder {
                 self.places.insert((id, surrogate), None);
                 self.found.overflow += 1;
             }
-            // Beyond any sense; no longer told apart.
             None => {}
         }
     }
 }
 
-/// Inodes of /proc come from the same 32-bit range as namespaces' own
-/// (`proc_alloc_inum`), so they are distinct.
-fn surrogate(inode: u64) -> NetnsId {
-    inode as NetnsId
+/// The inode of the TCP table in a `net` directory of `/proc`.
+fn table_inode(net: &Path) -> io::Result<u64> {
+    Ok(fs::metadata(net.join(Family::V4.file()))?.ino())
 }
 
-fn inode(path: PathBuf) -> Option<u64> {
-    fs::metadata(path).ok().map(|file| file.ino())
-}
-
-/// The inode in a link such as `net:[4026531840]`.
-fn namespace_link(path: &Path) -> io::Result<NetnsId> {
+/// The inode in a link such as `net:[4026531840]`, whose kind is `net`.
+pub(super) fn link_inode(path: &Path, kind: &str) -> io::Result<u32> {
     let link = fs::read_link(path)?;
-    parse_link(link.as_os_str().as_encoded_bytes())
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a namespace link"))
+    parse_link(link.as_os_str().as_encoded_bytes(), kind).ok_or(ErrorKind::InvalidData.into())
 }
 
-fn parse_link(link: &[u8]) -> Option<NetnsId> {
-    let inode = link.strip_prefix(b"net:[")?.strip_suffix(b"]")?;
-    std::str::from_utf8(inode).ok()?.parse().ok()
+fn parse_link(link: &[u8], kind: &str) -> Option<u32> {
+    let inode = link.strip_prefix(kind.as_bytes())?.strip_prefix(b":[")?;
+    std::str::from_utf8(inode.strip_suffix(b"]")?)
+        .ok()?
+        .parse()
+        .ok()
 }
 
-/// The inode of a file that holds a network namespace.
+/// The entries of a directory that are numbers, ascending.
+fn numbers_in(directory: &Path) -> io::Result<Vec<u32>> {
+    let mut numbers: Vec<u32> = fs::read_dir(directory)?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// The inode of a file that holds a namespace. What is not of nsfs is not
+/// opened: it could be a FIFO, or the empty file of a namespace that is gone.
 fn namespace_file(path: &Path) -> Option<NetnsId> {
-    // Not opened before it is known to be of nsfs: it could be a FIFO.
-    let status = rustix::fs::statfs(path).ok()?;
-    if status.f_type as u32 != NSFS_MAGIC {
+    if rustix::fs::statfs(path).ok()?.f_type as u32 != NSFS_MAGIC {
         return None;
     }
     // Other kinds of namespaces can be mounted, too; setns refuses them.

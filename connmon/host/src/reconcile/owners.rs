@@ -1,6 +1,8 @@
-//! Socket inode → process, through `/proc/*/fd`, and where the first thread of
-//! a process has ended through that of another one; and what a cgroup path says
-//! about a container.
+//! Finds the process that holds a socket, through `/proc/<pid>/fd`, and the
+//! container in a cgroup path.
+//!
+//! The walker asks for the owners of listeners and keeps them in an
+//! [`OwnerCache`]; `list` and `top` ask for those of all connections by [`find`].
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirEntry};
@@ -10,14 +12,31 @@ use std::time::Duration;
 
 use connmon_core::event::Owner;
 
-use super::cpu_time;
-use super::netns::{MAX_THREADS, Roots};
+use super::clock::cpu_time;
+use super::netns::{MAX_THREADS, Roots, link_inode};
 
-/// Owners of listening sockets, found once and checked at each walk.
+/// CPU time that one walk spends on searches, enough for well over a million
+/// descriptors. Any user can make more of them, and sockets that no process
+/// shows (in SCM_RIGHTS messages).
+const SEARCH: Duration = Duration::from_secs(2);
+/// Descriptors between two readings of the clock: about 100 µs.
+const LOOKS: usize = 64;
+/// Cached inodes: more than any host listens on.
+const MAX_ENTRIES: usize = 65_536;
+/// Sockets remembered by one scan beside those asked for.
+const MAX_REMEMBERED: usize = 65_536;
+/// Further scans in one walk.
+const MAX_RESCANS: u32 = 4;
+/// Walks an unused entry survives.
+const KEPT_WALKS: u64 = 3;
+/// Most walks between two searches for a socket that no readable process holds.
+const MAX_PAUSE_WALKS: u64 = 64;
+
+/// Owners of listening sockets, found once and checked in each walk.
 ///
-/// The lowest pid that holds a socket is its owner, as long as there is time
-/// to see them all. A socket that is not found has pid 0, and is looked for
-/// again at ever longer intervals.
+/// The lowest pid that holds a socket is its owner, as long as there is time to
+/// read all. A socket that is not found has pid 0, and is looked for at ever
+/// longer intervals.
 #[derive(Debug, Default)]
 pub struct OwnerCache {
     entries: HashMap<u32, Entry>,
@@ -25,13 +44,13 @@ pub struct OwnerCache {
     walk: u64,
     scan: Option<Scan>,
     rescans: u32,
-    /// CPU time that is left for this walk's search.
+    /// CPU time that is left for this walk's searches.
     left: Duration,
-    /// When it is used up, another walk goes on.
+    /// Once it is used up, another walk resumes.
     pauses: bool,
-    /// It paused before everything was found.
+    /// A search paused before everything was found.
     waits: bool,
-    /// The pid from which the next search starts: those before had their turn.
+    /// The pid from which the next scan starts.
     from: u32,
 }
 
@@ -46,22 +65,16 @@ struct Entry {
     checked: u64,
 }
 
-/// A descriptor seen to be a socket.
+/// A descriptor that was a socket when it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Holder {
     pid: u32,
-    /// A thread that shows it: the first one, which has the process's id,
-    /// unless that has ended.
+    /// A thread that shows it: the first one, unless that has ended.
     tid: u32,
     fd: u32,
 }
 
 impl Holder {
-    fn is_of(self, roots: &Roots, inode: u32) -> bool {
-        let link = descriptors(roots, self.pid, self.tid).join(self.fd.to_string());
-        socket_inode(&link) == Some(inode)
-    }
-
     fn owner(self, comm: [u8; 16]) -> Owner {
         Owner {
             pid: self.pid,
@@ -72,10 +85,9 @@ impl Holder {
 }
 
 impl OwnerCache {
-    /// A walk starts: entries are checked again when asked for. What the
-    /// last `KEPT_WALKS` walks did not ask for is forgotten. Searches pause
-    /// after `pause` of CPU time in all, for [`OwnerCache::go_on`] to take
-    /// them up again; without it they end after `SEARCH`.
+    /// A walk starts. Entries are checked when asked for, and dropped once
+    /// `KEPT_WALKS` walks did not ask for them. Searches end after `SEARCH` of
+    /// CPU time in all, or pause after `pause` until [`OwnerCache::resume`].
     pub fn begin_walk(&mut self, pause: Option<Duration>) {
         self.walk += 1;
         self.scan = None;
@@ -91,16 +103,14 @@ impl OwnerCache {
         }
     }
 
-    /// A walk that goes on with the search of the one before and ends it.
-    pub fn go_on(&mut self) {
+    /// A walk starts that continues the search of the one before, to its end.
+    pub fn resume(&mut self) {
         self.left = SEARCH;
         self.pauses = false;
         self.waits = false;
     }
 
-    /// Whether the search paused before everything asked for was looked for.
-    /// To be called at the end of a walk: what else its search remembers is
-    /// forgotten.
+    /// A walk ends. Returns whether its search paused.
     pub fn end_walk(&mut self) -> bool {
         if !self.waits {
             self.scan = None;
@@ -109,7 +119,7 @@ impl OwnerCache {
     }
 
     /// The owner of each inode, in order. Those not known yet are looked for
-    /// in one pass over `/proc` that this walk's later calls continue.
+    /// in one scan of `/proc`, which later calls of this walk continue.
     pub fn owners(&mut self, roots: &Roots, inodes: &[u32]) -> Vec<Owner> {
         let mut missing = HashSet::new();
         for &inode in inodes.iter().filter(|&&inode| inode != 0) {
@@ -117,29 +127,22 @@ impl OwnerCache {
                 missing.insert(inode);
             }
         }
-        let unkept = if missing.is_empty() {
-            HashMap::new()
-        } else {
-            self.search(roots, &missing)
+        let unkept = match missing.is_empty() {
+            true => HashMap::new(),
+            false => self.search(roots, &missing),
         };
-        let owner = |inode: &u32| match unkept.get(inode) {
+        let owner = |inode| match unkept.get(inode) {
             Some(owner) => *owner,
             None => self.cached(*inode),
         };
         inodes.iter().map(owner).collect()
     }
 
-    /// The owner of one inode as far as it is known, without any look at
-    /// `/proc`.
+    /// The owner of one inode as far as it is known; reads nothing.
     pub fn cached(&self, inode: u32) -> Owner {
-        match self.entries.get(&inode) {
-            Some(Entry {
-                holder: Some(holder),
-                comm,
-                ..
-            }) => holder.owner(*comm),
-            _ => Owner::default(),
-        }
+        let entry = self.entries.get(&inode);
+        let owner = entry.and_then(|entry| Some(entry.holder?.owner(entry.comm)));
+        owner.unwrap_or_default()
     }
 
     /// Marks an entry as used and checks, once a walk, that it still holds.
@@ -149,33 +152,34 @@ impl OwnerCache {
             return false;
         };
         entry.last_walk = walk;
-        let Some(holder) = entry.holder else {
+        let Some(Holder { pid, tid, fd }) = entry.holder else {
             return entry.next_search > walk;
         };
         if entry.checked == walk {
             return true;
         }
-        if !holder.is_of(roots, inode) {
+        let link = descriptors(roots, pid, tid).join(fd.to_string());
+        if link_inode(&link, "socket").ok() != Some(inode) {
             self.entries.remove(&inode);
             return false;
         }
         entry.checked = walk;
-        if let Some(comm) = comm(&roots.process(holder.pid)) {
+        if let Some(comm) = comm(&roots.process(pid)) {
             entry.comm = comm;
         }
         true
     }
 
-    /// Looks for sockets and keeps what comes of it; gives the owners for
-    /// which there is no room.
+    /// Looks for sockets and keeps the results; returns the owners that do not
+    /// fit into the cache.
     fn search(&mut self, roots: &Roots, missing: &HashSet<u32>) -> HashMap<u32, Owner> {
         let started = cpu_time();
         let until = Some(started + self.left);
         let from = self.from;
         let scan = self.scan.get_or_insert_with(|| Scan::new(roots, from));
         let mut done = scan.run(roots, missing, until);
-        // An earlier call of this walk passed by more sockets than it could
-        // remember; look again for these, a few times a walk.
+        // The sockets asked for now may be among those that it could not
+        // remember from an earlier call.
         if done
             && scan.forgot
             && self.rescans < MAX_RESCANS
@@ -185,8 +189,7 @@ impl OwnerCache {
             *scan = Scan::new(roots, from);
             done = scan.run(roots, missing, until);
         }
-        let spent = cpu_time().saturating_sub(started);
-        self.left = self.left.saturating_sub(spent);
+        self.left = self.left.saturating_sub(cpu_time().saturating_sub(started));
         if done {
             if scan.pids.is_empty() {
                 self.from = 0;
@@ -210,68 +213,64 @@ impl OwnerCache {
             let comm = holder
                 .and_then(|holder| comm(&roots.process(holder.pid)))
                 .unwrap_or_default();
-            if self.entries.len() >= MAX_ENTRIES && !self.entries.contains_key(&inode) {
-                if let Some(holder) = holder {
-                    unkept.insert(inode, holder.owner(comm));
-                }
+            let before = self.entries.get(&inode);
+            if before.is_none() && self.entries.len() >= MAX_ENTRIES {
+                unkept.extend(holder.map(|holder| (inode, holder.owner(comm))));
                 continue;
             }
-            let pause = match self.entries.get(&inode) {
+            let pause = match before {
                 Some(entry) if holder.is_none() => (entry.pause * 2).min(MAX_PAUSE_WALKS),
                 _ => 1,
             };
-            self.entries.insert(
-                inode,
-                Entry {
-                    holder,
-                    comm,
-                    last_walk: self.walk,
-                    pause,
-                    next_search: self.walk + pause,
-                    checked: self.walk,
-                },
-            );
+            let entry = Entry {
+                holder,
+                comm,
+                last_walk: self.walk,
+                pause,
+                next_search: self.walk + pause,
+                checked: self.walk,
+            };
+            self.entries.insert(inode, entry);
         }
         unkept
     }
 }
 
-/// The owner of each of `inodes` that some readable process holds, for a
-/// listing of all connections: one pass over `/proc`.
+/// The owner of each of `inodes` that a readable process holds: one scan of
+/// `/proc`, however long it takes.
 pub fn find(roots: &Roots, inodes: &HashSet<u32>) -> HashMap<u32, Owner> {
     let mut scan = Scan::new(roots, 0);
     scan.remembers = 0;
     scan.run(roots, inodes, None);
     let mut names: HashMap<u32, [u8; 16]> = HashMap::new();
-    scan.seen
-        .iter()
-        .map(|(&inode, holder)| {
-            let comm = *names
-                .entry(holder.pid)
-                .or_insert_with(|| comm(&roots.process(holder.pid)).unwrap_or_default());
-            (inode, holder.owner(comm))
-        })
-        .collect()
+    let seen = scan.seen.into_iter();
+    seen.map(|(inode, holder)| {
+        let comm = *names
+            .entry(holder.pid)
+            .or_insert_with(|| comm(&roots.process(holder.pid)).unwrap_or_default());
+        (inode, holder.owner(comm))
+    })
+    .collect()
 }
 
-/// One pass over all processes' descriptors in ascending order of pid, so
-/// that the first holder seen is the lowest; it stops as soon as everything
-/// asked for is found and goes on from there when more is. One that starts
-/// amid the processes goes round.
+/// Reads all processes' descriptors in ascending order of pid, so that the
+/// first holder seen is the lowest. Stops once everything asked for is found,
+/// and continues there when more is.
 #[derive(Debug)]
 struct Scan {
-    /// In descending order, so that the next one is the last.
+    /// Still to be read, the next one last.
     pids: Vec<u32>,
     /// The process it started with.
     first: Option<u32>,
     seen: HashMap<u32, Holder>,
-    /// How many sockets nobody asked for are remembered.
+    /// How many sockets are remembered that nobody asked for.
     remembers: usize,
     /// Whether one was not.
     forgot: bool,
 }
 
 impl Scan {
+    /// Starts at the pid `from`, and ends with those before it.
     fn new(roots: &Roots, from: u32) -> Self {
         let mut pids = roots.pids().unwrap_or_default();
         let start = pids.partition_point(|&pid| pid < from);
@@ -289,27 +288,20 @@ impl Scan {
     /// False when the time was up before the end.
     fn run(&mut self, roots: &Roots, wanted: &HashSet<u32>, until: Option<Duration>) -> bool {
         let is_up = || until.is_some_and(|until| cpu_time() >= until);
-        let mut left = wanted
-            .iter()
-            .filter(|inode| !self.seen.contains_key(inode))
-            .count();
+        let missing = |inode: &&u32| !self.seen.contains_key(inode);
+        let mut left = wanted.iter().filter(missing).count();
         while left > 0 {
-            let Some(pid) = self.pids.pop() else {
+            let Some(&pid) = self.pids.last() else {
                 return true;
             };
             if is_up() {
-                self.pids.push(pid);
                 return false;
             }
-            let mut looks = 0;
-            for entry in all_descriptors(roots, pid) {
-                looks += 1;
+            for (looks, (tid, entry)) in all_descriptors(roots, pid).enumerate() {
                 if looks % LOOKS == LOOKS - 1 && is_up() {
-                    self.pids.push(pid);
                     return false;
                 }
-                let (tid, entry) = entry;
-                let Some(inode) = socket_inode(&entry.path()) else {
+                let Ok(inode) = link_inode(&entry.path(), "socket") else {
                     continue;
                 };
                 let Some(fd) = entry.file_name().to_str().and_then(|fd| fd.parse().ok()) else {
@@ -326,13 +318,14 @@ impl Scan {
                 self.seen.insert(inode, Holder { pid, tid, fd });
                 left -= usize::from(asked);
             }
+            self.pids.pop();
         }
         true
     }
 
-    /// Where the next search starts when this one ran out of time: at the
-    /// process it was at, which had a part of the time only. One that had all
-    /// of it and did not end has too many descriptors to ever be done with.
+    /// Where the next scan starts when this one ran out of time: at the process
+    /// it was reading. One that had all the time has too many descriptors ever
+    /// to be read, and is passed over.
     fn next_start(&self) -> u32 {
         match self.pids.last() {
             Some(&pid) if self.first == Some(pid) => pid.saturating_add(1),
@@ -342,38 +335,17 @@ impl Scan {
     }
 }
 
-/// CPU time that one walk spends on searches, for well over a million
-/// descriptors. Anybody can make more of them, shared by many processes, and
-/// sockets that none of them shows (under way in SCM_RIGHTS).
-const SEARCH: Duration = Duration::from_secs(2);
-
-/// Descriptors between two looks at the clock: about 100 µs.
-const LOOKS: usize = 64;
-
-/// Cached inodes: more than any host listens on.
-const MAX_ENTRIES: usize = 65_536;
-/// Sockets remembered by one scan beside those asked for.
-const MAX_REMEMBERED: usize = 65_536;
-/// Further passes over `/proc` in one walk.
-const MAX_RESCANS: u32 = 4;
-/// Walks an unused entry survives.
-const KEPT_WALKS: u64 = 3;
-/// Longest pause between two searches for a socket nobody readable holds.
-const MAX_PAUSE_WALKS: u64 = 64;
-
 /// Where a thread shows the descriptors of its process.
 fn descriptors(roots: &Roots, pid: u32, tid: u32) -> PathBuf {
-    let task = if tid == pid {
-        roots.process(pid)
-    } else {
-        roots.thread(pid, tid)
+    let task = match tid == pid {
+        true => roots.process(pid),
+        false => roots.thread(pid, tid),
     };
     task.join("fd")
 }
 
-/// The descriptors of a process by the first of its threads that shows any:
-/// one that has ended has none (`exit_files`), and the process may go on
-/// without its first.
+/// The descriptors of a process by the first of its threads that shows any: one
+/// that has ended shows none (`exit_files`), though the process may live on.
 fn all_descriptors(roots: &Roots, pid: u32) -> impl Iterator<Item = (u32, DirEntry)> {
     let of = move |tid: u32| {
         let shown = fs::read_dir(descriptors(roots, pid, tid)).ok()?;
@@ -385,19 +357,8 @@ fn all_descriptors(roots: &Roots, pid: u32) -> impl Iterator<Item = (u32, DirEnt
     shown.into_iter().flatten()
 }
 
-/// The inode in a link such as `socket:[12345]`.
-fn socket_inode(link: &Path) -> Option<u32> {
-    let link = fs::read_link(link).ok()?;
-    let inode = link
-        .as_os_str()
-        .as_encoded_bytes()
-        .strip_prefix(b"socket:[")?
-        .strip_suffix(b"]")?;
-    std::str::from_utf8(inode).ok()?.parse().ok()
-}
-
 /// `/proc/<pid>/comm` without its line feed; any bytes but NUL, which pad it.
-pub fn comm(process: &Path) -> Option<[u8; 16]> {
+fn comm(process: &Path) -> Option<[u8; 16]> {
     let mut name = [0; 16];
     let mut file = fs::File::open(process.join("comm")).ok()?;
     // At most 15 bytes and a line feed (TASK_COMM_LEN).
@@ -410,12 +371,12 @@ pub fn comm(process: &Path) -> Option<[u8; 16]> {
     Some(name)
 }
 
-/// The container a process runs in, from the text of `/proc/<pid>/cgroup`:
-/// the innermost 64-digit id in a path as Docker, containerd, CRI-O and
-/// podman make them; `None` outside of containers.
+/// The container a process runs in, from the text of `/proc/<pid>/cgroup`: the
+/// innermost 64-digit id in a path as Docker, containerd, CRI-O and podman make
+/// them; `None` outside of containers.
 pub fn container_id(cgroup: &str) -> Option<&str> {
-    // Version 2 has one line, `0::PATH`; version 1 one per hierarchy, of
-    // which any that names a container will do.
+    // Version 2 has one line, `0::PATH`; version 1 one per hierarchy, of which
+    // any that names a container will do.
     cgroup.lines().find_map(|line| {
         let path = line.splitn(3, ':').nth(2)?;
         path.rsplit('/').find_map(container_component)

@@ -1,4 +1,4 @@
-//! `/proc/<pid>/net/tcp{,6}` → rows. Parsing is total: a line that is
+//! `/proc/<pid>/net/tcp{,6}` to rows. Parsing is total: a line that is
 //! malformed, truncated, too long or not text is counted and skipped.
 //!
 //! The formats are `tcp4_seq_show` (net/ipv4/tcp_ipv4.c) and `tcp6_seq_show`
@@ -8,31 +8,43 @@
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use connmon_common::state;
-use connmon_core::event::{Owner, Tuple};
+use connmon_core::event::Tuple;
 use connmon_core::scan::Row;
 
-/// What one line says.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Line {
-    /// A socket, or with state SYN_RECV mostly a request socket.
-    Row(Row),
-    /// The header, a TIME_WAIT minisock or a closed socket.
-    LeftOut,
-    /// Not a line of this file.
-    Undecodable,
+use super::parsed::{Parsed, bare_row, without_row};
+
+/// The address family of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// AF_INET.
+    V4,
+    /// AF_INET6, v4-mapped sockets included.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// Its file in `/proc/<pid>/net`.
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::V4 => "tcp",
+            Self::V6 => "tcp6",
+        }
+    }
 }
 
 /// Parses one line, without its line feed, of `tcp` or `tcp6`; the length of
-/// the addresses tells which.
-pub fn parse_line(line: &[u8]) -> Line {
+/// the addresses distinguishes them.
+pub fn parse_line(line: &[u8]) -> Parsed {
     if line.trim_ascii_start().starts_with(b"sl ") {
-        return Line::LeftOut;
+        return Parsed::LeftOut;
     }
-    row(line).unwrap_or(Line::Undecodable)
+    row(line).unwrap_or(Parsed::Undecodable)
 }
 
-/// Reads a whole table. `sink` gets each row and says whether to go on; the
+/// Reads a whole table. `sink` gets each row and returns whether to go on; the
 /// count of undecodable lines is added to `undecodable`, also when reading
 /// fails half-way.
 ///
@@ -68,13 +80,13 @@ pub fn read_table(
                 continue;
             }
             match parse_line(line) {
-                Line::Row(row) => {
+                Parsed::Row(row) => {
                     if !sink(row) {
                         return Ok(());
                     }
                 }
-                Line::LeftOut => {}
-                Line::Undecodable => *undecodable += 1,
+                Parsed::LeftOut => {}
+                Parsed::Undecodable => *undecodable += 1,
             }
         }
         buffer.copy_within(start..filled, 0);
@@ -87,14 +99,10 @@ pub fn read_table(
     }
 }
 
-/// A page and room for the longest line (about 200 bytes), twice over.
+/// Twice a page and the longest line (about 200 bytes).
 const BUFFER_BYTES: usize = 8192;
 
-/// `tr` of a TIME_WAIT minisock (`get_timewait4_sock`); a full socket's is
-/// 0, 1, 2 or 4 (`get_tcp4_sock`).
-const TIMER_TIME_WAIT: u32 = 3;
-
-fn row(line: &[u8]) -> Option<Line> {
+fn row(line: &[u8]) -> Option<Parsed> {
     let mut fields = line
         .split(|byte| byte.is_ascii_whitespace())
         .filter(|field| !field.is_empty());
@@ -112,32 +120,23 @@ fn row(line: &[u8]) -> Option<Line> {
     let _uid = decimal(fields.next()?)?;
     let _probes = decimal(fields.next()?)?;
     let inode = u32::try_from(decimal(fields.next()?)?).ok()?;
-    match state {
-        state::TIME_WAIT | state::CLOSE => return Some(Line::LeftOut),
-        state::ESTABLISHED..=state::CLOSING => {}
-        _ => return None,
-    }
-    if timer == TIMER_TIME_WAIT {
-        return Some(Line::LeftOut);
+    if let Some(other) = without_row(state, timer) {
+        return Some(other);
     }
     if local.is_ipv6() != remote.is_ipv6() {
         return None;
     }
-    Some(Line::Row(Row {
-        state,
-        tuple: Tuple {
-            local: local.to_canonical(),
-            local_port,
-            remote: remote.to_canonical(),
-            remote_port,
-        },
-        cookie: 0,
+    let tuple = Tuple {
+        local: local.to_canonical(),
+        local_port,
+        remote: remote.to_canonical(),
+        remote_port,
+    };
+    Some(Parsed::Row(Row {
         inode,
-        id: 0,
         receive_queue,
         send_queue,
-        traffic: None,
-        owner: Owner::default(),
+        ..bare_row(state, tuple)
     }))
 }
 
@@ -168,29 +167,30 @@ fn pair(field: &[u8]) -> Option<(u32, u32)> {
 
 /// One to eight hexadecimal digits and nothing else.
 fn hex(digits: &[u8]) -> Option<u32> {
-    if digits.is_empty() || digits.len() > 8 {
+    if digits.len() > 8 {
         return None;
     }
-    digits.iter().try_fold(0_u32, |value, &digit| {
-        Some(value << 4 | char::from(digit).to_digit(16)?)
-    })
+    u32::try_from(number(digits, 16)?).ok()
 }
 
 /// A decimal number and nothing else.
 fn decimal(digits: &[u8]) -> Option<u64> {
-    if digits.is_empty() {
+    number(digits, 10)
+}
+
+/// Unlike `from_str_radix`, without a sign.
+fn number(digits: &[u8], radix: u32) -> Option<u64> {
+    if !digits.iter().all(u8::is_ascii_alphanumeric) {
         return None;
     }
-    digits.iter().try_fold(0_u64, |value, &digit| {
-        let digit = char::from(digit).to_digit(10)?;
-        value.checked_mul(10)?.checked_add(u64::from(digit))
-    })
+    u64::from_str_radix(std::str::from_utf8(digits).ok()?, radix).ok()
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::parsed::show;
     use super::*;
 
     const TCP: &str = include_str!("../../../fixtures/proc/tcp");
@@ -205,19 +205,6 @@ mod tests {
         })
         .unwrap();
         (rows, undecodable)
-    }
-
-    fn show(row: &Row) -> String {
-        let Tuple {
-            local,
-            local_port,
-            remote,
-            remote_port,
-        } = row.tuple;
-        format!(
-            "{:02} {local} {local_port} {remote} {remote_port} {} {} {}",
-            row.state, row.inode, row.receive_queue, row.send_queue
-        )
     }
 
     #[cfg(target_endian = "little")]
@@ -241,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn mangled_lines_are_counted_one_by_one() {
+    fn malformed_lines_are_counted_one_by_one() {
         let (good, undecodable) = rows(MANGLED);
         let ports: Vec<_> = good.iter().map(|row| row.tuple.local_port).collect();
         // Every good line of the fixture has a local port from 1 on.
@@ -322,7 +309,7 @@ mod tests {
                     IpAddr::from([bytes[0], bytes[1], bytes[2], bytes[3]])
                 }
             };
-            let Line::Row(row) = parse_line(line.as_bytes()) else {
+            let Parsed::Row(row) = parse_line(line.as_bytes()) else {
                 panic!("not a row: {line}");
             };
             prop_assert_eq!(row.tuple, Tuple {

@@ -1,4 +1,4 @@
-//! Which feature needs which capability, and dropping the rest.
+//! Which feature needs which capability, and dropping the others.
 #![expect(
     unsafe_code,
     reason = "no library wraps a bpf(2) call that is meant to fail"
@@ -10,7 +10,9 @@ use std::path::PathBuf;
 
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
-/// Which feature.
+use super::syscalls::BPF_MAP_LOOKUP_ELEM;
+
+/// A feature that needs capabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeatureKind {
     /// eBPF.
@@ -42,14 +44,9 @@ pub struct Feature {
     pub without: &'static str,
 }
 
-/// Feature → capability, in the order in which one would grant them. The
-/// tables of README.md and docs/capabilities.md have its words
-/// (tests/capabilities.rs).
-pub const fn features() -> &'static [Feature] {
-    FEATURES
-}
-
-const FEATURES: &[Feature] = &[
+/// Which feature needs which capabilities, the most useful first. The tables of
+/// README.md and docs/capabilities.md have its words (tests/capabilities.rs).
+pub const FEATURES: &[Feature] = &[
     Feature {
         kind: FeatureKind::Tracing,
         name: "counting connections by eBPF",
@@ -62,7 +59,7 @@ const FEATURES: &[Feature] = &[
         name: "process names of listeners, and other network namespaces through /proc",
         needs: CapabilitySet::SYS_PTRACE.union(CapabilitySet::DAC_READ_SEARCH),
         dropped_after_attach: false,
-        without: "process=\"unknown\" for processes of other users; namespaces are told apart by /proc/<pid>/net/tcp alone",
+        without: "process=\"unknown\" for processes of other users; namespaces are identified by /proc/<pid>/net/tcp alone",
     },
     Feature {
         kind: FeatureKind::OtherNamespaces,
@@ -94,19 +91,14 @@ const FEATURES: &[Feature] = &[
     },
 ];
 
-/// The name as `capabilities(7)` writes it, for a set of one.
-pub fn name(capability: CapabilitySet) -> String {
-    names(capability)
-}
-
 /// Permitted capabilities of the calling thread; empty when they cannot be
-/// asked for.
+/// read.
 pub fn held() -> CapabilitySet {
     capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.permitted)
 }
 
-/// Which capabilities for counting by eBPF the calling thread lacks, and what
-/// to do about it; `None` when it has them. CAP_SYS_ADMIN stands for both
+/// Which capabilities for counting by eBPF the calling thread lacks, and the
+/// remedy; `None` when it has them. CAP_SYS_ADMIN includes both
 /// (`bpf_capable()` and `perfmon_capable()`, include/linux/capability.h).
 pub fn missing_for_tracing() -> Option<String> {
     let held = held();
@@ -120,8 +112,8 @@ pub fn missing_for_tracing() -> Option<String> {
     ))
 }
 
-/// Comma-separated names, `none` for the empty set.
-pub(super) fn names(set: CapabilitySet) -> String {
+/// Comma-separated names as in capabilities(7), `none` for the empty set.
+pub fn names(set: CapabilitySet) -> String {
     if set.is_empty() {
         return "none".to_owned();
     }
@@ -144,11 +136,10 @@ pub(super) fn walker_needs(all_netns: bool, listeners: bool) -> CapabilitySet {
     needs
 }
 
-/// Leaves the calling thread with `wanted` as far as it has them: permitted
-/// and effective alike, nothing inheritable. The ambient set follows the
-/// permitted one (`cap_capset()` in security/commoncap.c). The bounding set
-/// is emptied too where CAP_SETPCAP allows; elsewhere `no_new_privs` makes
-/// it moot.
+/// Leaves the calling thread with `wanted` as far as it has them, permitted and
+/// effective, nothing inheritable. The ambient set follows the permitted one
+/// (`cap_capset()` in security/commoncap.c). The bounding set is emptied where
+/// CAP_SETPCAP allows it; elsewhere `no_new_privs` makes it moot.
 pub(super) fn keep(wanted: CapabilitySet) -> io::Result<()> {
     let sets = capabilities(None)?;
     if sets.effective.contains(CapabilitySet::SETPCAP) {
@@ -172,22 +163,16 @@ pub(super) fn keep(wanted: CapabilitySet) -> io::Result<()> {
     Ok(())
 }
 
-/// Drops everything but `wanted` and CAP_BPF, and that too unless the kernel
-/// asks for it on map lookups: before Linux 6.0 `__sys_bpf()` refuses every
-/// command without it while `kernel.unprivileged_bpf_disabled` is not 0.
+/// Drops everything but `wanted`, and CAP_BPF where map lookups need it: before
+/// Linux 6.0 `__sys_bpf()` refuses every command without it while
+/// `kernel.unprivileged_bpf_disabled` is not 0.
 pub(super) fn keep_for_map_lookups(wanted: CapabilitySet) -> io::Result<()> {
-    keep(wanted | CapabilitySet::BPF)?;
-    lower_effective(CapabilitySet::BPF)?;
-    if lookup_is_refused() {
-        raise_effective(CapabilitySet::BPF)
-    } else {
-        keep(wanted)
-    }
+    keep_if(wanted, CapabilitySet::BPF, lookup_is_refused)
 }
 
-/// Drops everything, but CAP_DAC_READ_SEARCH only if every one of `files`
-/// that opens now still opens without it (a key file owned by another user,
-/// read by a root agent): reloading it must not fail months later.
+/// Drops everything, but CAP_DAC_READ_SEARCH only if every one of `files` that
+/// opens now still opens without it: reloading the key file of another user must
+/// not fail months later.
 pub(super) fn keep_for_files(files: &[PathBuf]) -> io::Result<()> {
     let readable = |file: &&PathBuf| {
         // Opening anything but a regular file may wait, or have effects.
@@ -198,32 +183,35 @@ pub(super) fn keep_for_files(files: &[PathBuf]) -> io::Result<()> {
     };
     let before: Vec<&PathBuf> = files.iter().filter(readable).collect();
     // Root reads through CAP_DAC_OVERRIDE; the narrower one is enough.
-    keep(CapabilitySet::DAC_READ_SEARCH)?;
-    lower_effective(CapabilitySet::DAC_READ_SEARCH)?;
-    if before.iter().all(readable) {
-        keep(CapabilitySet::empty())
-    } else {
-        raise_effective(CapabilitySet::DAC_READ_SEARCH)
+    let is_needed = || !before.iter().all(readable);
+    keep_if(
+        CapabilitySet::empty(),
+        CapabilitySet::DAC_READ_SEARCH,
+        is_needed,
+    )
+}
+
+/// Drops everything but `wanted`, and `perhaps` if `is_needed` returns true
+/// while it is not effective.
+fn keep_if(
+    wanted: CapabilitySet,
+    perhaps: CapabilitySet,
+    is_needed: impl FnOnce() -> bool,
+) -> io::Result<()> {
+    keep(wanted | perhaps)?;
+    let mut sets = capabilities(None)?;
+    sets.effective -= perhaps;
+    set_capabilities(None, sets)?;
+    if !is_needed() {
+        return keep(wanted);
     }
-}
-
-fn lower_effective(capability: CapabilitySet) -> io::Result<()> {
-    let mut sets = capabilities(None)?;
-    sets.effective -= capability;
+    sets.effective = sets.permitted;
     Ok(set_capabilities(None, sets)?)
 }
 
-fn raise_effective(capability: CapabilitySet) -> io::Result<()> {
-    let mut sets = capabilities(None)?;
-    sets.effective |= sets.permitted & capability;
-    Ok(set_capabilities(None, sets)?)
-}
-
-/// Whether bpf(BPF_MAP_LOOKUP_ELEM) is refused for want of privilege, found
-/// by asking about a map that does not exist: EPERM comes before EBADF.
+/// Whether bpf(BPF_MAP_LOOKUP_ELEM) is refused for lack of privilege: EPERM, where
+/// a map that does not exist gives EBADF.
 fn lookup_is_refused() -> bool {
-    /// `enum bpf_cmd`, include/uapi/linux/bpf.h.
-    const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
     /// Longer than the part of `union bpf_attr` that any lookup uses.
     const ATTR_BYTES: usize = 64;
     let mut attr = [0u8; ATTR_BYTES];
@@ -235,7 +223,7 @@ fn lookup_is_refused() -> bool {
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
-            BPF_MAP_LOOKUP_ELEM,
+            libc::c_long::from(BPF_MAP_LOOKUP_ELEM),
             attr.as_mut_ptr(),
             ATTR_BYTES,
         )
@@ -250,7 +238,7 @@ mod tests {
     #[test]
     fn names_are_those_of_the_manual() {
         assert_eq!(names(CapabilitySet::empty()), "none");
-        assert_eq!(name(CapabilitySet::DAC_READ_SEARCH), "CAP_DAC_READ_SEARCH");
+        assert_eq!(names(CapabilitySet::DAC_READ_SEARCH), "CAP_DAC_READ_SEARCH");
         assert_eq!(
             names(CapabilitySet::BPF | CapabilitySet::SYS_ADMIN),
             "CAP_SYS_ADMIN,CAP_BPF"
@@ -262,7 +250,7 @@ mod tests {
         assert_eq!(walker_needs(false, false), CapabilitySet::empty());
         assert!(!walker_needs(false, true).contains(CapabilitySet::SYS_ADMIN));
         assert!(walker_needs(true, false).contains(CapabilitySet::SYS_ADMIN));
-        let all = features()
+        let all = FEATURES
             .iter()
             .fold(CapabilitySet::empty(), |all, feature| all | feature.needs);
         assert!(all.contains(walker_needs(true, true)));

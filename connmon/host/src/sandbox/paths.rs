@@ -1,4 +1,4 @@
-//! Landlock: which directories a closed-in thread may read.
+//! Landlock: which directories a thread may read.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -9,33 +9,30 @@ use landlock::{
     RulesetCreatedAttr, RulesetStatus,
 };
 
-/// Newest ABI whose rights are asked for; an older kernel enforces what it
-/// knows. ABI 1 (Linux 5.13) is what `strict` wants: what later ones add
-/// (truncate, device ioctls, TCP bind and connect) the system call filter
-/// refuses by itself.
+/// Newest ABI whose rights are asked for; an older kernel enforces those that it
+/// knows. `strict` requires ABI 1 (Linux 5.13): what later ones add (truncate,
+/// device ioctls, TCP bind and connect) the system call filter refuses itself.
 const NEWEST: ABI = ABI::V5;
 
-/// Symlinks followed in one path before giving up, as the kernel's own
-/// MAXSYMLINKS (include/linux/namei.h).
+/// Most symlinks followed in one path, as MAXSYMLINKS (include/linux/namei.h).
 const MAX_LINKS: usize = 40;
 
-/// Read where the agent measures itself (`process_*` metrics, missed runs of
-/// its programs) and where glibc counts CPUs.
+/// What the agent reads of itself (`process_*` metrics, missed runs of its
+/// programs), and where glibc counts CPUs.
 const ALWAYS: [&str; 3] = ["/proc/self", "/proc/stat", "/sys/devices/system/cpu"];
 
-/// Leaves the calling thread the directories of `files`, its own /proc entry
-/// and nothing else, all read only; no TCP bind or connect.
+/// Leaves the calling thread [`ALWAYS`] and the directories of `files`, read
+/// only; no TCP bind or connect.
 pub(super) fn restrict(files: &[PathBuf]) -> Result<(), String> {
-    let ruleset = Ruleset::default()
+    let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))
         .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(NEWEST)))
         .and_then(Ruleset::create)
         .map_err(|error| error.to_string())?;
-    let mut ruleset = ruleset;
     let places = files.iter().flat_map(|file| places(file));
     for place in ALWAYS.iter().map(PathBuf::from).chain(places) {
         let Ok(fd) = PathFd::new(&place) else {
-            // Not there: nothing to allow. Whoever reads it says so.
+            // Not there, so nothing to allow; reading it reports that.
             continue;
         };
         let access = if place.is_dir() {
@@ -46,8 +43,8 @@ pub(super) fn restrict(files: &[PathBuf]) -> Result<(), String> {
         ruleset = ruleset
             .add_rule(PathBeneath::new(&fd, access))
             .map_err(|error| format!("rule for {}: {error}", place.display()))?;
-        // A rule is bound to the inode. An open descriptor pins it: procfs
-        // makes a new inode for /proc/<pid> once the old one is forgotten.
+        // A rule is bound to the inode, and procfs makes a new one for
+        // /proc/<pid> unless an open descriptor pins the old one.
         std::mem::forget(fd);
     }
     let status = ruleset.restrict_self().map_err(|error| error.to_string())?;
@@ -63,14 +60,12 @@ pub(super) fn restrict(files: &[PathBuf]) -> Result<(), String> {
 }
 
 /// The directories that must stay readable so that `file` can be read again
-/// after a rename or a symlink swap: the one that holds it in the end, and
-/// for every symlink on the way, the one that holds the link and the one
-/// that holds its target (`current -> /srv/releases/7` is swapped for a
-/// sibling of `7`).
+/// after a rename or a symlink swap: the one that holds it in the end, and for
+/// every symlink in its path the one that holds the link and the one that holds
+/// its target (`current -> /srv/releases/7` is swapped for a sibling of `7`).
 ///
-/// The root directory is never among them, as allowing it would allow
-/// everything; a file right below it is named itself, and reloads only when
-/// rewritten in place.
+/// Never the root directory, which would allow everything: a file right below it
+/// is allowed itself, and reloads only when rewritten in place.
 fn places(file: &Path) -> BTreeSet<PathBuf> {
     let mut places = BTreeSet::new();
     let Ok(absolute) = std::path::absolute(file) else {

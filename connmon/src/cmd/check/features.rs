@@ -13,14 +13,14 @@ const RING_NEEDS_NO_LIMIT: (u32, u32) = (5, 11);
 pub(super) fn judge(findings: &Findings) -> Vec<Line> {
     let mut missing = CapabilitySet::empty();
     let mut features = Vec::new();
-    for feature in sandbox::features() {
+    for feature in sandbox::FEATURES {
         let line = judge_feature(findings, feature);
         if line.result > Outcome::Ok {
             missing |= feature.needs - findings.facts.capabilities;
         }
         features.push(line);
     }
-    let all = sandbox::features()
+    let all = sandbox::FEATURES
         .iter()
         .fold(CapabilitySet::empty(), |all, feature| all | feature.needs);
     let held = match findings.facts.capabilities & all {
@@ -86,7 +86,7 @@ fn not_needed(findings: &Findings, feature: FeatureKind) -> Option<&'static str>
 }
 
 fn names(set: CapabilitySet) -> String {
-    let names: Vec<String> = set.iter().map(sandbox::name).collect();
+    let names: Vec<String> = set.iter().map(sandbox::names).collect();
     names.join(" and ")
 }
 

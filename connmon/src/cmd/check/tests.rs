@@ -72,7 +72,7 @@ fn a_full_host_exits_0() {
     let features = lines
         .iter()
         .filter(|line| line.check.starts_with("feature: "));
-    assert_eq!(features.count(), sandbox::features().len());
+    assert_eq!(features.count(), sandbox::FEATURES.len());
 }
 
 #[test]

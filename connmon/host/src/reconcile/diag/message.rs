@@ -1,13 +1,49 @@
-//! Messages of NETLINK_SOCK_DIAG: requests, and answers → rows. Parsing is a
+//! Messages of NETLINK_SOCK_DIAG: requests, and answers to rows. Parsing is a
 //! total function over bytes.
+//!
+//! The request is `struct inet_diag_req`, the answers are `struct inet_diag_msg`
+//! with `struct tcp_info` as an attribute (include/uapi/linux/inet_diag.h and
+//! tcp.h). Both only ever grow at the end.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use connmon_common::state;
-use connmon_core::event::{Owner, SYN_BYTES, Traffic, Tuple};
+use connmon_core::event::{SYN_BYTES, Traffic, Tuple};
 use connmon_core::scan::Row;
 
-use super::{Family, States};
+use crate::reconcile::parsed::{Parsed, bare_row, without_row};
+
+/// Which sockets a dump asks for: a bit `1 << state` each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct States(u32);
+
+impl States {
+    /// Listeners. The kernel reads only its table of listeners for these.
+    pub const LISTEN: Self = Self(1 << state::LISTEN);
+    /// Open connections. FIN_WAIT2 also brings TIME_WAIT minisocks in that
+    /// substate, which the parser leaves out.
+    pub const OPEN: Self = Self(
+        1 << state::ESTABLISHED
+            | 1 << state::FIN_WAIT1
+            | 1 << state::FIN_WAIT2
+            | 1 << state::CLOSE_WAIT
+            | 1 << state::LAST_ACK
+            | 1 << state::CLOSING,
+    );
+    /// Handshakes. SYN_RECV brings request sockets (`tcp_diag_dump` adds
+    /// NEW_SYN_RECV itself).
+    pub const OPENING: Self = Self(1 << state::SYN_SENT | 1 << state::SYN_RECV);
+
+    /// Both sets.
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether `state` is asked for.
+    pub fn has(self, state: u8) -> bool {
+        1_u32.checked_shl(u32::from(state)).unwrap_or(0) & self.0 != 0
+    }
+}
 
 /// What one datagram of answers held, beside its rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,8 +62,8 @@ pub struct Datagram {
 }
 
 /// Parses one datagram of answers to the request numbered `sequence`; answers
-/// to other requests are ignored. `sink` gets each row and says whether to go
-/// on.
+/// to other requests are ignored. `sink` gets each row and returns whether to
+/// go on.
 pub fn parse_datagram(
     mut bytes: &[u8],
     sequence: u32,
@@ -48,20 +84,19 @@ pub fn parse_datagram(
         outcome.interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
         match header.kind {
             SOCK_DIAG_BY_FAMILY | TCPDIAG_GETSOCK => match parse_message(payload) {
-                Message::Row(row) => {
+                Parsed::Row(row) => {
                     if !sink(row) {
                         outcome.stopped = true;
                         return outcome;
                     }
                 }
-                Message::LeftOut => {}
-                Message::Undecodable => outcome.undecodable += 1,
+                Parsed::LeftOut => {}
+                Parsed::Undecodable => outcome.undecodable += 1,
             },
             NLMSG_ERROR | NLMSG_DONE => {
-                // Both begin with a negative errno or zero; DONE came without
-                // one before Linux 2.6.
+                // Both begin with zero or a negative errno.
                 outcome.done = true;
-                let code = read_i32(payload, 0).unwrap_or(0);
+                let code = read_u32(payload, 0).unwrap_or(0).cast_signed();
                 if code != 0 {
                     outcome.error = Some(code.checked_abs().unwrap_or(i32::MAX));
                 }
@@ -79,59 +114,31 @@ pub fn parse_datagram(
     outcome
 }
 
-/// What one `inet_diag_msg` says.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Message {
-    /// A socket, or with state SYN_RECV mostly a request socket.
-    Row(Row),
-    /// A TIME_WAIT minisock or a socket that closed while the dump went on.
-    LeftOut,
-    /// Not an `inet_diag_msg`.
-    Undecodable,
-}
-
 /// Parses an `inet_diag_msg` and its attributes, without the netlink header.
-pub fn parse_message(payload: &[u8]) -> Message {
-    row(payload).unwrap_or(Message::Undecodable)
+pub fn parse_message(payload: &[u8]) -> Parsed {
+    row(payload).unwrap_or(Parsed::Undecodable)
 }
 
-/// The netlink message that asks for a dump of both families: a
-/// `struct inet_diag_req`, whose family 0 is any.
-pub(super) fn request_both(states: States, info: bool, sequence: u32) -> [u8; REQUEST_BOTH_BYTES] {
-    let mut bytes = message_to_kernel(TCPDIAG_GETSOCK, sequence);
-    let body: &mut [u8] = &mut bytes[HEADER_BYTES..];
-    body[3] = if info { 1 << (INET_DIAG_INFO - 1) } else { 0 };
+/// The message that asks for a dump of IPv4 and IPv6. Only this older request
+/// takes both at once (family 0); two dumps of a family each go over all
+/// sockets twice.
+pub(super) fn request(states: States, traffic: bool, sequence: u32) -> [u8; REQUEST_BYTES] {
+    let mut bytes = [0; REQUEST_BYTES];
+    bytes[0..4].copy_from_slice(&(REQUEST_BYTES as u32).to_ne_bytes());
+    bytes[4..6].copy_from_slice(&TCPDIAG_GETSOCK.to_ne_bytes());
+    bytes[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    bytes[8..12].copy_from_slice(&sequence.to_ne_bytes());
+    let body = &mut bytes[HEADER_BYTES..];
+    body[3] = if traffic {
+        1 << (INET_DIAG_INFO - 1)
+    } else {
+        0
+    };
     body[52..56].copy_from_slice(&states.0.to_ne_bytes());
     bytes
 }
 
-/// The head of a request, the rest zero.
-pub(super) fn message_to_kernel<const BYTES: usize>(kind: u16, sequence: u32) -> [u8; BYTES] {
-    let mut bytes = [0; BYTES];
-    bytes[0..4].copy_from_slice(&(BYTES as u32).to_ne_bytes());
-    bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
-    bytes[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-    bytes[8..12].copy_from_slice(&sequence.to_ne_bytes());
-    bytes
-}
-
-/// The netlink message that asks for a dump of one family.
-pub(super) fn request(
-    family: Family,
-    states: States,
-    info: bool,
-    sequence: u32,
-) -> [u8; REQUEST_BYTES] {
-    let mut bytes = message_to_kernel(SOCK_DIAG_BY_FAMILY, sequence);
-    let body: &mut [u8] = &mut bytes[HEADER_BYTES..];
-    body[0] = family.number();
-    body[1] = IPPROTO_TCP;
-    body[2] = if info { 1 << (INET_DIAG_INFO - 1) } else { 0 };
-    body[4..8].copy_from_slice(&states.0.to_ne_bytes());
-    bytes
-}
-
-pub(super) struct Header {
+struct Header {
     /// Header included; at most what is there.
     length: usize,
     kind: u16,
@@ -154,60 +161,48 @@ impl Header {
     }
 }
 
-pub(super) fn row(payload: &[u8]) -> Option<Message> {
+fn row(payload: &[u8]) -> Option<Parsed> {
     let (message, attributes) = payload.split_at_checked(DIAG_MESSAGE_BYTES)?;
     let [family, state, timer, ..] = *message else {
         return None;
     };
-    match state {
-        state::TIME_WAIT | state::CLOSE => return Some(Message::LeftOut),
-        state::ESTABLISHED..=state::CLOSING => {}
-        _ => return None,
-    }
-    if timer == TIMER_TIME_WAIT {
-        return Some(Message::LeftOut);
+    if let Some(other) = without_row(state, timer.into()) {
+        return Some(other);
     }
     let address = |at: usize| -> Option<IpAddr> {
+        let bytes = message.get(at..)?;
         match family {
-            AF_INET => {
-                let bytes: [u8; 4] = message.get(at..at + 4)?.try_into().ok()?;
-                Some(Ipv4Addr::from(bytes).into())
-            }
+            AF_INET => Some(Ipv4Addr::from(*bytes.first_chunk::<4>()?).into()),
             AF_INET6 => {
-                let bytes: [u8; 16] = message.get(at..at + 16)?.try_into().ok()?;
-                Some(IpAddr::V6(Ipv6Addr::from(bytes)).to_canonical())
+                let address = Ipv6Addr::from(*bytes.first_chunk::<16>()?);
+                Some(IpAddr::V6(address).to_canonical())
             }
             _ => None,
         }
     };
-    let port = |at: usize| -> Option<u16> {
-        Some(u16::from_be_bytes(
-            message.get(at..at + 2)?.try_into().ok()?,
-        ))
+    let port = |at| read_u16(message, at).map(u16::from_be);
+    let tuple = Tuple {
+        local: address(8)?,
+        local_port: port(4)?,
+        remote: address(24)?,
+        remote_port: port(6)?,
     };
     let cookie = u64::from(read_u32(message, 44)?) | u64::from(read_u32(message, 48)?) << 32;
-    Some(Message::Row(Row {
-        state,
-        tuple: Tuple {
-            local: address(8)?,
-            local_port: port(4)?,
-            remote: address(24)?,
-            remote_port: port(6)?,
-        },
-        id: 0,
+    let queued = read_u32(message, 60)?;
+    Some(Parsed::Row(Row {
         // INET_DIAG_NOCOOKIE
         cookie: if cookie == u64::MAX { 0 } else { cookie },
         receive_queue: read_u32(message, 56)?,
-        send_queue: read_u32(message, 60)?,
+        send_queue: queued,
         inode: read_u32(message, 68)?,
         traffic: attribute(attributes, INET_DIAG_INFO)
-            .and_then(|info| traffic(state, read_u32(message, 60)?, info)),
-        owner: Owner::default(),
+            .and_then(|info| self::traffic(state, queued, info)),
+        ..bare_row(state, tuple)
     }))
 }
 
 /// The payload of the first attribute of a type.
-pub(super) fn attribute(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+fn attribute(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     loop {
         let length = usize::from(read_u16(bytes, 0)?);
         let kind = read_u16(bytes, 2)? & NLA_TYPE_MASK;
@@ -219,22 +214,19 @@ pub(super) fn attribute(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     }
 }
 
-/// `struct tcp_info` → payload figures; `queued` is `idiag_wqueue`, what was
-/// written and not acknowledged.
+/// `struct tcp_info` to counters of payload; `queued` is `idiag_wqueue`, what
+/// was written and not acknowledged.
 ///
-/// Sent is what was acknowledged and what is on its way (`snd_nxt - snd_una`),
-/// as at CLOSE: bytes_sent counts a segment again that our own queue or a
-/// filter has dropped. A FIN has been sent where nothing is left to send in the
-/// states that one leads to, and then it is among both. The kernel reads the
-/// queue before it takes the socket's lock and the rest after
-/// (`tcp_diag_get_info`), so what is acknowledged in between would count twice:
-/// nothing is on its way without a packet, and no more was sent than
-/// transmitted.
+/// Sent is what was acknowledged and what is in transit (`snd_nxt - snd_una`),
+/// as when a connection closes: bytes_sent counts a segment once more that our
+/// own queue or a filter has dropped. A FIN is in both where it was sent: in the
+/// states after a close, once nothing is left to send. The kernel reads the
+/// queue before it takes the socket's lock, and the rest after
+/// (`tcp_diag_get_info`), so an ACK in between would count twice: nothing is in
+/// transit without a packet, and no more was sent than transmitted.
 ///
-/// bytes_received counts the peer's FIN as one. CLOSE_WAIT, LAST_ACK and
-/// CLOSING are entered by `tcp_fin` alone, which is what sets SOCK_DONE, so
-/// there it is taken off just as at CLOSE; FIN_WAIT1, FIN_WAIT2 and
-/// ESTABLISHED have not seen a FIN.
+/// bytes_received counts the peer's FIN as one byte. It was received in
+/// CLOSE_WAIT, LAST_ACK and CLOSING, and in no other state (`tcp_fin`).
 pub(super) fn traffic(row_state: u8, queued: u32, info: &[u8]) -> Option<Traffic> {
     let (fin_received, fin_written) = match row_state {
         state::ESTABLISHED => (0, 0),
@@ -244,13 +236,13 @@ pub(super) fn traffic(row_state: u8, queued: u32, info: &[u8]) -> Option<Traffic
         _ => return None,
     };
     let unsent = read_u32(info, TCPI_NOTSENT_BYTES)?;
-    let on_its_way = match read_u32(info, TCPI_UNACKED)? {
+    let in_transit = match read_u32(info, TCPI_UNACKED)? {
         0 => 0,
         _ => queued.saturating_sub(unsent),
     };
     let fin_sent = if unsent == 0 { fin_written } else { 0 };
     let sent = read_u64(info, TCPI_BYTES_ACKED)?
-        .saturating_add(on_its_way.into())
+        .saturating_add(in_transit.into())
         .saturating_sub(fin_sent);
     let transmitted =
         read_u64(info, TCPI_BYTES_SENT)?.saturating_sub(read_u64(info, TCPI_BYTES_RETRANS)?);
@@ -262,16 +254,12 @@ pub(super) fn traffic(row_state: u8, queued: u32, info: &[u8]) -> Option<Traffic
     })
 }
 
-pub(super) fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
+fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
 pub(super) fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-fn read_i32(bytes: &[u8], at: usize) -> Option<i32> {
-    read_u32(bytes, at).map(u32::cast_signed)
 }
 
 fn read_u64(bytes: &[u8], at: usize) -> Option<u64> {
@@ -285,27 +273,24 @@ pub(super) const fn align(length: usize) -> usize {
 
 // include/uapi/linux/netlink.h, sock_diag.h and inet_diag.h.
 pub(super) const HEADER_BYTES: usize = 16;
-pub(super) const REQUEST_BYTES: usize = HEADER_BYTES + 56;
 /// With `struct inet_diag_req`: 4 bytes, `inet_diag_sockid`, states, dbs.
-pub(super) const REQUEST_BOTH_BYTES: usize = HEADER_BYTES + 60;
+pub(super) const REQUEST_BYTES: usize = HEADER_BYTES + 60;
 pub(super) const DIAG_MESSAGE_BYTES: usize = 72;
-pub(super) const NLM_F_REQUEST: u16 = 0x1;
+const NLM_F_REQUEST: u16 = 0x1;
 pub(super) const NLM_F_DUMP_INTR: u16 = 0x10;
-pub(super) const NLM_F_DUMP: u16 = 0x300;
-pub(super) const NLMSG_NOOP: u16 = 1;
+const NLM_F_DUMP: u16 = 0x300;
+const NLMSG_NOOP: u16 = 1;
 pub(super) const NLMSG_ERROR: u16 = 2;
 pub(super) const NLMSG_DONE: u16 = 3;
 pub(super) const NLMSG_OVERRUN: u16 = 4;
+/// The kind of answers to the newer request, as in the recordings.
 pub(super) const SOCK_DIAG_BY_FAMILY: u16 = 20;
-/// The older request, and the kind of its answers.
-pub(super) const TCPDIAG_GETSOCK: u16 = 18;
-pub(super) const NLA_TYPE_MASK: u16 = 0x3fff;
+/// The kind of our request, and of its answers.
+const TCPDIAG_GETSOCK: u16 = 18;
+const NLA_TYPE_MASK: u16 = 0x3fff;
 pub(super) const INET_DIAG_INFO: u16 = 2;
-/// `idiag_timer` of a TIME_WAIT minisock (`inet_twsk_diag_fill`).
-pub(super) const TIMER_TIME_WAIT: u8 = 3;
 pub(super) const AF_INET: u8 = 2;
-pub(super) const AF_INET6: u8 = 10;
-pub(super) const IPPROTO_TCP: u8 = 6;
+const AF_INET6: u8 = 10;
 
 // Offsets in `struct tcp_info`, include/uapi/linux/tcp.h.
 pub(super) const TCPI_UNACKED: usize = 24;

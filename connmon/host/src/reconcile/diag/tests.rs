@@ -1,9 +1,15 @@
 use proptest::prelude::*;
 
-use connmon_core::event::{Traffic, Tuple};
+use connmon_common::state;
+use connmon_core::event::Traffic;
 
 use super::message::*;
 use super::*;
+use crate::reconcile::Parsed;
+use crate::reconcile::parsed::show;
+
+mod overrun;
+mod scripted;
 
 const INET: &[u8] = include_bytes!("../../../../fixtures/diag/inet");
 const INET6: &[u8] = include_bytes!("../../../../fixtures/diag/inet6");
@@ -37,19 +43,6 @@ fn rows(recording: &[u8]) -> Vec<Row> {
     rows
 }
 
-fn show(row: &Row) -> String {
-    let Tuple {
-        local,
-        local_port,
-        remote,
-        remote_port,
-    } = row.tuple;
-    format!(
-        "{:02} {local} {local_port} {remote} {remote_port} {} {} {} {}",
-        row.state, row.inode, row.receive_queue, row.send_queue, row.cookie
-    )
-}
-
 fn parse_one(datagram: &[u8]) -> (Datagram, Vec<Row>) {
     let mut rows = Vec::new();
     let outcome = parse_datagram(datagram, SEQUENCE, &mut |row| {
@@ -71,7 +64,7 @@ fn message(kind: u16, flags: u16, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A diag message with an INFO attribute that holds these figures.
+/// A diag message with an INFO attribute that holds this `tcp_info`.
 fn with_info(state: u8, info: &[u8]) -> Vec<u8> {
     let mut payload = vec![0; DIAG_MESSAGE_BYTES];
     payload[0] = AF_INET;
@@ -85,16 +78,16 @@ fn with_info(state: u8, info: &[u8]) -> Vec<u8> {
     payload
 }
 
-/// Of a socket without anything on its way.
+/// Of a socket without anything in transit.
 fn info(received: u64, acked: u64, segments: u32, rtt: u32) -> Vec<u8> {
-    let (sent, again) = (acked + 10_000, 1_000_u64);
+    let (sent, retransmitted) = (acked + 10_000, 1_000_u64);
     let mut info = vec![0xaa; 248];
     info[TCPI_UNACKED..][..4].fill(0);
     info[TCPI_NOTSENT_BYTES..][..4].fill(0);
     info[TCPI_BYTES_ACKED..][..8].copy_from_slice(&acked.to_ne_bytes());
     info[TCPI_BYTES_RECEIVED..][..8].copy_from_slice(&received.to_ne_bytes());
     info[TCPI_BYTES_SENT..][..8].copy_from_slice(&sent.to_ne_bytes());
-    info[TCPI_BYTES_RETRANS..][..8].copy_from_slice(&again.to_ne_bytes());
+    info[TCPI_BYTES_RETRANS..][..8].copy_from_slice(&retransmitted.to_ne_bytes());
     info[TCPI_TOTAL_RETRANS..][..4].copy_from_slice(&segments.to_ne_bytes());
     info[TCPI_RTT..][..4].copy_from_slice(&rtt.to_ne_bytes());
     info
@@ -113,7 +106,10 @@ fn recorded_dumps_read_as_ss_showed_them() {
             include_str!("../../../../fixtures/diag/inet6.expected"),
         ),
     ] {
-        let shown: Vec<_> = rows(recording).iter().map(show).collect();
+        let shown: Vec<_> = rows(recording)
+            .iter()
+            .map(|row| format!("{} {}", show(row), row.cookie))
+            .collect();
         assert_eq!(shown, expected.lines().collect::<Vec<_>>());
         assert!(rows(recording).iter().all(|row| row.traffic.is_none()));
     }
@@ -121,9 +117,9 @@ fn recorded_dumps_read_as_ss_showed_them() {
 
 #[cfg(target_endian = "little")]
 #[test]
-fn recorded_figures_are_payload_alone() {
+fn recorded_counters_are_payload_alone() {
     let rows = rows(INET_INFO);
-    let stats = |port: u16, state: u8| -> Vec<_> {
+    let counters = |port: u16, state: u8| -> Vec<_> {
         rows.iter()
             .filter(|row| row.tuple.local_port == port && row.state == state)
             .map(|row| {
@@ -134,11 +130,11 @@ fn recorded_figures_are_payload_alone() {
             .collect()
     };
     // 321 bytes were sent from port 8080, on the second of two children.
-    assert_eq!(stats(8080, state::ESTABLISHED), [(0, 0), (0, 321)]);
-    assert_eq!(stats(50494, state::ESTABLISHED), [(321, 0)]);
+    assert_eq!(counters(8080, state::ESTABLISHED), [(0, 0), (0, 321)]);
+    assert_eq!(counters(50494, state::ESTABLISHED), [(321, 0)]);
     // The kernel reads 1 here, for the peer's FIN.
-    assert_eq!(stats(8081, state::CLOSE_WAIT), [(0, 0)]);
-    assert_eq!(stats(57534, state::FIN_WAIT2), [(0, 0)]);
+    assert_eq!(counters(8081, state::CLOSE_WAIT), [(0, 0)]);
+    assert_eq!(counters(57534, state::FIN_WAIT2), [(0, 0)]);
     for row in &rows {
         let opened = States::OPEN.has(row.state);
         assert_eq!(row.traffic.is_some(), opened, "{}", show(row));
@@ -146,10 +142,10 @@ fn recorded_figures_are_payload_alone() {
 }
 
 #[test]
-fn figures_come_from_their_offsets_and_only_when_all_are_there() {
+fn counters_come_from_their_offsets_all_or_none() {
     let full = info(1_000, 3_552, 3, 250);
-    let stats = |state, info: &[u8]| match parse_message(&with_info(state, info)) {
-        Message::Row(row) => row.traffic,
+    let counters = |state, info: &[u8]| match parse_message(&with_info(state, info)) {
+        Parsed::Row(row) => row.traffic,
         other => panic!("{other:?}"),
     };
     let expected = Traffic {
@@ -173,19 +169,19 @@ fn figures_come_from_their_offsets_and_only_when_all_are_there() {
             sent_bytes: 3_552 - ours,
             ..expected
         };
-        assert_eq!(stats(state, &full), Some(expected), "{state}");
+        assert_eq!(counters(state, &full), Some(expected), "{state}");
     }
     for state in [2, 3, 10] {
-        assert_eq!(stats(state, &full), None);
+        assert_eq!(counters(state, &full), None);
     }
     for length in 0..TCPI_BYTES_RETRANS + 8 {
-        assert_eq!(stats(1, &full[..length]), None, "{length}");
+        assert_eq!(counters(1, &full[..length]), None, "{length}");
     }
-    assert_eq!(stats(1, &full[..TCPI_BYTES_RETRANS + 8]), Some(expected));
+    assert_eq!(counters(1, &full[..TCPI_BYTES_RETRANS + 8]), Some(expected));
 }
 
 #[test]
-fn sent_is_what_was_acknowledged_and_what_is_on_its_way() {
+fn sent_is_what_was_acknowledged_or_is_in_transit() {
     let sent = |state, queued: u32, unsent: u32, unacked: u32, transmitted: u64| {
         let mut info = info(0, 10_000, 0, 0);
         info[TCPI_NOTSENT_BYTES..][..4].copy_from_slice(&unsent.to_ne_bytes());
@@ -206,17 +202,17 @@ fn sent_is_what_was_acknowledged_and_what_is_on_its_way() {
 }
 
 #[test]
-fn minisocks_closed_sockets_and_strange_states_give_no_rows() {
+fn minisocks_and_unknown_states_give_no_rows() {
     let mut payload = vec![0; DIAG_MESSAGE_BYTES];
     payload[0] = AF_INET;
     for (state, timer, expected) in [
-        (6, 3, Message::LeftOut),
-        (5, 3, Message::LeftOut),
-        (7, 0, Message::LeftOut),
-        (0, 0, Message::Undecodable),
-        (12, 0, Message::Undecodable),
-        (13, 0, Message::Undecodable),
-        (255, 0, Message::Undecodable),
+        (6, 3, Parsed::LeftOut),
+        (5, 3, Parsed::LeftOut),
+        (7, 0, Parsed::LeftOut),
+        (0, 0, Parsed::Undecodable),
+        (12, 0, Parsed::Undecodable),
+        (13, 0, Parsed::Undecodable),
+        (255, 0, Parsed::Undecodable),
     ] {
         payload[1] = state;
         payload[2] = timer;
@@ -224,10 +220,10 @@ fn minisocks_closed_sockets_and_strange_states_give_no_rows() {
     }
     payload[1] = 1;
     payload[2] = 0;
-    assert!(matches!(parse_message(&payload), Message::Row(_)));
+    assert!(matches!(parse_message(&payload), Parsed::Row(_)));
     payload[0] = 1;
-    assert_eq!(parse_message(&payload), Message::Undecodable);
-    assert_eq!(parse_message(&payload[..71]), Message::Undecodable);
+    assert_eq!(parse_message(&payload), Parsed::Undecodable);
+    assert_eq!(parse_message(&payload[..71]), Parsed::Undecodable);
 }
 
 #[test]
@@ -235,14 +231,14 @@ fn no_cookie_is_no_cookie() {
     let mut payload = vec![0; DIAG_MESSAGE_BYTES];
     payload[..2].copy_from_slice(&[AF_INET, 1]);
     payload[44..52].fill(0xff);
-    let Message::Row(row) = parse_message(&payload) else {
+    let Parsed::Row(row) = parse_message(&payload) else {
         panic!("not a row");
     };
     assert_eq!(row.cookie, 0);
 }
 
 #[test]
-fn the_end_an_error_and_an_overrun_end_a_dump() {
+fn done_error_and_overrun_end_a_dump() {
     let (done, _) = parse_one(&message(NLMSG_DONE, 0, &0_i32.to_ne_bytes()));
     assert_eq!(
         done,
@@ -273,7 +269,7 @@ fn the_end_an_error_and_an_overrun_end_a_dump() {
 }
 
 #[test]
-fn an_interrupted_dump_says_so() {
+fn an_interrupted_dump_is_reported() {
     let payload = with_info(1, &[]);
     let mut bytes = message(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP_INTR, &payload);
     bytes.extend(message(SOCK_DIAG_BY_FAMILY, 0, &payload));
@@ -292,7 +288,7 @@ fn answers_to_another_request_are_ignored() {
 }
 
 #[test]
-fn a_broken_message_costs_what_follows_and_is_counted() {
+fn a_broken_message_is_counted_and_skipped() {
     let mut bytes = message(SOCK_DIAG_BY_FAMILY, 0, &with_info(1, &[]));
     bytes.extend(message(SOCK_DIAG_BY_FAMILY, 0, &[1, 2, 3])); // short: skipped
     bytes.extend(message(77, 0, &[])); // unknown kind: skipped
@@ -312,29 +308,23 @@ fn a_broken_message_costs_what_follows_and_is_counted() {
 #[test]
 fn the_request_is_what_the_kernel_reads() {
     let states = States::LISTEN.and(States::OPENING).and(States::OPEN);
-    let request = request(Family::V6, states, true, 9);
-    assert_eq!(request.len(), 72);
-    assert_eq!(request[..4], 72_u32.to_ne_bytes());
-    assert_eq!(request[16..20], [10, 6, 2, 0]);
-    // 1 to 5 and 8 to 11; neither TIME_WAIT, CLOSE, NEW_SYN_RECV nor
-    // BOUND_INACTIVE.
-    assert_eq!(request[20..24], 0b1111_0011_1110_u32.to_ne_bytes());
-    assert!(request[24..].iter().all(|&byte| byte == 0));
     for state in [0, 6, 7, 12, 13, 31, 32, 255] {
         assert!(!states.has(state), "{state}");
     }
     // struct inet_diag_req: family, prefixes, extensions, 48 bytes, states.
-    let both = request_both(states, true, 9);
+    let request = request(states, true, 9);
     assert_eq!(
-        (both.len(), both[..6].to_vec()),
+        (request.len(), request[..6].to_vec()),
         (76, vec![76, 0, 0, 0, 18, 0])
     );
-    assert_eq!(both[16..20], [0, 0, 0, 2]);
-    assert_eq!(both[68..72], 0b1111_0011_1110_u32.to_ne_bytes());
+    assert_eq!(request[16..20], [0, 0, 0, 2]);
+    // 1 to 5 and 8 to 11; neither TIME_WAIT, CLOSE, NEW_SYN_RECV nor
+    // BOUND_INACTIVE.
+    assert_eq!(request[68..72], 0b1111_0011_1110_u32.to_ne_bytes());
     assert!(
-        both[20..68]
+        request[20..68]
             .iter()
-            .chain(&both[72..])
+            .chain(&request[72..])
             .all(|&byte| byte == 0)
     );
 }

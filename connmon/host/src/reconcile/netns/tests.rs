@@ -60,7 +60,7 @@ fn namespaces_are_unique_and_the_own_comes_first() {
 }
 
 #[test]
-fn a_process_whose_first_thread_ended_is_found_by_another() {
+fn a_process_without_first_thread_is_found() {
     let tree = Tree::new(7);
     tree.process("50/task/50", None);
     tree.process("50/task/51", Some(9));
@@ -72,7 +72,7 @@ fn a_process_whose_first_thread_ended_is_found_by_another() {
 }
 
 #[test]
-fn a_namespace_of_later_threads_alone_is_found_and_remembered() {
+fn a_namespace_of_later_threads_is_remembered() {
     let tree = Tree::new(7);
     tree.process("50", Some(7));
     tree.process("50/task/50", Some(7));
@@ -89,7 +89,7 @@ fn a_namespace_of_later_threads_alone_is_found_and_remembered() {
 }
 
 #[test]
-fn more_threads_than_one_walk_looks_at_are_looked_at_by_the_next() {
+fn threads_beyond_the_bound_wait_for_the_next_walk() {
     let tree = Tree::new(7);
     let last = 100 + MAX_LOOKS as u32;
     for tid in 100..=last {
@@ -151,7 +151,7 @@ fn the_host_is_pid_1_where_it_can_be_read() {
 }
 
 #[test]
-fn the_hosts_table_is_known_when_the_link_cannot_be_read_any_more() {
+fn the_hosts_table_is_recognized_without_its_link() {
     let tree = Tree::new(7);
     tree.process("1", Some(5));
     let table = tree.0.path().join("1/net/tcp");
@@ -159,9 +159,10 @@ fn the_hosts_table_is_known_when_the_link_cannot_be_read_any_more() {
     let roots = tree.roots();
     let host = roots.host_namespace().unwrap();
     fs::remove_file(tree.0.path().join("1/ns/net")).unwrap();
-    let open = || roots.open_table(&host, &Handle::Process(1), Family::V4);
+    let home = File::open(tree.0.path()).unwrap();
+    let open = || roots.open_table(&host, &Handle::Process(1), Family::V4, &home);
     assert!(open().unwrap().is_some());
-    // The old file keeps its inode from being used again.
+    // The old file stays, so that its inode is not reused.
     fs::rename(&table, tree.0.path().join("old")).unwrap();
     fs::write(&table, "").unwrap();
     assert_eq!(open().unwrap_err().kind(), io::ErrorKind::NotFound);
@@ -169,7 +170,7 @@ fn the_hosts_table_is_known_when_the_link_cannot_be_read_any_more() {
 
 #[test]
 fn links_and_ranges_parse_or_do_not() {
-    assert_eq!(parse_link(b"net:[4026531840]"), Some(4_026_531_840));
+    assert_eq!(parse_link(b"net:[4026531840]", "net"), Some(4_026_531_840));
     for link in [
         "",
         "net:[]",
@@ -178,7 +179,7 @@ fn links_and_ranges_parse_or_do_not() {
         "net:[99999999999]",
         "net:[1",
     ] {
-        assert_eq!(parse_link(link.as_bytes()), None, "{link}");
+        assert_eq!(parse_link(link.as_bytes(), "net"), None, "{link}");
     }
     assert_eq!(parse_port_range("32768\t60999\n"), Some((32768, 60999)));
     for range in ["", "1", "x y", "2 1", "1 70000"] {

@@ -56,7 +56,7 @@ fn the_lowest_holder_is_the_owner() {
 }
 
 #[test]
-fn a_process_whose_first_thread_ended_still_owns_its_sockets() {
+fn a_process_without_first_thread_owns_its_sockets() {
     let tree = Tree::new();
     let process = tree.0.path().join("20");
     fs::create_dir_all(process.join("fd")).unwrap();
@@ -93,38 +93,37 @@ fn an_owner_that_ends_is_replaced_at_the_next_walk() {
 }
 
 #[test]
-fn a_search_that_pauses_goes_on_and_finds_the_rest() {
+fn a_search_that_pauses_resumes_and_finds_the_rest() {
     let tree = Tree::new();
     tree.process(20, "a", &[(7, 55)]);
     let mut cache = OwnerCache::default();
     cache.begin_walk(Some(Duration::ZERO));
     assert_eq!(pids(&cache.owners(&tree.roots(), &[55, 99])), [0, 0]);
-    assert!(cache.end_walk(), "it says that it is not done");
-    cache.go_on();
+    assert!(cache.end_walk(), "the search paused");
+    cache.resume();
     assert_eq!(pids(&cache.owners(&tree.roots(), &[55, 99])), [20, 0]);
     assert!(!cache.end_walk());
     assert!(cache.scan.is_none(), "nothing is kept but what was found");
 }
 
-/// A process with more descriptors than there was time for, all of them
-/// to be read again at every walk.
+/// A process with more descriptors than there is time for, in every walk.
 #[test]
-fn a_search_out_of_time_ends_and_the_next_starts_elsewhere() {
+fn after_a_search_out_of_time_another_pid_is_first() {
     let tree = Tree::new();
     tree.process(20, "hoard", &[(7, 55)]);
     tree.process(30, "b", &[(7, 55), (8, 66)]);
     let mut cache = OwnerCache::default();
-    for goes_on in [false, true] {
-        cache.begin_walk(goes_on.then_some(Duration::ZERO));
-        if goes_on {
+    for resumes in [false, true] {
+        cache.begin_walk(resumes.then_some(Duration::ZERO));
+        if resumes {
             cache.owners(&tree.roots(), &[55]);
             assert!(cache.end_walk());
-            cache.go_on();
+            cache.resume();
         }
         assert_eq!(cache.left, SEARCH);
         cache.left = Duration::ZERO;
         assert_eq!(pids(&cache.owners(&tree.roots(), &[55])), [0]);
-        assert!(!cache.end_walk(), "no walk goes on");
+        assert!(!cache.end_walk(), "no walk resumes");
         cache.begin_walk(None);
         let owners = cache.owners(&tree.roots(), &[55, 66]);
         assert_eq!(pids(&owners), [30, 30], "20 had its turn");
@@ -137,7 +136,7 @@ fn a_search_out_of_time_ends_and_the_next_starts_elsewhere() {
 }
 
 #[test]
-fn a_search_goes_round_and_on_with_the_process_it_was_at() {
+fn a_search_starts_at_a_pid_and_reads_all_others() {
     let tree = Tree::new();
     for pid in [20, 30, 40] {
         tree.process(pid, "a", &[]);
@@ -151,7 +150,7 @@ fn a_search_goes_round_and_on_with_the_process_it_was_at() {
 }
 
 #[test]
-fn an_owner_without_room_in_the_cache_is_known_to_its_walk() {
+fn an_owner_beyond_the_cache_is_known_to_its_walk() {
     let tree = Tree::new();
     tree.process(20, "a", &[(7, 55)]);
     let mut cache = OwnerCache::default();
@@ -204,7 +203,7 @@ fn one_scan_serves_all_namespaces_of_a_walk() {
 }
 
 #[test]
-fn a_socket_without_a_readable_holder_is_searched_ever_less_often() {
+fn a_socket_without_holder_is_searched_ever_less() {
     let tree = Tree::new();
     tree.process(20, "a", &[]);
     let mut cache = OwnerCache::default();
@@ -246,7 +245,7 @@ fn what_is_not_asked_for_any_more_is_forgotten() {
 }
 
 #[test]
-fn a_listing_finds_all_that_is_held() {
+fn find_names_the_holder_of_every_socket() {
     let tree = Tree::new();
     tree.process(20, "a", &[(7, 55), (8, 56)]);
     tree.process(30, "b", &[(7, 55), (8, 57), (9, 58)]);
@@ -302,7 +301,7 @@ fn container_ids_of_the_usual_runtimes() {
 }
 
 #[test]
-fn what_is_no_container_has_no_id() {
+fn a_path_without_container_has_no_id() {
     let id = "4c01db0b339cc2e7f3a0b3c2d1e0f9a8b7c6d5e4f3a2b1c0d9e8f7a6b5c4d3e2";
     for path in [
         "",

@@ -10,70 +10,33 @@ use crate::reconcile::diag::States;
 use crate::reconcile::netns::Roots;
 use crate::reconcile::owners::OwnerCache;
 
-use super::{BATCH_ROWS, Closed};
+/// Rows per message: sending costs nothing beside the dump, and the fold is
+/// back at its ring within a millisecond.
+pub const BATCH_ROWS: usize = 512;
 
-/// CPU time that the first walk, whose end everybody waits for, spends on the
-/// search for owners of listeners; enough for some four thousand descriptors.
-/// The rest is found right after it.
+/// CPU time that the initial scan spends on the search for owners of listeners:
+/// about four thousand descriptors. The walk after it finds the rest.
 const STARTUP_SEARCH: Duration = Duration::from_millis(5);
 
-/// Rows on their way out, a message at a time.
-pub(super) struct Batch {
-    pub(super) sender: mpsc::Sender<WalkMessage>,
-    pub(super) pass: u8,
-    pub(super) rows: Vec<Row>,
+/// The receiving end is gone, so the thread ends too.
+pub struct Closed;
+
+pub struct Outbox {
+    sender: mpsc::Sender<WalkMessage>,
+    /// Of the rows that are sent, see [`WalkMessage::Rows`].
+    pub pass: u8,
+    /// At most [`BATCH_ROWS`].
+    rows: Vec<Row>,
+    /// Listeners whose owners are still to be found, at most [`BATCH_ROWS`].
+    listeners: Vec<Row>,
+    pub owners: OwnerCache,
+    roots: Roots,
+    owner_use: OwnerUse,
+    pub wanted: States,
+    pub audit: bool,
 }
 
-impl Batch {
-    pub(super) fn new(sender: mpsc::Sender<WalkMessage>, pass: u8) -> Self {
-        Self {
-            sender,
-            pass,
-            rows: Vec::new(),
-        }
-    }
-
-    pub(super) fn push(&mut self, row: Row) -> Result<(), Closed> {
-        if self.rows.capacity() == 0 {
-            self.rows.reserve_exact(BATCH_ROWS);
-        }
-        self.rows.push(row);
-        if self.rows.len() == BATCH_ROWS {
-            self.flush()?;
-        }
-        Ok(())
-    }
-
-    pub(super) fn flush(&mut self) -> Result<(), Closed> {
-        if self.rows.is_empty() {
-            return Ok(());
-        }
-        let rows = std::mem::take(&mut self.rows);
-        self.send(WalkMessage::Rows {
-            pass: self.pass,
-            rows,
-        })
-    }
-
-    pub(super) fn send(&self, message: WalkMessage) -> Result<(), Closed> {
-        self.sender.blocking_send(message).map_err(|_| Closed)
-    }
-}
-
-/// What a walk says, listeners with their owners.
-pub(super) struct Outbox {
-    pub(super) batch: Batch,
-    /// Listeners whose owners are still to be found, all at once.
-    pub(super) listeners: Vec<Row>,
-    pub(super) owners: OwnerCache,
-    pub(super) roots: Roots,
-    pub(super) owner_use: OwnerUse,
-    pub(super) wanted: States,
-    pub(super) audit: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum OwnerUse {
+enum OwnerUse {
     /// `--listeners off`.
     None,
     /// Only what is known: samples between audits look nothing up.
@@ -83,7 +46,21 @@ pub(super) enum OwnerUse {
 }
 
 impl Outbox {
-    pub(super) fn begin_walk(&mut self, walk: Walk, listeners: bool) {
+    pub fn new(sender: mpsc::Sender<WalkMessage>, roots: Roots) -> Self {
+        Self {
+            sender,
+            pass: 0,
+            rows: Vec::new(),
+            listeners: Vec::new(),
+            owners: OwnerCache::default(),
+            roots,
+            owner_use: OwnerUse::None,
+            wanted: States::LISTEN,
+            audit: false,
+        }
+    }
+
+    pub fn begin_walk(&mut self, walk: Walk, listeners: bool) {
         self.wanted = match (walk.audit, walk.traffic) {
             (true, _) => States::LISTEN.and(States::OPENING).and(States::OPEN),
             (false, true) => States::LISTEN.and(States::OPEN),
@@ -98,12 +75,12 @@ impl Outbox {
         match (walk.audit, walk.trigger) {
             (true, Trigger::Startup) => self.owners.begin_walk(Some(STARTUP_SEARCH)),
             (true, _) => self.owners.begin_walk(None),
-            (false, _) => self.owners.go_on(),
+            (false, _) => self.owners.resume(),
         }
     }
 
     /// Takes a row if this walk wants it.
-    pub(super) fn push(&mut self, mut row: Row) -> Result<(), Closed> {
+    pub fn push(&mut self, mut row: Row) -> Result<(), Closed> {
         if row.state == state::LISTEN {
             match self.owner_use {
                 OwnerUse::None => {}
@@ -117,35 +94,52 @@ impl Outbox {
                 }
             }
         } else if !self.listeners.is_empty() {
-            // So that listeners stay ahead of what they accepted.
+            // Listeners stay before what they accepted.
             self.find_owners()?;
         }
         if self.wanted.has(row.state) {
-            self.batch.push(row)
-        } else {
-            Ok(())
-        }
-    }
-
-    pub(super) fn find_owners(&mut self) -> Result<(), Closed> {
-        let listeners = std::mem::take(&mut self.listeners);
-        let inodes: Vec<u32> = listeners.iter().map(|row| row.inode).collect();
-        let owners = self.owners.owners(&self.roots, &inodes);
-        for (row, owner) in listeners.into_iter().zip(owners) {
-            self.batch.push(Row { owner, ..row })?;
+            self.batch(row)?;
         }
         Ok(())
     }
 
-    /// Sends whatever waits: the end of a pass.
-    pub(super) fn flush(&mut self) -> Result<(), Closed> {
-        if !self.listeners.is_empty() {
-            self.find_owners()?;
+    fn find_owners(&mut self) -> Result<(), Closed> {
+        let listeners = std::mem::take(&mut self.listeners);
+        let inodes: Vec<u32> = listeners.iter().map(|row| row.inode).collect();
+        let owners = self.owners.owners(&self.roots, &inodes);
+        for (row, owner) in listeners.into_iter().zip(owners) {
+            self.batch(Row { owner, ..row })?;
         }
-        self.batch.flush()
+        Ok(())
     }
 
-    pub(super) fn send(&self, message: WalkMessage) -> Result<(), Closed> {
-        self.batch.send(message)
+    fn batch(&mut self, row: Row) -> Result<(), Closed> {
+        if self.rows.capacity() == 0 {
+            self.rows.reserve_exact(BATCH_ROWS);
+        }
+        self.rows.push(row);
+        if self.rows.len() == BATCH_ROWS {
+            self.send_rows()?;
+        }
+        Ok(())
+    }
+
+    fn send_rows(&mut self) -> Result<(), Closed> {
+        let rows = std::mem::take(&mut self.rows);
+        let pass = self.pass;
+        self.send(WalkMessage::Rows { pass, rows })
+    }
+
+    /// Sends what waits: the end of a pass.
+    pub fn flush(&mut self) -> Result<(), Closed> {
+        self.find_owners()?;
+        match self.rows.is_empty() {
+            true => Ok(()),
+            false => self.send_rows(),
+        }
+    }
+
+    pub fn send(&self, message: WalkMessage) -> Result<(), Closed> {
+        self.sender.blocking_send(message).map_err(|_| Closed)
     }
 }

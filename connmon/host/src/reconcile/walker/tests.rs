@@ -6,7 +6,7 @@ use connmon_core::event::{LiveSocket, NetnsId, Traffic, Tuple};
 use connmon_core::scan::{Row, Trigger};
 
 use crate::reconcile::diag::States;
-use crate::reconcile::netns::{Found, Handle, Namespace};
+use crate::reconcile::netns::{Found, Handle, Namespace, Roots};
 
 use super::session::Entry;
 use super::*;
@@ -47,7 +47,7 @@ fn tree() -> (tempfile::TempDir, Session, mpsc::Receiver<WalkMessage>) {
 }
 
 #[test]
-fn a_namespace_whose_processes_ended_is_looked_for_again() {
+fn a_namespace_whose_processes_ended_is_retried() {
     let (_tree, mut session, mut messages) = tree();
     let walk = Walk {
         trigger: Trigger::Interval,
@@ -55,8 +55,8 @@ fn a_namespace_whose_processes_ended_is_looked_for_again() {
         audit: true,
     };
     let found = Found {
-        // 9 has another process by now, 10 has one that is ending, and 11
-        // has none.
+        // 9 has another process by now, 10 has one that is ending, 11 has
+        // none.
         namespaces: [9, 10, 11]
             .map(|id| Namespace {
                 id,
@@ -72,47 +72,40 @@ fn a_namespace_whose_processes_ended_is_looked_for_again() {
     assert_eq!(session.summary.unaudited, 1);
 }
 
-/// Shows a connection and a handshake, or nothing, and ends so.
-#[derive(Debug)]
-struct Scripted {
-    shows: bool,
-    breaks: bool,
-}
-
 const SHOWN: u64 = u64::MAX - 7;
 
-impl SocketSource for Scripted {
-    fn read(&mut self, sink: &mut dyn FnMut(LiveSocket) -> bool) -> io::Result<bool> {
+/// Delivers a handshake and a connection, or nothing; then fails, or not.
+fn scripted(delivers: bool, fails: bool) -> SocketSource {
+    Box::new(move |sink| {
         let states = [state::SYN_SENT, state::ESTABLISHED];
-        for state in states.into_iter().filter(|_| self.shows) {
-            let end = (Ipv4Addr::LOCALHOST.into(), 9);
-            let shown = sink(LiveSocket {
+        for state in states.into_iter().filter(|_| delivers) {
+            let goes_on = sink(LiveSocket {
                 state,
                 id: SHOWN,
                 cookie: SHOWN,
                 tuple: Tuple {
-                    local: end.0,
-                    local_port: end.1,
-                    remote: end.0,
-                    remote_port: end.1,
+                    local: Ipv4Addr::LOCALHOST.into(),
+                    local_port: 9,
+                    remote: Ipv4Addr::LOCALHOST.into(),
+                    remote_port: 9,
                 },
                 traffic: Some(Traffic::default()),
             });
-            assert!(shown);
+            assert!(goes_on);
         }
-        match self.breaks {
+        match fails {
             true => Err(io::ErrorKind::PermissionDenied.into()),
             false => Ok(true),
         }
-    }
+    })
 }
 
 /// Passes in which rows came, and whether of open connections.
 type Passes = BTreeSet<(u8, bool)>;
 
-/// Those of a first walk of our own namespace, what the source showed in
-/// it, and whether it is complete.
-fn first_walk(source: Scripted) -> (Passes, Vec<(u8, Row)>, bool) {
+/// Those of an initial scan of the test's own namespace, what the source
+/// delivered in it, and whether it is complete.
+fn initial_scan(source: SocketSource) -> (Passes, Vec<(u8, Row)>, bool) {
     let (_tree, mut session, mut messages) = tree();
     let walk = Walk {
         trigger: Trigger::Startup,
@@ -123,7 +116,7 @@ fn first_walk(source: Scripted) -> (Passes, Vec<(u8, Row)>, bool) {
     std::thread::scope(|scope| {
         scope.spawn(move || {
             session.options.force_proc = false;
-            session.options.source = Some(Box::new(source));
+            session.options.source = Some(source);
             session.startup = true;
             session.outbox.begin_walk(walk, false);
             let own = Namespace {
@@ -133,7 +126,7 @@ fn first_walk(source: Scripted) -> (Passes, Vec<(u8, Row)>, bool) {
                 handles: Vec::new(),
             };
             let Entry::Open(entered) = session.enter(&own) else {
-                panic!("our own namespace is closed to us");
+                panic!("the own namespace cannot be read");
             };
             assert!(session.read(walk, &own, entered).is_ok());
         });
@@ -153,31 +146,24 @@ fn first_walk(source: Scripted) -> (Passes, Vec<(u8, Row)>, bool) {
 }
 
 #[test]
-fn a_source_makes_a_second_pass_needless() {
-    let (passes, shown, whole) = first_walk(Scripted {
-        shows: true,
-        breaks: false,
-    });
+fn a_scan_makes_a_second_pass_needless() {
+    let (passes, shown, whole) = initial_scan(scripted(true, false));
     assert!(whole && passes.iter().all(|(pass, _)| *pass == 0));
     let seen = shown
         .iter()
         .map(|(pass, row)| (*pass, row.state, row.traffic.is_some()));
-    // No figures before a connection is open, as in a dump.
+    // No counters before a connection is open, as in a dump.
     let expected = [(0, state::SYN_SENT, false), (0, state::ESTABLISHED, true)];
     assert!(seen.eq(expected), "{shown:?}");
 }
 
 #[test]
-fn what_a_source_breaks_off_two_dumps_make_good() {
+fn two_dumps_replace_a_scan_that_broke_off() {
     // So that the dumps have something to show.
     let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     for shows in [true, false] {
-        let source = Scripted {
-            shows,
-            breaks: true,
-        };
-        let (passes, shown, whole) = first_walk(source);
+        let (passes, shown, whole) = initial_scan(scripted(shows, true));
         // Rows count in pass 0, and each socket is to count once.
         let first: BTreeSet<bool> = passes
             .iter()
@@ -191,7 +177,7 @@ fn what_a_source_breaks_off_two_dumps_make_good() {
 }
 
 #[test]
-fn the_host_of_the_start_is_read_when_its_link_cannot_be_any_more() {
+fn the_host_is_read_when_its_link_cannot_be() {
     let (tree, session, _) = tree();
     let first = tree.path().join("1");
     for part in ["ns", "net"] {
@@ -232,7 +218,7 @@ fn ends(messages: &mut mpsc::Receiver<WalkMessage>) -> Vec<(NetnsId, bool)> {
 }
 
 #[test]
-fn walks_take_half_a_percent() {
+fn walks_take_half_a_percent_of_a_core() {
     assert_eq!(rest_after(0), Duration::ZERO);
     assert_eq!(rest_after(1_000_000_000), Duration::from_secs(200));
     assert!(rest_after(u64::MAX) > Duration::from_secs(200));

@@ -1,12 +1,13 @@
-//! How dumps end when the kernel does not answer as it should, over a channel
-//! that plays a script.
+//! How dumps end when the kernel does not answer as it should: a script answers
+//! in its place.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 
 use rustix::io::Errno;
 
-use super::message::*;
+use super::super::message::*;
+use super::super::*;
 use super::*;
 
 /// What one receive gives.
@@ -108,7 +109,7 @@ fn refused(errno: i32) -> Message {
 /// How a dump ends that gets these answers, the local ports of its rows, and
 /// how often it asked. The script must be read to its end.
 fn dump(steps: impl IntoIterator<Item = Step>) -> (Dumped, Vec<u16>, usize) {
-    let mut dialogue = Dialogue {
+    let mut socket = Socket {
         channel: Script {
             steps: RefCell::new(steps.into_iter().collect()),
             sequence: Cell::new(0),
@@ -117,8 +118,7 @@ fn dump(steps: impl IntoIterator<Item = Step>) -> (Dumped, Vec<u16>, usize) {
         sequence: 0,
     };
     let mut ports = Vec::new();
-    let dumped = dialogue.dump(
-        Some(Family::V4),
+    let dumped = socket.dump(
         States::OPEN,
         false,
         &mut DumpBuffer::default(),
@@ -128,7 +128,7 @@ fn dump(steps: impl IntoIterator<Item = Step>) -> (Dumped, Vec<u16>, usize) {
             true
         },
     );
-    let script = dialogue.channel;
+    let script = socket.channel;
     assert_eq!(script.steps.borrow().len(), 0, "answers left unread");
     (dumped, ports, script.requests.get())
 }
@@ -141,15 +141,16 @@ fn partial(dumped: Dumped) -> String {
 }
 
 #[test]
-fn a_dump_that_ran_out_of_buffer_space_is_repeated_in_full() {
+fn a_dump_out_of_buffer_space_is_repeated_in_full() {
     let (dumped, ports, requests) = dump([
         Step::Answer(vec![socket(1)]),
         Step::Error(Errno::NOBUFS),
-        // The kernel goes on with it, and takes no other request before its end.
+        // The kernel continues the dump, and takes no other request before its
+        // end.
         Step::Left(vec![socket(8)]),
         Step::LeftError(Errno::NOBUFS),
         Step::Left(vec![socket(8), done()]),
-        // What was queued nevertheless is not taken for the second's.
+        // An old answer that was queued is not one to the second request.
         Step::Stale(vec![socket(9), done()]),
         Step::Answer(vec![socket(1), socket(2)]),
         Step::Answer(vec![socket(3), done()]),
@@ -159,27 +160,27 @@ fn a_dump_that_ran_out_of_buffer_space_is_repeated_in_full() {
 }
 
 #[test]
-fn a_dump_refused_for_the_one_before_is_asked_for_once_more() {
+fn a_dump_that_finds_the_socket_busy_is_retried() {
     let busy = || Step::Answer(vec![refused(libc::EBUSY)]);
     let rest = || Step::Left(vec![socket(8), done()]);
     let (dumped, ports, requests) = dump([
         Step::Error(Errno::NOBUFS),
         busy(),
-        // Reading the refusal sets the kernel going again.
+        // Reading the refusal makes the kernel continue.
         rest(),
         Step::Answer(vec![socket(1), done()]),
     ]);
     assert!(matches!(dumped, Dumped::Complete), "{dumped:?}");
     assert_eq!((ports, requests), (vec![1], 3));
 
-    // Not for ever.
+    // Once only.
     let (dumped, _, requests) = dump([busy(), rest(), busy(), rest(), busy(), rest()]);
     assert!(partial(dumped).starts_with("sock_diag: "));
     assert_eq!(requests, 3);
 }
 
 #[test]
-fn want_of_memory_is_no_refusal() {
+fn lack_of_memory_is_no_refusal() {
     for errno in [libc::ENOBUFS, libc::ENOMEM] {
         let short = || Step::Answer(vec![refused(errno)]);
         let (dumped, ports, requests) = dump([short(), Step::Answer(vec![socket(1), done()])]);
@@ -193,7 +194,7 @@ fn want_of_memory_is_no_refusal() {
 }
 
 #[test]
-fn what_never_comes_to_an_end_is_left() {
+fn a_dump_that_never_ends_is_given_up() {
     let errors = || (0..DRAIN_ERRORS).map(|_| Step::LeftError(Errno::NOBUFS));
     let attempt = || std::iter::once(Step::Error(Errno::NOBUFS)).chain(errors());
     let (dumped, _, requests) = dump(attempt().chain(attempt()));
@@ -202,7 +203,7 @@ fn what_never_comes_to_an_end_is_left() {
 }
 
 #[test]
-fn a_dump_interrupted_once_is_complete_and_twice_is_partial() {
+fn a_dump_interrupted_twice_is_partial() {
     let broken = || Step::Answer(vec![interrupted(socket(1)), socket(2), done()]);
     let (dumped, ports, requests) = dump([broken(), Step::Answer(vec![socket(1), done()])]);
     assert!(matches!(dumped, Dumped::Complete), "{dumped:?}");
@@ -214,7 +215,7 @@ fn a_dump_interrupted_once_is_complete_and_twice_is_partial() {
 }
 
 #[test]
-fn an_answer_longer_than_the_buffer_makes_a_dump_partial() {
+fn an_answer_that_was_cut_makes_a_dump_partial() {
     // The second message does not fit; DONE would never be seen.
     let fit = HEADER_BYTES + DIAG_MESSAGE_BYTES;
     let cut = || Step::Cut(vec![socket(1), socket(2), done()], fit);
@@ -228,7 +229,7 @@ fn an_answer_longer_than_the_buffer_makes_a_dump_partial() {
 }
 
 #[test]
-fn an_error_before_any_row_is_a_refusal_and_after_one_a_partial_dump() {
+fn an_error_refuses_a_dump_or_cuts_it_short() {
     let refuse = || Step::Answer(vec![refused(libc::ENOENT)]);
     let (dumped, ports, requests) = dump([refuse()]);
     match dumped {
@@ -243,19 +244,19 @@ fn an_error_before_any_row_is_a_refusal_and_after_one_a_partial_dump() {
 }
 
 #[test]
-fn messages_that_did_not_parse_and_silence_make_a_dump_partial() {
+fn bad_messages_and_no_answer_make_a_dump_partial() {
     let short = || Step::Answer(vec![(SOCK_DIAG_BY_FAMILY, 0, vec![1, 2, 3]), done()]);
     let (dumped, _, _) = dump([short(), short()]);
     assert_eq!(partial(dumped), "sock_diag: 1 messages did not parse");
 
-    let silence = || Step::Error(Errno::AGAIN);
-    let (dumped, _, requests) = dump([silence(), silence()]);
+    let no_answer = || Step::Error(Errno::AGAIN);
+    let (dumped, _, requests) = dump([no_answer(), no_answer()]);
     partial(dumped);
     assert_eq!(requests, 2);
 }
 
 #[test]
-fn signals_are_sat_out_and_other_processes_not_listened_to() {
+fn signals_and_other_processes_do_not_end_a_dump() {
     let (dumped, ports, requests) = dump([
         Step::Forged(vec![socket(9), done()]),
         Step::Error(Errno::INTR),

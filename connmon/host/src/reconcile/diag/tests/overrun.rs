@@ -1,23 +1,24 @@
-//! Dumps on a socket of the running kernel that has overrun, or that others
-//! would fill.
+//! Dumps by the running kernel on a socket that has overrun, or that other
+//! processes try to fill.
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
-use super::message::*;
-use super::*;
+use super::super::message::*;
+use super::super::*;
 
 /// A request that the kernel answers by an error alone.
 const NO_SUCH_REQUEST: u16 = 0x7f;
 
-/// Has the kernel answer more than the socket has room for, which is the one
-/// way to an ENOBUFS that needs no memory to run out (`netlink_overrun`); a
-/// dump begun then stops at its first part (`netlink_dump`).
+/// Has the kernel answer more than fits into the socket: the one way to ENOBUFS
+/// without exhausting memory (`netlink_overrun`). A dump that begins then stops
+/// at its first part (`netlink_dump`).
 fn overrun(socket: &Socket) {
-    let fd = &socket.0.channel;
+    let fd = &socket.channel;
     // The kernel's minimum.
     sockopt::set_socket_recv_buffer_size(fd, 1).unwrap();
     for _ in 0..64 {
-        let request: [u8; REQUEST_BYTES] = message_to_kernel(NO_SUCH_REQUEST, 0);
+        let mut request = request(States::LISTEN, false, 0);
+        request[4..6].copy_from_slice(&NO_SUCH_REQUEST.to_ne_bytes());
         fd.send(&request).unwrap();
     }
 }
@@ -35,7 +36,6 @@ fn a_dump_after_an_overrun_is_complete() {
         }
         let mut sockets = 0;
         let dumped = socket.dump(
-            Family::V4,
             States::OPEN,
             false,
             &mut DumpBuffer::default(),
@@ -56,17 +56,17 @@ fn a_dump_after_an_overrun_is_complete() {
 }
 
 #[test]
-fn an_overrun_is_met_as_such() {
+fn an_overrun_gives_enobufs() {
     let socket = Socket::open().unwrap();
     overrun(&socket);
-    let received = socket.0.channel.receive(&mut [0; 64], false);
+    let received = socket.channel.receive(&mut [0; 64], false);
     assert_eq!(received.err(), Some(rustix::io::Errno::NOBUFS));
 }
 
 #[test]
 fn other_processes_cannot_send_to_it() {
     let socket = Socket::open().unwrap();
-    let address = rustix::net::getsockname(&socket.0.channel).unwrap();
+    let address = rustix::net::getsockname(&socket.channel).unwrap();
     let other = rustix::net::socket_with(
         AddressFamily::NETLINK,
         SocketType::RAW,
@@ -78,6 +78,6 @@ fn other_processes_cannot_send_to_it() {
     // EPERM without CAP_NET_ADMIN, whatever the socket is like.
     let refused = [rustix::io::Errno::CONNREFUSED, rustix::io::Errno::PERM];
     assert!(refused.contains(&sent.unwrap_err()), "{sent:?}");
-    let received = socket.0.channel.receive(&mut [0; 64], false);
+    let received = socket.channel.receive(&mut [0; 64], false);
     assert_eq!(received.err(), Some(rustix::io::Errno::AGAIN));
 }
