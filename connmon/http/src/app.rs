@@ -17,7 +17,7 @@ use crate::encoding::{WORTH_COMPRESSING, gzip_small, wants_gzip};
 use crate::render_queue::{Answer, Desk, Want};
 use crate::response::{JSON, METRICS, Reply};
 use crate::stream::Payload;
-use crate::webconfig::{Entry, Gate};
+use crate::webconfig::{Access, WebConfig};
 use crate::{Asset, Content};
 
 /// How long "ready" is repeated without asking the fold again, so that
@@ -34,7 +34,7 @@ pub(crate) struct App {
     pub(crate) max_requests: usize,
     pub(crate) desk: Desk,
     pub(crate) content: Arc<Mutex<dyn Content>>,
-    pub(crate) gate: Option<Gate>,
+    pub(crate) web_config: Option<Arc<WebConfig>>,
     pub(crate) connections: Arc<Connections>,
     /// Files of the page that were asked for, with their compressed form.
     pub(crate) assets: Mutex<HashMap<String, (Asset, Bytes)>>,
@@ -63,8 +63,8 @@ impl App {
 
     /// `reply` with the headers of the web configuration.
     pub(crate) fn with_configured_headers(&self, mut reply: Reply) -> Reply {
-        if let Some(gate) = &self.gate {
-            gate.decorate(&mut reply.headers);
+        if let Some(web_config) = &self.web_config {
+            web_config.set_headers(&mut reply.headers);
         }
         reply
     }
@@ -108,13 +108,13 @@ impl App {
         let path = request.uri().path();
         let route = self.route(path);
         if !matches!(route, Route::Healthy | Route::Ready)
-            && let Some(gate) = &self.gate
+            && let Some(web_config) = &self.web_config
         {
-            match gate.ask(request.headers(), watch.client()).await {
-                Entry::Open => {}
-                Entry::TooMany => return (Reply::too_many_requests(), None),
-                Entry::Unauthorized => return (Reply::unauthorized(), None),
-                Entry::Busy => {
+            match web_config.access(request.headers(), watch.client()).await {
+                Access::Allowed => {}
+                Access::RateLimited => return (Reply::too_many_requests(), None),
+                Access::Unauthorized => return (Reply::unauthorized(), None),
+                Access::Busy => {
                     let line = "too many credentials are being checked, try again later";
                     return (Reply::unavailable(line), None);
                 }

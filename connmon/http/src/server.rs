@@ -45,7 +45,7 @@ use crate::listen;
 use crate::render_queue;
 use crate::response::Reply;
 use crate::stream::Watched;
-use crate::webconfig::Gate;
+use crate::webconfig::WebConfig;
 use crate::{BindError, ConfigError};
 
 /// Clients told that the server is full at the same time; beyond that they
@@ -107,7 +107,7 @@ pub struct Server {
     telemetry_path: String,
     max_requests: usize,
     limits: Limits,
-    gate: Option<Gate>,
+    web_config: Option<Arc<WebConfig>>,
 }
 
 impl Server {
@@ -118,9 +118,9 @@ impl Server {
     /// # Errors
     /// See [`ServeError`].
     pub fn bind(options: &Options) -> Result<Self, ServeError> {
-        let gate = options.web_config_file.as_deref().map(Gate::open);
+        let web_config = options.web_config_file.as_deref().map(WebConfig::open);
         Ok(Self {
-            gate: gate.transpose().map_err(ServeError::WebConfig)?,
+            web_config: web_config.transpose().map_err(ServeError::WebConfig)?,
             listeners: listen::bind_all(&options.listen)?,
             telemetry_path: options.telemetry_path.clone(),
             max_requests: options.max_requests,
@@ -145,7 +145,10 @@ impl Server {
     /// configuration, certificate, key and client CAs. They have to stay
     /// readable.
     pub fn files(&self) -> Vec<PathBuf> {
-        self.gate.as_ref().map(Gate::files).unwrap_or_default()
+        self.web_config
+            .as_ref()
+            .map(|it| it.files())
+            .unwrap_or_default()
     }
 
     /// A URL that leads to the page from this host, for the first words.
@@ -156,7 +159,7 @@ impl Server {
             std::net::IpAddr::V6(ip) => format!("[{ip}]"),
             ip => ip.to_string(),
         };
-        let tls = self.gate.as_ref().is_some_and(Gate::is_tls);
+        let tls = self.web_config.as_ref().is_some_and(|it| it.is_tls());
         let scheme = if tls { "https" } else { "http" };
         Some(format!("{scheme}://{host}:{}/", address.port()))
     }
@@ -191,7 +194,7 @@ impl Server {
             max_requests: self.max_requests,
             desk,
             content,
-            gate: self.gate,
+            web_config: self.web_config,
             connections: Arc::clone(&connections),
             assets: Mutex::default(),
             ready_at: Mutex::default(),
@@ -218,9 +221,9 @@ impl Server {
                 Some(ended) = serving.join_next() => pass_panic_on(ended),
                 _ = tick.tick() => {
                     connections.cut_overdue();
-                    if let Some(gate) = &app.gate {
+                    if let Some(web_config) = &app.web_config {
                         // So that a broken file is complained about at once.
-                        gate.look();
+                        tokio::spawn(Arc::clone(web_config).refresh());
                     }
                 }
                 Some((stream, peer)) = newcomers.recv() => {
@@ -230,7 +233,7 @@ impl Server {
                             serving.spawn(serve_client(stream, slot, app, limits, stopping.clone()));
                         }
                         // Nothing can be said before a TLS handshake.
-                        None if app.gate.as_ref().is_some_and(Gate::is_tls) => {}
+                        None if app.web_config.as_ref().is_some_and(|it| it.is_tls()) => {}
                         None => {
                             if let Ok(permit) = Arc::clone(&refusals).try_acquire_owned() {
                                 serving.spawn(refuse(stream, Arc::clone(&app), permit));
@@ -330,8 +333,8 @@ async fn serve_client(
     let _ = stream.set_nodelay(true);
     let watch = slot.watch.clone();
     let serve = async {
-        let tls = match &app.gate {
-            Some(gate) => gate.tls().await,
+        let tls = match &app.web_config {
+            Some(web_config) => web_config.tls().await,
             None => None,
         };
         match tls {

@@ -1,170 +1,314 @@
-//! `tls_server_config` → a rustls configuration (ring provider).
+//! `tls_server_config`: what may be written there, and the rustls
+//! configuration that it stands for (ring provider). [`TlsSettings::new`]
+//! judges the text alone, [`TlsSettings::load`] reads certificates and keys.
 
 use std::fmt::Display;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::read_file::read_file;
 use rustls::crypto::ring::{self, kx_group};
 use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::pki_types::pem::{Error as PemError, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::sign::CertifiedKey;
-use rustls::{ServerConfig, SupportedCipherSuite, SupportedProtocolVersion, version};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{
+    RootCertStore, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion, version,
+};
+use serde::Deserialize;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+use super::clients::{ClientAuth, ClientPolicy};
 use crate::is_state_of_host;
-use crate::yaml::Problem;
-
-use super::clients::ClientPolicy;
-use super::settings::{ClientAuth, Pem, Source, TlsSettings, Version};
+use crate::read_file::read_file;
+use crate::yaml::{Located, Problem};
 
 /// Largest certificate or key file, bytes.
-pub(super) const MAX_PEM_BYTES: u64 = 1 << 20;
+const MAX_PEM_BYTES: u64 = 1 << 20;
 
-/// The private keys that ring and rustls take.
-const KEYS: &str = "connmon takes RSA keys of 2048 to 8192 bits, ECDSA keys of the curves P-256 and \
-                    P-384, and Ed25519 keys";
+/// The section as written. A key without a value is a key left out.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct TlsSection {
+    cert: Option<Located<String>>,
+    key: Option<Located<String>>,
+    client_ca: Option<Located<String>>,
+    cert_file: Option<Located<String>>,
+    key_file: Option<Located<String>>,
+    client_ca_file: Option<Located<String>>,
+    client_auth_type: Option<ClientAuth>,
+    client_allowed_sans: Option<Vec<String>>,
+    min_version: Option<Version>,
+    max_version: Option<Version>,
+    cipher_suites: Option<Located<Vec<Suite>>>,
+    curve_preferences: Option<Vec<Curve>>,
+    prefer_server_cipher_suites: Option<bool>,
+}
 
-/// What a TLS configuration comes down to, with what is to be said about it.
-pub(super) struct Chosen {
-    provider: CryptoProvider,
+/// TLS versions the file may name; rustls speaks the last two.
+#[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Deserialize)]
+enum Version {
+    TLS10,
+    TLS11,
+    TLS12,
+    TLS13,
+}
+
+/// The names in Go's `tls.CipherSuites`, past and present.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[expect(non_camel_case_types, reason = "the names that Go gives them")]
+enum Suite {
+    TLS_AES_128_GCM_SHA256,
+    TLS_AES_256_GCM_SHA384,
+    TLS_CHACHA20_POLY1305_SHA256,
+    TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+    TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+    TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+    TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+    TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+    TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+    TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA,
+    TLS_ECDHE_ECDSA_WITH_AES_256_CBC_SHA,
+    TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA,
+    TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA,
+    TLS_RSA_WITH_AES_128_CBC_SHA,
+    TLS_RSA_WITH_AES_256_CBC_SHA,
+    TLS_RSA_WITH_AES_128_GCM_SHA256,
+    TLS_RSA_WITH_AES_256_GCM_SHA384,
+}
+
+/// The names of Go's `tls.CurveID`.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+enum Curve {
+    CurveP256,
+    CurveP384,
+    CurveP521,
+    X25519,
+}
+
+impl Suite {
+    fn available(self) -> Option<SupportedCipherSuite> {
+        let name = format!("{self:?}");
+        let mut all = ring::ALL_CIPHER_SUITES.iter();
+        // rustls marks the suites of TLS 1.3 in their names.
+        all.find(|suite| format!("{:?}", suite.suite()).replacen("TLS13_", "TLS_", 1) == name)
+            .copied()
+    }
+}
+
+impl Curve {
+    fn available(self) -> Option<&'static dyn SupportedKxGroup> {
+        match self {
+            Self::CurveP256 => Some(kx_group::SECP256R1),
+            Self::CurveP384 => Some(kx_group::SECP384R1),
+            Self::CurveP521 => None,
+            Self::X25519 => Some(kx_group::X25519),
+        }
+    }
+}
+
+impl TlsSection {
+    /// The suites, curves and versions that the section leaves.
+    fn choose(
+        &self,
+        line: usize,
+        http2: bool,
+        remarks: &mut Vec<String>,
+    ) -> Result<(Arc<CryptoProvider>, Vec<&'static SupportedProtocolVersion>), Problem> {
+        let min_version = self.min_version.unwrap_or(Version::TLS12);
+        let max_version = self.max_version.unwrap_or(Version::TLS13);
+        let speaks = |version| min_version <= version && max_version >= version;
+        let (mut tls12, tls13) = (speaks(Version::TLS12), speaks(Version::TLS13));
+        if !tls12 && !tls13 {
+            let what = ": no version is left between min_version and max_version; connmon speaks \
+                        TLS12 and TLS13";
+            return Err(refuse(line, what));
+        }
+        if min_version < Version::TLS12 {
+            remarks.push("min_version is below TLS12: TLS 1.2 is the oldest spoken".to_owned());
+        }
+        let mut provider = ring::default_provider();
+        if let Some(suites) = self
+            .cipher_suites
+            .as_ref()
+            .filter(|it| !it.value.is_empty())
+        {
+            if http2 && min_version < Version::TLS13 {
+                check_http2(suites)?;
+            }
+            tls12 &= restrict_suites(&mut provider, &suites.value, remarks);
+            if !tls12 && !tls13 {
+                let what = format_args!(
+                    ".cipher_suites: none of {} is available; the ECDHE suites with GCM or \
+                     CHACHA20_POLY1305 are",
+                    list(&suites.value)
+                );
+                return Err(refuse(suites.line, what));
+            }
+        }
+        let curves = self.curve_preferences.as_deref().unwrap_or_default();
+        let available: Vec<_> = curves
+            .iter()
+            .copied()
+            .filter_map(Curve::available)
+            .collect();
+        if available.len() < curves.len() {
+            let remark = "CurveP521 is not available and left out of curve_preferences; alone it \
+                          leaves the default curves";
+            remarks.push(remark.to_owned());
+        }
+        if !available.is_empty() {
+            provider.kx_groups = available;
+        }
+        let versions = [(tls13, &version::TLS13), (tls12, &version::TLS12)];
+        let versions = versions.into_iter().filter(|it| it.0).map(|it| it.1);
+        Ok((Arc::new(provider), versions.collect()))
+    }
+}
+
+/// A complete `tls_server_config`: there is a certificate and a key.
+#[derive(Clone)]
+pub(super) struct TlsSettings {
+    line: usize,
+    certificate: Pem,
+    key: Pem,
+    client_ca: Option<Pem>,
+    client_auth: ClientAuth,
+    allowed_sans: Option<Vec<String>>,
+    provider: Arc<CryptoProvider>,
     versions: Vec<&'static SupportedProtocolVersion>,
-    /// For the log, once: what the file asks for and does not get.
-    pub(super) remarks: Vec<String>,
+    prefer_server_order: bool,
+    http2: bool,
 }
 
 impl TlsSettings {
-    /// Versions, suites and curves, out of the file alone.
-    pub(super) fn choose(&self) -> Result<Chosen, Problem> {
-        let mut remarks = Vec::new();
-        let mut provider = ring::default_provider();
-        let mut tls12 = self.min_version <= Version::Tls12 && self.max_version >= Version::Tls12;
-        let tls13 = self.min_version <= Version::Tls13 && self.max_version >= Version::Tls13;
-        if !tls12 && !tls13 {
-            return Err(Problem::new(
-                self.line,
-                "tls_server_config: no version is left between min_version and max_version; \
-                 connmon speaks TLS12 and TLS13",
-            ));
+    /// Judges the section, whose relative paths start from `directory`; `None`
+    /// if nothing in it switches TLS on. `remarks` gets what the file asks for
+    /// and does not get.
+    pub(super) fn new(
+        section: Located<TlsSection>,
+        directory: &Path,
+        http2: bool,
+        remarks: &mut Vec<String>,
+    ) -> Result<Option<Self>, Problem> {
+        let Located {
+            line,
+            value: mut section,
+        } = section;
+        let pem = |text, file| Pem::new(directory, text, file);
+        let certificate = pem(
+            ("cert", section.cert.take()),
+            ("cert_file", section.cert_file.take()),
+        );
+        let key = pem(
+            ("key", section.key.take()),
+            ("key_file", section.key_file.take()),
+        );
+        let client_ca = pem(
+            ("client_ca", section.client_ca.take()),
+            ("client_ca_file", section.client_ca_file.take()),
+        );
+        if certificate.is_none()
+            && key.is_none()
+            && client_ca.is_none()
+            && section.client_auth_type.is_none()
+        {
+            return Ok(None);
         }
-        if self.min_version < Version::Tls12 {
-            remarks.push("min_version is below TLS12: TLS 1.2 is the oldest spoken".to_owned());
+        let missing = |keys| refuse(line, format_args!(": missing one of {keys}"));
+        let certificate = certificate.ok_or_else(|| missing("cert or cert_file"))?;
+        let key = key.ok_or_else(|| missing("key or key_file"))?;
+        let client_auth = section.client_auth_type.unwrap_or(ClientAuth::NoClientCert);
+        if let (Some(ca), ClientAuth::NoClientCert) = (&client_ca, client_auth) {
+            let why = "client CA's have been configured without a client_auth_type that uses them";
+            return Err(refuse(ca.line, format_args!(".{}: {why}", ca.key)));
         }
-        if !self.cipher_suites.value.is_empty() {
-            let mut suites: Vec<SupportedCipherSuite> = Vec::new();
-            let mut absent = Vec::new();
-            for name in &self.cipher_suites.value {
-                match cipher_suite(name) {
-                    Some(suite) => suites.push(suite),
-                    None => absent.push(*name),
-                }
-            }
-            if !absent.is_empty() {
-                let names = absent.join(", ");
-                remarks.push(format!("cipher suites not available and left out: {names}"));
-            }
-            suites.retain(|suite| suite.tls13().is_none());
-            if tls12 && suites.is_empty() {
-                if !tls13 {
-                    return Err(Problem::new(
-                        self.cipher_suites.line,
-                        format_args!(
-                            "tls_server_config.cipher_suites: none of {} is available; the ECDHE \
-                             suites with GCM or CHACHA20_POLY1305 are",
-                            self.cipher_suites.value.join(", ")
-                        ),
-                    ));
-                }
-                tls12 = false;
-                remarks.push("no cipher suite is left for TLS 1.2: only TLS 1.3 is spoken".into());
-            }
-            // As in Go, the list is about TLS 1.2; those of 1.3 are fixed.
-            let mut all: Vec<_> = provider.cipher_suites.clone();
-            all.retain(|suite| suite.tls13().is_some());
-            all.extend(suites);
-            provider.cipher_suites = all;
+        if section.client_allowed_sans.is_some() && !client_auth.is_mandatory() {
+            let what = ".client_allowed_sans: requires client_auth_type to be RequireAnyClientCert \
+                        or RequireAndVerifyClientCert; with any other a client need not show a \
+                        certificate";
+            return Err(refuse(line, what));
         }
-        let curves: Vec<_> = self.curves.iter().filter_map(|name| curve(name)).collect();
-        if curves.len() < self.curves.len() {
-            remarks.push(
-                "CurveP521 is not available and left out of curve_preferences; alone it leaves the \
-                 default curves"
-                    .to_owned(),
-            );
-        }
-        if !curves.is_empty() {
-            provider.kx_groups = curves;
-        }
-        let mut versions = Vec::new();
-        if tls13 {
-            versions.push(&version::TLS13);
-        }
-        if tls12 {
-            versions.push(&version::TLS12);
-        }
-        Ok(Chosen {
+        let (provider, versions) = section.choose(line, http2, remarks)?;
+        Ok(Some(Self {
+            line,
+            certificate,
+            key,
+            client_ca,
+            client_auth,
+            allowed_sans: section.client_allowed_sans,
             provider,
             versions,
-            remarks,
-        })
+            prefer_server_order: section.prefer_server_cipher_suites.unwrap_or(true),
+            http2,
+        }))
     }
 
-    /// Reads certificate, key and client CAs, and makes the configuration.
-    pub(super) fn load(&self, http2: bool) -> Result<(Arc<ServerConfig>, Vec<String>), Problem> {
-        let chosen = self.choose()?;
-        let provider = Arc::new(chosen.provider);
-        let mut remarks = chosen.remarks;
-        let refuse = |error: rustls::Error| {
-            Problem::new(self.line, format_args!("tls_server_config: {error}"))
-        };
-        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
-            .with_protocol_versions(&chosen.versions)
-            .map_err(refuse)?;
-        let builder = if self.client_auth == ClientAuth::None {
+    /// Every file named.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        let pems = [
+            Some(&self.certificate),
+            Some(&self.key),
+            self.client_ca.as_ref(),
+        ];
+        pems.into_iter()
+            .flatten()
+            .filter_map(|pem| pem.path.as_deref())
+    }
+
+    /// Reads certificate, key and client CAs. Returns the configuration, and
+    /// remarks on what was read.
+    pub(super) fn load(&self) -> Result<(Arc<ServerConfig>, Vec<String>), Problem> {
+        let mut remarks = Vec::new();
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_protocol_versions(&self.versions)
+            .map_err(|error| refuse(self.line, format_args!(": {error}")))?;
+        let builder = if self.client_auth == ClientAuth::NoClientCert {
             builder.with_no_client_auth()
         } else {
-            let policy = self.client_policy(&provider, &mut remarks)?;
-            builder.with_client_cert_verifier(Arc::new(policy))
+            builder.with_client_cert_verifier(Arc::new(self.client_policy(&mut remarks)?))
         };
-        let certified = self.certified_key(&provider)?;
-        let resolver = rustls::sign::SingleCertAndKey::from(certified);
+        let resolver = SingleCertAndKey::from(self.certified_key()?);
         let mut config = builder.with_cert_resolver(Arc::new(resolver));
         config.ignore_client_order = self.prefer_server_order;
-        config.alpn_protocols = if http2 {
-            vec![b"h2".to_vec(), b"http/1.1".to_vec()]
-        } else {
-            vec![b"http/1.1".to_vec()]
-        };
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        if self.http2 {
+            config.alpn_protocols.insert(0, b"h2".to_vec());
+        }
         Ok((Arc::new(config), remarks))
     }
 
-    fn certified_key(&self, provider: &CryptoProvider) -> Result<CertifiedKey, Problem> {
+    fn certified_key(&self) -> Result<CertifiedKey, Problem> {
         let pem = self.certificate.read()?;
         let chain: Vec<_> = CertificateDer::pem_slice_iter(&pem)
             .collect::<Result<_, _>>()
-            .map_err(|error| self.certificate.bad(&error))?;
-        let Some(first) = chain.first() else {
-            return Err(self.certificate.refuse("no PEM certificate in it"));
-        };
+            .map_err(|error| self.certificate.refuse(format_args!("bad PEM: {error:?}")))?;
+        let first = chain.first();
+        let first = first.ok_or_else(|| self.certificate.refuse("no PEM certificate in it"))?;
+        // webpki, which rustls asks, takes no unknown critical extension.
         let (_, certificate) = X509Certificate::from_der(first).map_err(|error| {
             self.certificate
                 .refuse(format_args!("bad certificate: {error}"))
         })?;
         let public = certificate.public_key().raw.to_vec();
         let pem = self.key.read()?;
-        let labelled = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| self.key.bad(&error))?;
-        // What it is, whatever its label says.
+        let labelled = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| match error {
+            PemError::NoItemsFound => self
+                .key
+                .refuse("no PEM private key in it (an encrypted one cannot be used)"),
+            error => self.key.refuse(format_args!("bad PEM: {error:?}")),
+        })?;
+        // The label may be wrong; the content decides.
         let key = PrivateKeyDer::try_from(labelled.secret_der()).map_err(|_| {
             self.key
-                .refuse("the private key is in no form of PKCS#1, PKCS#8 or SEC1")
+                .refuse("the private key is neither PKCS#1, PKCS#8 nor SEC1")
         })?;
-        let key = provider
-            .key_provider
-            .load_private_key(key.clone_key())
-            .map_err(|_| {
-                self.key
-                    .refuse(format_args!("the private key cannot be used: {KEYS}"))
-            })?;
+        let loaded = self.provider.key_provider.load_private_key(key.clone_key());
+        let key = loaded.map_err(|_| {
+            self.key.refuse(
+                "the private key cannot be used: connmon takes RSA keys of 2048 to 8192 bits, \
+                 ECDSA keys of the curves P-256 and P-384, and Ed25519 keys",
+            )
+        })?;
         if key.public_key().is_some_and(|key| *key != *public) {
             return Err(self
                 .key
@@ -173,107 +317,151 @@ impl TlsSettings {
         Ok(CertifiedKey::new(chain, key))
     }
 
-    fn client_policy(
-        &self,
-        provider: &CryptoProvider,
-        remarks: &mut Vec<String>,
-    ) -> Result<ClientPolicy, Problem> {
+    fn client_policy(&self, remarks: &mut Vec<String>) -> Result<ClientPolicy, Problem> {
+        let mut roots = RootCertStore::empty();
         let mut authorities = Vec::new();
         if let Some(client_ca) = &self.client_ca {
             let pem = client_ca.read()?;
             // As in Go, what is no certificate is skipped …
-            authorities = CertificateDer::pem_slice_iter(&pem).flatten().collect();
-            let before = authorities.len();
-            authorities.retain(|der| ClientPolicy::is_usable_authority(der));
+            let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem).flatten().collect();
+            let all = certificates.len();
+            authorities = certificates;
+            authorities.retain(|der| roots.add(der.clone()).is_ok());
             // … but there has to be one.
             if authorities.is_empty() {
                 return Err(client_ca.refuse("no usable PEM certificate in it"));
             }
-            if authorities.len() < before {
-                let skipped = before - authorities.len();
+            if authorities.len() < all {
+                let skipped = all - authorities.len();
                 remarks.push(format!("{skipped} client CA certificates were not usable"));
             }
-        } else if matches!(
-            self.client_auth,
-            ClientAuth::VerifyIfGiven | ClientAuth::RequireAndVerify
-        ) {
-            remarks.push(
-                "client certificates are verified but client_ca_file is not set: every one shown \
-                 will be refused (the system's CAs are not asked)"
-                    .to_owned(),
-            );
+        } else if self.client_auth.verifies() {
+            let remark = "client certificates are verified but client_ca_file is not set: every \
+                          one is refused (the system's CAs are not asked)";
+            remarks.push(remark.to_owned());
         }
-        ClientPolicy::new(
-            self.client_auth,
-            authorities,
-            self.allowed_sans.clone(),
-            provider,
-        )
-        .map_err(|error| Problem::new(self.line, format_args!("tls_server_config: {error}")))
+        let sans = self.allowed_sans.clone();
+        ClientPolicy::new(self.client_auth, authorities, roots, sans, &self.provider)
+            .map_err(|error| refuse(self.line, format_args!(": {error}")))
     }
+}
+
+fn refuse(line: usize, what: impl Display) -> Problem {
+    Problem::new(line, format_args!("tls_server_config{what}"))
+}
+
+fn list(suites: &[Suite]) -> String {
+    let names: Vec<_> = suites.iter().map(|suite| format!("{suite:?}")).collect();
+    names.join(", ")
+}
+
+/// HTTP/2 over TLS 1.2 needs one of two suites (RFC 7540, 9.2.2 asks for the
+/// RSA one; Go's `http2.ConfigureServer` takes either).
+fn check_http2(suites: &Located<Vec<Suite>>) -> Result<(), Problem> {
+    let required = [
+        Suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+        Suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+    ];
+    if required.iter().any(|suite| suites.value.contains(suite)) {
+        return Ok(());
+    }
+    let what = format_args!(
+        ".cipher_suites: missing an HTTP/2-required AES_128_GCM_SHA256 suite: add one of {}, or \
+         set http_server_config.http2 to false",
+        list(&required)
+    );
+    Err(refuse(suites.line, what))
+}
+
+/// Leaves the listed suites to TLS 1.2; as in Go, TLS 1.3 keeps all its own.
+/// Returns whether TLS 1.2 has any left.
+fn restrict_suites(
+    provider: &mut CryptoProvider,
+    listed: &[Suite],
+    remarks: &mut Vec<String>,
+) -> bool {
+    let (known, absent): (Vec<Suite>, Vec<Suite>) =
+        listed.iter().partition(|suite| suite.available().is_some());
+    if !absent.is_empty() {
+        let names = list(&absent);
+        remarks.push(format!("cipher suites not available and left out: {names}"));
+    }
+    let suites = &mut provider.cipher_suites;
+    suites.retain(|suite| suite.tls13().is_some());
+    let before = suites.len();
+    let known = known.into_iter().filter_map(Suite::available);
+    suites.extend(known.filter(|suite| suite.tls13().is_none()));
+    let left = suites.len() > before;
+    if !left {
+        remarks.push("no cipher suite is left for TLS 1.2: only TLS 1.3 is spoken".to_owned());
+    }
+    left
+}
+
+/// PEM text, in the web configuration or in a file.
+#[derive(Clone)]
+struct Pem {
+    /// The key in `tls_server_config` that has the text or names the file.
+    key: &'static str,
+    line: usize,
+    text: String,
+    path: Option<PathBuf>,
 }
 
 impl Pem {
-    /// The PEM text.
+    /// Where both are given the file counts. An empty value is not given.
+    fn new(
+        directory: &Path,
+        text: (&'static str, Option<Located<String>>),
+        file: (&'static str, Option<Located<String>>),
+    ) -> Option<Self> {
+        let given = |(key, value): (_, Option<Located<String>>)| {
+            let value = value.filter(|value| !value.value.is_empty());
+            value.map(|Located { line, value }| Self {
+                key,
+                line,
+                text: value,
+                path: None,
+            })
+        };
+        let file = given(file).map(|pem| Self {
+            path: Some(directory.join(&pem.text)),
+            ..pem
+        });
+        file.or_else(|| given(text))
+    }
+
     fn read(&self) -> Result<Vec<u8>, Problem> {
-        match &self.source {
-            Source::Text(text) => Ok(text.clone().into_bytes()),
-            Source::File(path) => read_file(path, MAX_PEM_BYTES).map_err(|error| Problem {
-                not_yet: is_state_of_host(error.raw_os_error()),
-                ..self.refuse(format_args!("cannot read: {error}"))
-            }),
-        }
+        let Some(path) = &self.path else {
+            return Ok(self.text.clone().into_bytes());
+        };
+        read_file(path, MAX_PEM_BYTES).map_err(|error| Problem {
+            not_yet: is_state_of_host(error.raw_os_error()),
+            ..self.refuse(format_args!("cannot read: {error}"))
+        })
     }
 
     fn refuse(&self, why: impl Display) -> Problem {
-        let path = match &self.source {
-            Source::Text(_) => String::new(),
-            Source::File(path) => format!("{}: ", path.display()),
-        };
-        let text = format_args!("tls_server_config.{}: {path}{why}", self.key);
-        Problem::new(self.line, text)
-    }
-
-    fn bad(&self, error: &PemError) -> Problem {
-        match error {
-            PemError::NoItemsFound => {
-                self.refuse("no PEM private key in it (an encrypted one cannot be used)")
-            }
-            error => self.refuse(format_args!("bad PEM: {error:?}")),
-        }
-    }
-}
-
-/// The suite that Go calls so; rustls marks those of TLS 1.3.
-fn cipher_suite(name: &str) -> Option<SupportedCipherSuite> {
-    let mut suites = ring::ALL_CIPHER_SUITES.iter();
-    let go_name = |suite: &SupportedCipherSuite| match suite.suite().as_str() {
-        Some(name) => name.replacen("TLS13_", "TLS_", 1),
-        None => String::new(),
-    };
-    suites.find(|suite| go_name(suite) == name).copied()
-}
-
-/// The curve that Go calls so.
-fn curve(name: &str) -> Option<&'static dyn SupportedKxGroup> {
-    match name {
-        "CurveP256" => Some(kx_group::SECP256R1),
-        "CurveP384" => Some(kx_group::SECP384R1),
-        "X25519" => Some(kx_group::X25519),
-        _ => None,
+        let path = self.path.as_ref();
+        let path = path.map_or(String::new(), |path| format!("{}: ", path.display()));
+        refuse(self.line, format_args!(".{}: {path}{why}", self.key))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::settings::{CIPHER_SUITES, CURVES};
     use super::*;
 
     #[test]
-    fn every_suite_and_curve_of_rustls_has_its_name() {
-        let suites = CIPHER_SUITES.iter().filter_map(|name| cipher_suite(name));
-        assert_eq!(suites.count(), ring::ALL_CIPHER_SUITES.len());
-        let curves = CURVES.iter().filter_map(|name| curve(name));
-        assert_eq!(curves.count(), ring::DEFAULT_KX_GROUPS.len());
+    fn every_suite_of_rustls_has_a_name_in_go() {
+        for suite in ring::ALL_CIPHER_SUITES {
+            let name = format!("{:?}", suite.suite()).replacen("TLS13_", "TLS_", 1);
+            let name = serde_json::Value::from(name);
+            let named: Suite = serde_json::from_value(name).unwrap();
+            assert_eq!(named.available(), Some(*suite));
+        }
+        let curves = [Curve::CurveP256, Curve::CurveP384, Curve::X25519];
+        let available = curves.into_iter().filter_map(Curve::available);
+        assert_eq!(available.count(), ring::DEFAULT_KX_GROUPS.len());
     }
 }
