@@ -25,7 +25,6 @@ pub mod yaml;
 pub use duration::duration;
 pub use error::{ConfigError, is_state_of_host};
 pub use limits::Limits;
-pub use listen::BindError;
 pub use server::{Options, ServeError, Server};
 
 use bytes::Bytes;
