@@ -50,35 +50,38 @@ impl ClientAuth {
 #[derive(Debug)]
 pub(super) struct ClientPolicy {
     auth: ClientAuth,
+    authorities: Vec<CertificateDer<'static>>,
     /// `None` where there are no authorities: nothing verifies.
     chains: Option<Arc<dyn ClientCertVerifier>>,
-    authorities: Vec<CertificateDer<'static>>,
-    hints: Vec<DistinguishedName>,
     allowed_sans: Option<Vec<String>>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl ClientPolicy {
-    /// `roots` has the same certificates as `authorities`.
+    /// Certificates that cannot be an authority are skipped.
     pub(super) fn new(
         auth: ClientAuth,
-        authorities: Vec<CertificateDer<'static>>,
-        roots: RootCertStore,
+        mut authorities: Vec<CertificateDer<'static>>,
         allowed_sans: Option<Vec<String>>,
         provider: &Arc<CryptoProvider>,
     ) -> Result<Self, VerifierBuilderError> {
-        let (hints, roots) = (roots.subjects(), Arc::new(roots));
-        let chains = (!authorities.is_empty()).then(|| {
-            WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(provider)).build()
-        });
+        let mut roots = RootCertStore::empty();
+        authorities.retain(|der| roots.add(der.clone()).is_ok());
+        let chains =
+            WebPkiClientVerifier::builder_with_provider(roots.into(), Arc::clone(provider));
+        let chains = (!authorities.is_empty()).then(|| chains.build());
         Ok(Self {
             auth,
-            chains: chains.transpose()?,
             authorities,
-            hints,
+            chains: chains.transpose()?,
             allowed_sans,
             algorithms: provider.signature_verification_algorithms,
         })
+    }
+
+    /// How many certificates can be an authority.
+    pub(super) fn authorities(&self) -> usize {
+        self.authorities.len()
     }
 
     /// As in Go, a certificate that is itself in the list of authorities
@@ -137,7 +140,8 @@ impl ClientCertVerifier for ClientPolicy {
     }
 
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &self.hints
+        let chains = self.chains.as_ref();
+        chains.map_or(&[], |chains| chains.root_hint_subjects())
     }
 
     fn verify_client_cert(

@@ -13,6 +13,7 @@ mod settings;
 mod tls;
 mod users;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
@@ -55,85 +56,57 @@ pub fn parse(text: &str, path: &Path) -> Result<Settings, ConfigError> {
 /// Judges a web configuration with all the files it names. Returns what is
 /// accepted and should be changed.
 pub fn check(path: &Path) -> Result<Vec<String>, ConfigError> {
-    let active = load(path, &mut Vec::new())?;
-    let remark = |remark| format!("{}: {remark}", path.display());
-    Ok(active.remarks.into_iter().map(remark).collect())
+    let settings = load(path, &mut Files::new())?;
+    let remarks = settings.remarks.iter();
+    Ok(remarks
+        .map(|remark| format!("{}: {remark}", path.display()))
+        .collect())
 }
 
-/// Settings with the certificates and keys that they name.
-struct Active {
-    settings: Settings,
-    tls: Option<Arc<ServerConfig>>,
-    remarks: Vec<String>,
+/// The files involved, each with its identity when it was last judged.
+type Files = BTreeMap<PathBuf, FileIdentity>;
+
+/// Device, inode, size; mtime and ctime. A changed file has another identity.
+/// `None` when there is no file.
+type FileIdentity = Option<([u64; 3], [i64; 4])>;
+
+fn identity(path: &Path) -> FileIdentity {
+    let it = std::fs::metadata(path).ok()?;
+    let times = [it.mtime(), it.mtime_nsec(), it.ctime(), it.ctime_nsec()];
+    Some(([it.dev(), it.ino(), it.size()], times))
 }
 
-impl Active {
-    fn new(path: &Path, settings: Settings) -> Result<Self, ConfigError> {
-        let mut remarks = settings.remarks.clone();
-        let loaded = settings.tls.as_ref().map(|tls| tls.load()).transpose();
-        let tls = loaded.map_err(|problem| problem.of(path))?;
-        let tls = tls.map(|(tls, more)| {
-            remarks.extend(more);
-            tls
-        });
-        Ok(Self {
-            settings,
-            tls,
-            remarks,
-        })
-    }
-
-    fn log_remarks(&self, path: &Path) {
-        for remark in &self.remarks {
-            log::warn!("{}: {remark}", path.display());
-        }
-    }
-
-    fn bucket(&self) -> Option<Bucket> {
-        let rate = self.settings.rate?;
-        Some(Bucket::new(rate, Instant::now()))
-    }
-}
-
-/// Reads and judges everything. `files` gets the identity of each file, taken
-/// before it is read, so that a change meanwhile is noticed next time.
-fn load(path: &Path, files: &mut Vec<FileIdentity>) -> Result<Active, ConfigError> {
-    files.push(FileIdentity::of(path));
+/// Reads and judges everything. Identities are taken before a file is read, so
+/// that a change meanwhile is noticed next time.
+fn load(path: &Path, files: &mut Files) -> Result<Settings, ConfigError> {
+    files.insert(path.to_owned(), identity(path));
     let bytes = read_file(path, MAX_BYTES).map_err(|error| {
         ConfigError::new(format_args!("{}: cannot read: {error}", path.display()))
             .not_yet_if(is_state_of_host(error.raw_os_error()))
     })?;
     let text = yaml::utf8(bytes).map_err(|problem| problem.of(path))?;
-    let settings = parse(&text, path)?;
-    files.extend(identities(&settings));
-    Active::new(path, settings)
+    let mut settings = parse(&text, path)?;
+    files.extend(
+        settings
+            .files()
+            .map(|file| (file.to_owned(), identity(file))),
+    );
+    let mut remarks = Vec::new();
+    let loaded = settings.load(&mut remarks);
+    loaded.map_err(|problem| problem.of(path))?;
+    settings.remarks.extend(remarks);
+    Ok(settings)
 }
 
-/// Distinguishes two states of a file without reading it.
-#[derive(Clone, PartialEq)]
-struct FileIdentity {
-    path: PathBuf,
-    /// Device, inode, size, mtime and ctime; `None` when there is no file.
-    state: Option<([u64; 3], [i64; 4])>,
-}
-
-impl FileIdentity {
-    fn of(path: &Path) -> Self {
-        let state = std::fs::metadata(path).ok().map(|it| {
-            let times = [it.mtime(), it.mtime_nsec(), it.ctime(), it.ctime_nsec()];
-            ([it.dev(), it.ino(), it.size()], times)
-        });
-        Self {
-            path: path.to_owned(),
-            state,
-        }
+fn log_remarks(path: &Path, settings: &Settings) {
+    for remark in &settings.remarks {
+        log::warn!("{}: {remark}", path.display());
     }
 }
 
-/// Of the files that the settings name.
-fn identities(settings: &Settings) -> impl Iterator<Item = FileIdentity> {
-    let files = settings.tls.iter().flat_map(|tls| tls.files());
-    files.map(FileIdentity::of)
+fn bucket(settings: &Settings) -> Option<Bucket> {
+    let rate = settings.rate?;
+    Some(Bucket::new(rate, Instant::now()))
 }
 
 /// The web configuration in force, kept up to date as its files change.
@@ -148,9 +121,8 @@ pub(crate) struct WebConfig {
 }
 
 struct State {
-    active: Arc<Active>,
-    /// Every file involved, as it was when it was last judged.
-    files: Vec<FileIdentity>,
+    settings: Arc<Settings>,
+    files: Files,
     bucket: Option<Bucket>,
     /// When the last attempt was, if it failed. Of several that fail one after
     /// the other, the first is logged as an error.
@@ -166,14 +138,14 @@ impl fmt::Debug for WebConfig {
 impl WebConfig {
     /// Reads the configuration and all it names.
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>, ConfigError> {
-        let mut files = Vec::new();
-        let active = load(path, &mut files)?;
-        active.log_remarks(path);
+        let mut files = Files::new();
+        let settings = load(path, &mut files)?;
+        log_remarks(path, &settings);
         Ok(Arc::new(Self {
             path: path.to_owned(),
             state: Mutex::new(State {
-                bucket: active.bucket(),
-                active: Arc::new(active),
+                bucket: bucket(&settings),
+                settings: Arc::new(settings),
                 files,
                 broken: None,
             }),
@@ -189,43 +161,42 @@ impl WebConfig {
 
     /// The files to be readable for as long as the server runs.
     pub(crate) fn files(&self) -> Vec<PathBuf> {
-        let state = self.state();
-        state.files.iter().map(|file| file.path.clone()).collect()
+        self.state().files.keys().cloned().collect()
     }
 
     /// Whether connections are TLS; does not change while running.
     pub(crate) fn is_tls(&self) -> bool {
-        self.state().active.tls.is_some()
+        self.state().settings.tls_config.is_some()
     }
 
     /// The TLS configuration of a connection that begins now.
     pub(crate) async fn tls(self: &Arc<Self>) -> Option<Arc<ServerConfig>> {
-        self.current().await.tls.clone()
+        self.current().await.tls_config.clone()
     }
 
-    async fn current(self: &Arc<Self>) -> Arc<Active> {
+    async fn current(self: &Arc<Self>) -> Arc<Settings> {
         Arc::clone(self).refresh().await;
-        Arc::clone(&self.state().active)
+        Arc::clone(&self.state().settings)
     }
 
     /// Whether a request with these headers from this address is allowed.
     pub(crate) async fn access(self: &Arc<Self>, headers: &HeaderMap, client: IpAddr) -> Access {
-        let active = self.current().await;
+        let settings = self.current().await;
         if let Some(bucket) = &mut self.state().bucket
             && !bucket.allow(Instant::now())
         {
             return Access::RateLimited;
         }
-        let users = &active.settings.users;
-        if users.is_empty() {
+        if settings.users.is_empty() {
             return Access::Allowed;
         }
+        let users = &settings.users;
         self.basic_auth.check(headers, users, client).await
     }
 
     /// Puts the configured headers in place of the built-in ones.
     pub(crate) fn set_headers(&self, headers: &mut HeaderMap) {
-        for (name, value) in &self.state().active.settings.headers {
+        for (name, value) in &self.state().settings.headers {
             headers.remove(name);
             if !value.is_empty() {
                 headers.insert(name, value.clone());
@@ -268,59 +239,59 @@ impl WebConfig {
         let (retry, files, before) = {
             let state = self.state();
             let retry = state.broken.is_some_and(|at| at.elapsed() >= RETRY);
-            (retry, state.files.clone(), Arc::clone(&state.active))
+            (retry, state.files.clone(), Arc::clone(&state.settings))
         };
-        if retry
-            || files
-                .iter()
-                .any(|file| FileIdentity::of(&file.path) != *file)
-        {
+        let changed = |(path, before): (&PathBuf, &_)| identity(path) != *before;
+        if retry || files.iter().any(changed) {
             self.reload(&before);
         }
     }
 
-    fn reload(&self, before: &Active) {
+    fn reload(&self, before: &Settings) {
         let path = self.path.display();
-        let mut files = Vec::new();
-        let loaded = load(&self.path, &mut files).and_then(|active| {
+        let mut files = Files::new();
+        let loaded = load(&self.path, &mut files).and_then(|settings| {
             let refuse = |why| Err(ConfigError::at(&path, why));
-            if active.settings.is_blank && !before.settings.is_blank {
+            if settings.is_blank && !before.is_blank {
                 // The file may be empty because it is being written, or
                 // because the disk is full: no reason to drop the passwords.
                 return refuse("the file is empty; write {} for no settings");
             }
-            if active.tls.is_some() != before.tls.is_some() {
+            if settings.tls_config.is_some() != before.tls_config.is_some() {
                 return refuse("TLS cannot be switched on or off while running; restart connmon");
             }
-            Ok(active)
+            Ok(settings)
         });
+        let mut renewed = before.clone();
+        if loaded.is_err() {
+            // Certificates are renewed whatever happens to the file that names
+            // them; if they do not fit, the old ones stay.
+            files.extend(
+                renewed
+                    .files()
+                    .map(|file| (file.to_owned(), identity(file))),
+            );
+            let _ = renewed.load(&mut Vec::new());
+        }
+        let mut state = self.state();
+        state.files = files;
         match loaded {
-            Ok(active) => {
-                active.log_remarks(&self.path);
+            Ok(settings) => {
+                log_remarks(&self.path, &settings);
                 log::info!("{path}: changed web configuration in force");
-                let mut state = self.state();
-                if state.bucket.as_ref().map(|bucket| bucket.rate) != active.settings.rate {
-                    state.bucket = active.bucket();
+                if state.bucket.as_ref().map(|bucket| bucket.rate) != settings.rate {
+                    state.bucket = bucket(&settings);
                 }
-                state.active = Arc::new(active);
+                state.settings = Arc::new(settings);
                 state.broken = None;
-                state.files = files;
             }
             Err(error) => {
-                // Certificates are renewed whatever happens to the file that
-                // names them; if they do not fit, the old ones stay.
-                files.extend(identities(&before.settings));
-                let renewed = Active::new(&self.path, before.settings.clone());
-                let mut state = self.state();
                 if state.broken.replace(Instant::now()).is_some() {
                     log::debug!("{error}; still keeping the old web configuration");
                 } else {
                     log::error!("{error}; keeping the old web configuration");
                 }
-                if let Ok(active) = renewed {
-                    state.active = Arc::new(active);
-                }
-                state.files = files;
+                state.settings = Arc::new(renewed);
             }
         }
     }

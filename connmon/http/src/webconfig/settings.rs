@@ -4,8 +4,10 @@
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::Path;
+use std::sync::Arc;
 
 use hyper::header::{HeaderName, HeaderValue};
+use rustls::ServerConfig;
 use serde::Deserialize;
 
 use super::rate::Rate;
@@ -45,7 +47,9 @@ pub struct Settings {
     /// There is no document, not even an empty one.
     pub(super) is_blank: bool,
     /// `None` serves plain HTTP.
-    pub(super) tls: Option<TlsSettings>,
+    tls: Option<TlsSettings>,
+    /// Of certificates and keys, once they are loaded.
+    pub(super) tls_config: Option<Arc<ServerConfig>>,
     /// `http_server_config.headers`; an empty value removes the header.
     pub(super) headers: Vec<(HeaderName, HeaderValue)>,
     /// User name → bcrypt hash.
@@ -85,6 +89,7 @@ impl Settings {
         Ok(Self {
             is_blank,
             tls,
+            tls_config: None,
             headers: headers.map(header).collect::<Result<_, _>>()?,
             users: users
                 .map(|(name, hash)| user(name, hash, &mut remarks))
@@ -92,6 +97,18 @@ impl Settings {
             rate: rate(document.rate_limit.unwrap_or_default())?,
             remarks,
         })
+    }
+
+    /// The files that the settings name.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.tls.iter().flat_map(TlsSettings::files)
+    }
+
+    /// Reads these files. If one is wrong, what was loaded before stays.
+    pub(super) fn load(&mut self, remarks: &mut Vec<String>) -> Result<(), Problem> {
+        let loaded = self.tls.as_ref().map(|tls| tls.load(remarks));
+        self.tls_config = loaded.transpose()?;
+        Ok(())
     }
 }
 

@@ -11,9 +11,7 @@ use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::pki_types::pem::{Error as PemError, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{
-    RootCertStore, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion, version,
-};
+use rustls::{ServerConfig, SupportedCipherSuite, SupportedProtocolVersion, version};
 use serde::Deserialize;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
@@ -76,6 +74,13 @@ enum Suite {
     TLS_RSA_WITH_AES_256_GCM_SHA384,
 }
 
+/// HTTP/2 over TLS 1.2 needs one of these (RFC 7540, 9.2.2 asks for the RSA
+/// one; Go's `http2.ConfigureServer` takes either).
+const HTTP2_SUITES: [Suite; 2] = [
+    Suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+    Suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+];
+
 /// The names of Go's `tls.CurveID`.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 enum Curve {
@@ -96,7 +101,7 @@ impl Suite {
 }
 
 impl Curve {
-    fn available(self) -> Option<&'static dyn SupportedKxGroup> {
+    fn available(&self) -> Option<&'static dyn SupportedKxGroup> {
         match self {
             Self::CurveP256 => Some(kx_group::SECP256R1),
             Self::CurveP384 => Some(kx_group::SECP384R1),
@@ -107,7 +112,7 @@ impl Curve {
 }
 
 impl TlsSection {
-    /// The suites, curves and versions that the section leaves.
+    /// What the section leaves of suites, curves and versions.
     fn choose(
         &self,
         line: usize,
@@ -127,30 +132,50 @@ impl TlsSection {
             remarks.push("min_version is below TLS12: TLS 1.2 is the oldest spoken".to_owned());
         }
         let mut provider = ring::default_provider();
-        if let Some(suites) = self
-            .cipher_suites
-            .as_ref()
-            .filter(|it| !it.value.is_empty())
+        if let Some(Located {
+            line,
+            value: listed,
+        }) = &self.cipher_suites
+            && !listed.is_empty()
         {
-            if http2 && min_version < Version::TLS13 {
-                check_http2(suites)?;
-            }
-            tls12 &= restrict_suites(&mut provider, &suites.value, remarks);
-            if !tls12 && !tls13 {
+            let required = HTTP2_SUITES.iter().any(|suite| listed.contains(suite));
+            if http2 && min_version < Version::TLS13 && !required {
+                let suites = list(&HTTP2_SUITES);
                 let what = format_args!(
-                    ".cipher_suites: none of {} is available; the ECDHE suites with GCM or \
-                     CHACHA20_POLY1305 are",
-                    list(&suites.value)
+                    ".cipher_suites: missing an HTTP/2-required AES_128_GCM_SHA256 suite: add one \
+                     of {suites}, or set http_server_config.http2 to false"
                 );
-                return Err(refuse(suites.line, what));
+                return Err(refuse(*line, what));
             }
+            let (known, absent): (Vec<Suite>, Vec<Suite>) =
+                listed.iter().partition(|suite| suite.available().is_some());
+            if !absent.is_empty() {
+                let names = list(&absent);
+                remarks.push(format!("cipher suites not available and left out: {names}"));
+            }
+            // As in Go, the list is about TLS 1.2; TLS 1.3 keeps all its own.
+            let mut suites: Vec<_> = known.into_iter().filter_map(Suite::available).collect();
+            suites.retain(|suite| suite.tls13().is_none());
+            if tls12 && suites.is_empty() {
+                if !tls13 {
+                    let names = list(listed);
+                    let what = format_args!(
+                        ".cipher_suites: none of {names} is available; the ECDHE suites with GCM \
+                         or CHACHA20_POLY1305 are"
+                    );
+                    return Err(refuse(*line, what));
+                }
+                tls12 = false;
+                let remark = "no cipher suite is left for TLS 1.2: only TLS 1.3 is spoken";
+                remarks.push(remark.to_owned());
+            }
+            provider
+                .cipher_suites
+                .retain(|suite| suite.tls13().is_some());
+            provider.cipher_suites.extend(suites);
         }
         let curves = self.curve_preferences.as_deref().unwrap_or_default();
-        let available: Vec<_> = curves
-            .iter()
-            .copied()
-            .filter_map(Curve::available)
-            .collect();
+        let available: Vec<_> = curves.iter().filter_map(Curve::available).collect();
         if available.len() < curves.len() {
             let remark = "CurveP521 is not available and left out of curve_preferences; alone it \
                           leaves the default curves";
@@ -194,24 +219,18 @@ impl TlsSettings {
             line,
             value: mut section,
         } = section;
-        let pem = |text, file| Pem::new(directory, text, file);
-        let certificate = pem(
-            ("cert", section.cert.take()),
-            ("cert_file", section.cert_file.take()),
-        );
-        let key = pem(
-            ("key", section.key.take()),
-            ("key_file", section.key_file.take()),
-        );
+        let pem = |key, text: &mut Option<_>, file: &mut Option<_>| {
+            Pem::new(key, text.take(), file.take(), directory)
+        };
+        let certificate = pem("cert", &mut section.cert, &mut section.cert_file);
+        let key = pem("key", &mut section.key, &mut section.key_file);
         let client_ca = pem(
-            ("client_ca", section.client_ca.take()),
-            ("client_ca_file", section.client_ca_file.take()),
+            "client_ca",
+            &mut section.client_ca,
+            &mut section.client_ca_file,
         );
-        if certificate.is_none()
-            && key.is_none()
-            && client_ca.is_none()
-            && section.client_auth_type.is_none()
-        {
+        let pems = [&certificate, &key, &client_ca];
+        if pems.iter().all(|pem| pem.is_none()) && section.client_auth_type.is_none() {
             return Ok(None);
         }
         let missing = |keys| refuse(line, format_args!(": missing one of {keys}"));
@@ -220,7 +239,7 @@ impl TlsSettings {
         let client_auth = section.client_auth_type.unwrap_or(ClientAuth::NoClientCert);
         if let (Some(ca), ClientAuth::NoClientCert) = (&client_ca, client_auth) {
             let why = "client CA's have been configured without a client_auth_type that uses them";
-            return Err(refuse(ca.line, format_args!(".{}: {why}", ca.key)));
+            return Err(ca.refuse(why));
         }
         if section.client_allowed_sans.is_some() && !client_auth.is_mandatory() {
             let what = ".client_allowed_sans: requires client_auth_type to be RequireAnyClientCert \
@@ -255,17 +274,15 @@ impl TlsSettings {
             .filter_map(|pem| pem.path.as_deref())
     }
 
-    /// Reads certificate, key and client CAs. Returns the configuration, and
-    /// remarks on what was read.
-    pub(super) fn load(&self) -> Result<(Arc<ServerConfig>, Vec<String>), Problem> {
-        let mut remarks = Vec::new();
+    /// Reads certificate, key and client CAs.
+    pub(super) fn load(&self, remarks: &mut Vec<String>) -> Result<Arc<ServerConfig>, Problem> {
         let builder = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&self.versions)
             .map_err(|error| refuse(self.line, format_args!(": {error}")))?;
         let builder = if self.client_auth == ClientAuth::NoClientCert {
             builder.with_no_client_auth()
         } else {
-            builder.with_client_cert_verifier(Arc::new(self.client_policy(&mut remarks)?))
+            builder.with_client_cert_verifier(Arc::new(self.client_policy(remarks)?))
         };
         let resolver = SingleCertAndKey::from(self.certified_key()?);
         let mut config = builder.with_cert_resolver(Arc::new(resolver));
@@ -274,75 +291,73 @@ impl TlsSettings {
         if self.http2 {
             config.alpn_protocols.insert(0, b"h2".to_vec());
         }
-        Ok((Arc::new(config), remarks))
+        Ok(Arc::new(config))
     }
 
     fn certified_key(&self) -> Result<CertifiedKey, Problem> {
+        let refuse = |why: &dyn Display| self.certificate.refuse(why);
         let pem = self.certificate.read()?;
         let chain: Vec<_> = CertificateDer::pem_slice_iter(&pem)
             .collect::<Result<_, _>>()
-            .map_err(|error| self.certificate.refuse(format_args!("bad PEM: {error:?}")))?;
+            .map_err(|error| refuse(&format_args!("bad PEM: {error:?}")))?;
         let first = chain.first();
-        let first = first.ok_or_else(|| self.certificate.refuse("no PEM certificate in it"))?;
-        // webpki, which rustls asks, takes no unknown critical extension.
-        let (_, certificate) = X509Certificate::from_der(first).map_err(|error| {
-            self.certificate
-                .refuse(format_args!("bad certificate: {error}"))
-        })?;
-        let public = certificate.public_key().raw.to_vec();
+        let first = first.ok_or_else(|| refuse(&"no PEM certificate in it"))?;
+        // rustls would refuse an unknown critical extension.
+        let (_, certificate) = X509Certificate::from_der(first)
+            .map_err(|error| refuse(&format_args!("bad certificate: {error}")))?;
+        let public = certificate.public_key().raw;
+
+        let refuse = |why: &dyn Display| self.key.refuse(why);
         let pem = self.key.read()?;
         let labelled = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| match error {
-            PemError::NoItemsFound => self
-                .key
-                .refuse("no PEM private key in it (an encrypted one cannot be used)"),
-            error => self.key.refuse(format_args!("bad PEM: {error:?}")),
+            PemError::NoItemsFound => {
+                refuse(&"no PEM private key in it (an encrypted one cannot be used)")
+            }
+            error => refuse(&format_args!("bad PEM: {error:?}")),
         })?;
         // The label may be wrong; the content decides.
-        let key = PrivateKeyDer::try_from(labelled.secret_der()).map_err(|_| {
-            self.key
-                .refuse("the private key is neither PKCS#1, PKCS#8 nor SEC1")
-        })?;
+        let key = PrivateKeyDer::try_from(labelled.secret_der())
+            .map_err(|_| refuse(&"the private key is neither PKCS#1, PKCS#8 nor SEC1"))?;
         let loaded = self.provider.key_provider.load_private_key(key.clone_key());
         let key = loaded.map_err(|_| {
-            self.key.refuse(
-                "the private key cannot be used: connmon takes RSA keys of 2048 to 8192 bits, \
-                 ECDSA keys of the curves P-256 and P-384, and Ed25519 keys",
+            refuse(
+                &"the private key cannot be used: connmon takes RSA keys of 2048 to 8192 bits, \
+                  ECDSA keys of the curves P-256 and P-384, and Ed25519 keys",
             )
         })?;
         if key.public_key().is_some_and(|key| *key != *public) {
-            return Err(self
-                .key
-                .refuse("the private key does not match the certificate"));
+            return Err(refuse(&"the private key does not match the certificate"));
         }
         Ok(CertifiedKey::new(chain, key))
     }
 
     fn client_policy(&self, remarks: &mut Vec<String>) -> Result<ClientPolicy, Problem> {
-        let mut roots = RootCertStore::empty();
-        let mut authorities = Vec::new();
-        if let Some(client_ca) = &self.client_ca {
-            let pem = client_ca.read()?;
-            // As in Go, what is no certificate is skipped …
-            let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem).flatten().collect();
-            let all = certificates.len();
-            authorities = certificates;
-            authorities.retain(|der| roots.add(der.clone()).is_ok());
+        let pem = self.client_ca.as_ref().map(Pem::read).transpose()?;
+        let pem = pem.unwrap_or_default();
+        // As in Go, what is no certificate is skipped …
+        let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem).flatten().collect();
+        let all = certificates.len();
+        let sans = self.allowed_sans.clone();
+        let policy = ClientPolicy::new(self.client_auth, certificates, sans, &self.provider)
+            .map_err(|error| refuse(self.line, format_args!(": {error}")))?;
+        let usable = policy.authorities();
+        match &self.client_ca {
             // … but there has to be one.
-            if authorities.is_empty() {
+            Some(client_ca) if usable == 0 => {
                 return Err(client_ca.refuse("no usable PEM certificate in it"));
             }
-            if authorities.len() < all {
-                let skipped = all - authorities.len();
+            Some(_) if usable < all => {
+                let skipped = all - usable;
                 remarks.push(format!("{skipped} client CA certificates were not usable"));
             }
-        } else if self.client_auth.verifies() {
-            let remark = "client certificates are verified but client_ca_file is not set: every \
-                          one is refused (the system's CAs are not asked)";
-            remarks.push(remark.to_owned());
+            None if self.client_auth.verifies() => {
+                let remark = "client certificates are verified but client_ca_file is not set: \
+                              every one is refused (the system's CAs are not asked)";
+                remarks.push(remark.to_owned());
+            }
+            _ => {}
         }
-        let sans = self.allowed_sans.clone();
-        ClientPolicy::new(self.client_auth, authorities, roots, sans, &self.provider)
-            .map_err(|error| refuse(self.line, format_args!(": {error}")))
+        Ok(policy)
     }
 }
 
@@ -355,53 +370,10 @@ fn list(suites: &[Suite]) -> String {
     names.join(", ")
 }
 
-/// HTTP/2 over TLS 1.2 needs one of two suites (RFC 7540, 9.2.2 asks for the
-/// RSA one; Go's `http2.ConfigureServer` takes either).
-fn check_http2(suites: &Located<Vec<Suite>>) -> Result<(), Problem> {
-    let required = [
-        Suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-        Suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-    ];
-    if required.iter().any(|suite| suites.value.contains(suite)) {
-        return Ok(());
-    }
-    let what = format_args!(
-        ".cipher_suites: missing an HTTP/2-required AES_128_GCM_SHA256 suite: add one of {}, or \
-         set http_server_config.http2 to false",
-        list(&required)
-    );
-    Err(refuse(suites.line, what))
-}
-
-/// Leaves the listed suites to TLS 1.2; as in Go, TLS 1.3 keeps all its own.
-/// Returns whether TLS 1.2 has any left.
-fn restrict_suites(
-    provider: &mut CryptoProvider,
-    listed: &[Suite],
-    remarks: &mut Vec<String>,
-) -> bool {
-    let (known, absent): (Vec<Suite>, Vec<Suite>) =
-        listed.iter().partition(|suite| suite.available().is_some());
-    if !absent.is_empty() {
-        let names = list(&absent);
-        remarks.push(format!("cipher suites not available and left out: {names}"));
-    }
-    let suites = &mut provider.cipher_suites;
-    suites.retain(|suite| suite.tls13().is_some());
-    let before = suites.len();
-    let known = known.into_iter().filter_map(Suite::available);
-    suites.extend(known.filter(|suite| suite.tls13().is_none()));
-    let left = suites.len() > before;
-    if !left {
-        remarks.push("no cipher suite is left for TLS 1.2: only TLS 1.3 is spoken".to_owned());
-    }
-    left
-}
-
-/// PEM text, in the web configuration or in a file.
+/// PEM text: `key` in `tls_server_config` has it, or `key` with `_file` names
+/// the file that has it.
 #[derive(Clone)]
 struct Pem {
-    /// The key in `tls_server_config` that has the text or names the file.
     key: &'static str,
     line: usize,
     text: String,
@@ -411,24 +383,20 @@ struct Pem {
 impl Pem {
     /// Where both are given the file counts. An empty value is not given.
     fn new(
+        key: &'static str,
+        text: Option<Located<String>>,
+        file: Option<Located<String>>,
         directory: &Path,
-        text: (&'static str, Option<Located<String>>),
-        file: (&'static str, Option<Located<String>>),
     ) -> Option<Self> {
-        let given = |(key, value): (_, Option<Located<String>>)| {
-            let value = value.filter(|value| !value.value.is_empty());
-            value.map(|Located { line, value }| Self {
-                key,
-                line,
-                text: value,
-                path: None,
-            })
-        };
-        let file = given(file).map(|pem| Self {
-            path: Some(directory.join(&pem.text)),
-            ..pem
-        });
-        file.or_else(|| given(text))
+        let file = file.filter(|it| !it.value.is_empty());
+        let path = file.as_ref().map(|it| directory.join(&it.value));
+        let given = file.or(text.filter(|it| !it.value.is_empty()))?;
+        Some(Self {
+            key,
+            line: given.line,
+            text: given.value,
+            path,
+        })
     }
 
     fn read(&self) -> Result<Vec<u8>, Problem> {
@@ -442,9 +410,14 @@ impl Pem {
     }
 
     fn refuse(&self, why: impl Display) -> Problem {
-        let path = self.path.as_ref();
-        let path = path.map_or(String::new(), |path| format!("{}: ", path.display()));
-        refuse(self.line, format_args!(".{}: {path}{why}", self.key))
+        let key = self.key;
+        match &self.path {
+            None => refuse(self.line, format_args!(".{key}: {why}")),
+            Some(path) => {
+                let path = path.display();
+                refuse(self.line, format_args!(".{key}_file: {path}: {why}"))
+            }
+        }
     }
 }
 
@@ -461,7 +434,7 @@ mod tests {
             assert_eq!(named.available(), Some(*suite));
         }
         let curves = [Curve::CurveP256, Curve::CurveP384, Curve::X25519];
-        let available = curves.into_iter().filter_map(Curve::available);
+        let available = curves.into_iter().filter_map(|curve| curve.available());
         assert_eq!(available.count(), ring::DEFAULT_KX_GROUPS.len());
     }
 }
