@@ -1,7 +1,10 @@
-//! What answers requests: the route table, and the reply of each route.
+//! What answers requests: the route table ([`App::reply`]), and the reply of
+//! each route. All but the two health paths need the access that the web
+//! configuration asks for. docs/web.md has the table for users.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,7 +22,7 @@ use crate::render_queue::{RenderQueue, Want};
 use crate::response::{JSON, METRICS, Reply};
 use crate::stream::Payload;
 use crate::webconfig::{Access, WebConfig};
-use crate::{Asset, Content};
+use crate::{Asset, Content, lock};
 
 /// How long "ready" is repeated without asking the fold again, so that
 /// probing it, which needs no credentials, costs the fold nothing.
@@ -67,7 +70,7 @@ impl App {
         &self,
         request: Request<Incoming>,
         connection: &Arc<Connection>,
-    ) -> Response<Payload> {
+    ) -> Result<Response<Payload>, Infallible> {
         let in_flight = connection.request();
         let (reply, permit) = match self.refusal(&request, connection).await {
             Some(reply) => (reply, None),
@@ -94,7 +97,7 @@ impl App {
         let mut response = Response::new(body);
         *response.status_mut() = reply.status;
         *response.headers_mut() = reply.headers;
-        response
+        Ok(response)
     }
 
     /// Why the request is not answered, if it is not.
@@ -138,13 +141,12 @@ impl App {
     }
 
     async fn readiness(&self) -> Reply {
-        let ready_at = || self.ready_at.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = *ready_at();
+        let known = *lock(&self.ready_at);
         if known.is_none_or(|at| at.elapsed() >= READY_KEPT) {
             if let Err(line) = self.queue.ask(Want::Readiness, false).await {
                 return Reply::unavailable(line);
             }
-            *ready_at() = Some(Instant::now());
+            *lock(&self.ready_at) = Some(Instant::now());
         }
         Reply::line(StatusCode::OK, "connmon is ready")
     }
@@ -194,9 +196,9 @@ impl App {
     }
 
     fn page(&self, path: &str, wants_gzip: bool) -> Reply {
-        let mut assets = self.assets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut assets = lock(&self.assets);
         if !assets.contains_key(path) {
-            let content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
+            let content = lock(&self.content);
             let Some(asset) = content.asset(path) else {
                 return Reply::line(StatusCode::NOT_FOUND, "no such page");
             };

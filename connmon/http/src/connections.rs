@@ -7,13 +7,14 @@
 use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
 use crate::limits::Limits;
+use crate::lock;
 
 /// How long a newcomer waits when every other connection waits for an answer.
 const FULL: Duration = Duration::from_millis(4);
@@ -128,9 +129,7 @@ impl Connection {
     }
 
     fn activity(&self) -> MutexGuard<'_, Activity> {
-        // Every change is complete in itself, so a panic while the lock was
-        // held has left nothing half done.
-        self.activity.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.activity)
     }
 
     pub(crate) fn handshaken(&self, multiplexed: bool) {
@@ -240,7 +239,7 @@ impl Connections {
     }
 
     fn table(&self) -> MutexGuard<'_, Vec<Arc<Connection>>> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.table)
     }
 
     /// A place for a connection from `peer`. If all are taken, the client with
@@ -254,11 +253,9 @@ impl Connections {
         loop {
             let until = match self.try_admit(client, began) {
                 Ok(slot) => return Some(slot),
+                Err(until) if until <= Instant::now() => return None,
                 Err(until) => until,
             };
-            if until <= Instant::now() {
-                return None;
-            }
             // A place that becomes free ends the wait early.
             let _ = tokio::time::timeout_at(until, self.freed.notified()).await;
         }
@@ -269,9 +266,8 @@ impl Connections {
     fn try_admit(self: &Arc<Self>, client: IpAddr, began: Instant) -> Result<Slot, Instant> {
         let mut table = self.table();
         if table.len() >= self.limits.connections {
-            let Some(((oldest, since), _)) = choose(unfinished(&table), Some(client)) else {
-                return Err(began + FULL);
-            };
+            let oldest = choose(unfinished(&table), Some(client));
+            let ((oldest, since), _) = oldest.ok_or(began + FULL)?;
             let due = began.min(since) + self.limits.fresh;
             if due > Instant::now() {
                 return Err(due);

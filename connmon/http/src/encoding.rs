@@ -23,10 +23,9 @@ pub(crate) fn wants_gzip(headers: &HeaderMap) -> bool {
         let parameters = parameters.split(';').map(str::trim);
         let mut weights =
             parameters.filter_map(|it| it.strip_prefix("q=").or_else(|| it.strip_prefix("Q=")));
-        let weight = weights
-            .next()
-            .map_or(1.0, |text| text.parse().unwrap_or(0.0));
-        let weight = Some(weight)
+        let weight = weights.next().map_or(Ok(1.0), str::parse);
+        let weight = weight
+            .ok()
             .filter(|weight| (0.0..=1.0).contains(weight))
             .or(Some(0.0));
         match coding.trim().to_ascii_lowercase().as_str() {

@@ -5,7 +5,7 @@
 //! answer is older than the request it goes to, and the fold is not asked
 //! more often than it can answer.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,8 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use flate2::Compression;
 
-use crate::Content;
 use crate::encoding::{WORTH_COMPRESSING, gzip};
+use crate::{Content, lock};
 
 /// Requests that can wait for the next rendering; more get 503. More than
 /// connections can bring (HTTP/2 streams included) before they are bounded by
@@ -86,7 +86,7 @@ async fn work(
         let mut summary = Rendering::default();
         for Request { want, gzip, reply } in waiting.drain(..) {
             let answer = report.as_ref().map_err(String::clone).map(|report| {
-                let mut content = content.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut content = lock(&content);
                 match want {
                     Want::Readiness => (Bytes::new(), false),
                     Want::Metrics => metrics.body(gzip, || content.metrics(report)),

@@ -1,21 +1,7 @@
-//! The HTTP server.
-//!
-//! | path | answer |
-//! |---|---|
-//! | `--web.telemetry-path` (`/metrics`) | text format 0.0.4; 503 until ready |
-//! | `/-/healthy` | 200 while the process works; no credentials |
-//! | `/-/ready` | 200 once the first reconcile is folded, 503 before; no credentials |
-//! | `/api/v1/summary` | JSON behind the page; 503 until ready |
-//! | `/` and the page's files | the page |
-//! | anything else | 404 |
-//!
-//! With a web configuration, everything but the two health paths is behind
-//! its rate limit and its users.
-//!
-//! Only GET and HEAD, no request bodies. Everything runs on one thread, the
-//! caller's; what takes a client's time is bounded by [`Limits`].
+//! The HTTP server: accepts connections, speaks TLS, HTTP/1 and HTTP/2 with
+//! them, and passes their requests to [`App`]. Everything runs on one thread,
+//! the caller's; what takes a client's time is bounded by [`Limits`].
 
-use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
@@ -23,21 +9,17 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use connmon_core::report::Reporter;
-use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use crate::ConfigError;
-use crate::Content;
 use crate::address::ListenAddress;
 use crate::app::App;
 use crate::connections::{Connection, Connections, Slot};
@@ -45,8 +27,9 @@ use crate::limits::Limits;
 use crate::listen;
 use crate::render_queue::RenderQueue;
 use crate::response::Reply;
-use crate::stream::{Payload, ReportingStream};
+use crate::stream::ReportingStream;
 use crate::webconfig::WebConfig;
+use crate::{ConfigError, Content};
 
 /// Clients that are being answered that the server is full; more are just
 /// disconnected.
@@ -136,10 +119,8 @@ impl Server {
     /// configuration, certificate, key and client CAs. They have to stay
     /// readable.
     pub fn files(&self) -> Vec<PathBuf> {
-        self.web_config
-            .as_ref()
-            .map(|it| it.files())
-            .unwrap_or_default()
+        let web_config = self.web_config.as_ref();
+        web_config.map(|it| it.files()).unwrap_or_default()
     }
 
     /// A URL that leads to the page from this host, for the log.
@@ -168,10 +149,11 @@ impl Server {
         content: impl Content,
         shutdown: impl Future<Output = ()>,
     ) -> std::io::Result<()> {
-        let mut limits = self.limits;
-        let scrapes_and_more = self.max_requests.saturating_add(BESIDE_SCRAPES);
-        limits.connections = limits.connections.max(scrapes_and_more);
-        let limits = Arc::new(limits);
+        let least = self.max_requests.saturating_add(BESIDE_SCRAPES);
+        let limits = Arc::new(Limits {
+            connections: self.limits.connections.max(least),
+            ..self.limits
+        });
         let connections = Connections::new(Arc::clone(&limits));
         let content = Arc::new(Mutex::new(content));
         let (queue, renderer) = RenderQueue::new(reporter, Arc::clone(&content), limits.report);
@@ -221,20 +203,24 @@ impl Server {
                     } else if !app.is_tls()
                         && let Ok(permit) = Arc::clone(&refusals).try_acquire_owned()
                     {
-                        serving.spawn(refuse(stream, app, permit));
+                        let line = "every connection is busy with other scrapes; retry soon";
+                        serving.spawn(async move {
+                            answer_and_close(stream, &app, Reply::unavailable(line)).await;
+                            drop(permit);
+                        });
                     }
                 }
             }
         }
         stop.send_replace(true);
         drop(newcomers);
-        let drained = async {
+        let drained = tokio::time::timeout(limits.drain, async {
             while let Some(ended) = serving.join_next().await {
                 pass_panic_on(ended);
             }
-        };
-        if tokio::time::timeout(limits.drain, drained).await.is_err() {
-            log::debug!("requests still in flight at the end were cut off");
+        });
+        if drained.await.is_err() {
+            log::debug!("requests in flight did not end in time and were cut off");
         }
         Ok(())
     }
@@ -267,10 +253,7 @@ async fn accept(
             }
             Err(error) => match error.raw_os_error() {
                 Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-                    log::warn!(
-                        "cannot accept HTTP connections: {error}; closing one and retrying in \
-                         {pause:?}"
-                    );
+                    log::warn!("cannot accept HTTP connections: {error}; closing one and retrying");
                     connections.close_one();
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PAUSES[1]);
@@ -280,12 +263,6 @@ async fn accept(
             },
         }
     }
-}
-
-/// Answers that every place is taken.
-async fn refuse(stream: TcpStream, app: Arc<App>, _permit: OwnedSemaphorePermit) {
-    let line = "every connection is busy with other scrapes; retry soon";
-    answer_and_close(stream, &app, Reply::unavailable(line)).await;
 }
 
 /// Sends the last answer of a connection over HTTP/1 and waits for the client
@@ -370,7 +347,7 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
     stopping: watch::Receiver<bool>,
 ) {
     let stream = ReportingStream::new(stream, connection, true);
-    let service = service_fn(|request| answer(app, request, connection));
+    let service = service_fn(|request| app.handle(request, connection));
     let mut builder = http1::Builder::new();
     // hyper's own timeout would give an idle connection as long as a header;
     // the connection's deadlines are separate.
@@ -403,10 +380,9 @@ async fn serve_http2<S: AsyncRead + AsyncWrite + Unpin>(
     stopping: watch::Receiver<bool>,
 ) {
     let stream = ReportingStream::new(stream, connection, false);
-    // Each request is a task of its own, which may outlive this one.
     let service = service_fn(|request| {
         let (app, connection) = (Arc::clone(app), Arc::clone(connection));
-        async move { answer(&app, request, &connection).await }
+        async move { app.handle(request, &connection).await }
     });
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
@@ -418,14 +394,6 @@ async fn serve_http2<S: AsyncRead + AsyncWrite + Unpin>(
     let graceful = http2::Connection::graceful_shutdown;
     // An error is logged there, and can be answered only over HTTP/1.
     let _ = until_stopped(served, graceful, stopping).await;
-}
-
-async fn answer(
-    app: &App,
-    request: Request<Incoming>,
-    connection: &Arc<Connection>,
-) -> Result<Response<Payload>, Infallible> {
-    Ok(app.handle(request, connection).await)
 }
 
 /// Serves until the client closes, or until requests in flight have ended

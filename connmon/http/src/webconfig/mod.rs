@@ -19,7 +19,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use hyper::HeaderMap;
@@ -32,7 +32,7 @@ pub(crate) use self::users::Access;
 use self::users::BasicAuth;
 use crate::read_file::read_file;
 use crate::yaml;
-use crate::{ConfigError, is_state_of_host};
+use crate::{ConfigError, is_state_of_host, lock};
 
 /// Largest web configuration, bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -76,6 +76,11 @@ fn identity(path: &Path) -> FileIdentity {
     Some(([it.dev(), it.ino(), it.size()], times))
 }
 
+/// Of the files that the settings name.
+fn identities(settings: &Settings) -> impl Iterator<Item = (PathBuf, FileIdentity)> {
+    settings.files().map(|file| (file.clone(), identity(&file)))
+}
+
 /// Reads and judges everything. Identities are taken before a file is read, so
 /// that a change meanwhile is noticed next time.
 fn load(path: &Path, files: &mut Files) -> Result<Settings, ConfigError> {
@@ -86,11 +91,7 @@ fn load(path: &Path, files: &mut Files) -> Result<Settings, ConfigError> {
     })?;
     let text = yaml::utf8(bytes).map_err(|problem| problem.of(path))?;
     let mut settings = parse(&text, path)?;
-    files.extend(
-        settings
-            .files()
-            .map(|file| (file.to_owned(), identity(file))),
-    );
+    files.extend(identities(&settings));
     let mut remarks = Vec::new();
     let loaded = settings.load(&mut remarks);
     loaded.map_err(|problem| problem.of(path))?;
@@ -156,7 +157,7 @@ impl WebConfig {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// The files to be readable for as long as the server runs.
@@ -266,11 +267,7 @@ impl WebConfig {
         if loaded.is_err() {
             // Certificates are renewed whatever happens to the file that names
             // them; if they do not fit, the old ones stay.
-            files.extend(
-                renewed
-                    .files()
-                    .map(|file| (file.to_owned(), identity(file))),
-            );
+            files.extend(identities(&renewed));
             let _ = renewed.load(&mut Vec::new());
         }
         let mut state = self.state();

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hyper::header::{HeaderName, HeaderValue};
@@ -100,7 +100,7 @@ impl Settings {
     }
 
     /// The files that the settings name.
-    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+    pub(super) fn files(&self) -> impl Iterator<Item = PathBuf> {
         self.tls.iter().flat_map(TlsSettings::files)
     }
 

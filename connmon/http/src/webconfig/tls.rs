@@ -24,7 +24,7 @@ use crate::yaml::{Located, Problem};
 const MAX_PEM_BYTES: u64 = 1 << 20;
 
 /// The section as written. A key without a value is a key left out.
-#[derive(Default, Deserialize)]
+#[derive(Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct TlsSection {
     cert: Option<Located<String>>,
@@ -111,22 +111,101 @@ impl Curve {
     }
 }
 
-impl TlsSection {
-    /// What the section leaves of suites, curves and versions.
-    fn choose(
-        &self,
-        line: usize,
+/// A complete `tls_server_config`: there is a certificate and a key.
+#[derive(Clone)]
+pub(super) struct TlsSettings {
+    line: usize,
+    section: TlsSection,
+    /// Relative paths start here.
+    directory: PathBuf,
+    http2: bool,
+}
+
+/// Suites and curves, and versions.
+type Chosen = (Arc<CryptoProvider>, Vec<&'static SupportedProtocolVersion>);
+
+impl TlsSettings {
+    /// Judges the section; `None` if nothing in it switches TLS on. `remarks`
+    /// gets what the file asks for and does not get.
+    pub(super) fn new(
+        section: Located<TlsSection>,
+        directory: &Path,
         http2: bool,
         remarks: &mut Vec<String>,
-    ) -> Result<(Arc<CryptoProvider>, Vec<&'static SupportedProtocolVersion>), Problem> {
-        let min_version = self.min_version.unwrap_or(Version::TLS12);
-        let max_version = self.max_version.unwrap_or(Version::TLS13);
+    ) -> Result<Option<Self>, Problem> {
+        let this = Self {
+            line: section.line,
+            section: section.value,
+            directory: directory.to_owned(),
+            http2,
+        };
+        let section = &this.section;
+        let keys = ["cert", "key", "client_ca"];
+        if section.client_auth_type.is_none() && keys.iter().all(|key| this.pem(key).is_none()) {
+            return Ok(None);
+        }
+        this.required("cert")?;
+        this.required("key")?;
+        if let (Some(ca), ClientAuth::NoClientCert) = (this.pem("client_ca"), this.client_auth()) {
+            let why = "client CA's have been configured without a client_auth_type that uses them";
+            return Err(ca.refuse(why));
+        }
+        if section.client_allowed_sans.is_some() && !this.client_auth().is_mandatory() {
+            let what = ".client_allowed_sans: requires client_auth_type to be RequireAnyClientCert \
+                        or RequireAndVerifyClientCert; with any other a client need not show a \
+                        certificate";
+            return Err(refuse(this.line, what));
+        }
+        this.choose(remarks)?;
+        Ok(Some(this))
+    }
+
+    fn client_auth(&self) -> ClientAuth {
+        let auth = self.section.client_auth_type;
+        auth.unwrap_or(ClientAuth::NoClientCert)
+    }
+
+    /// What `key`, or `key` with `_file`, gives. Where both are given the file
+    /// counts. An empty value is not given.
+    fn pem(&self, key: &'static str) -> Option<Pem> {
+        let section = &self.section;
+        let (text, file) = match key {
+            "cert" => (&section.cert, &section.cert_file),
+            "key" => (&section.key, &section.key_file),
+            _ => (&section.client_ca, &section.client_ca_file),
+        };
+        let given = |value: &&Located<String>| !value.value.is_empty();
+        let file = file.as_ref().filter(given);
+        let pem = file.or(text.as_ref().filter(given))?;
+        Some(Pem {
+            key,
+            line: pem.line,
+            text: pem.value.clone(),
+            path: file.map(|file| self.directory.join(&file.value)),
+        })
+    }
+
+    fn required(&self, key: &'static str) -> Result<Pem, Problem> {
+        let missing = || {
+            refuse(
+                self.line,
+                format_args!(": missing one of {key} or {key}_file"),
+            )
+        };
+        self.pem(key).ok_or_else(missing)
+    }
+
+    /// What the section leaves of suites, curves and versions.
+    fn choose(&self, remarks: &mut Vec<String>) -> Result<Chosen, Problem> {
+        let section = &self.section;
+        let min_version = section.min_version.unwrap_or(Version::TLS12);
+        let max_version = section.max_version.unwrap_or(Version::TLS13);
         let speaks = |version| min_version <= version && max_version >= version;
         let (mut tls12, tls13) = (speaks(Version::TLS12), speaks(Version::TLS13));
         if !tls12 && !tls13 {
             let what = ": no version is left between min_version and max_version; connmon speaks \
                         TLS12 and TLS13";
-            return Err(refuse(line, what));
+            return Err(refuse(self.line, what));
         }
         if min_version < Version::TLS12 {
             remarks.push("min_version is below TLS12: TLS 1.2 is the oldest spoken".to_owned());
@@ -135,11 +214,11 @@ impl TlsSection {
         if let Some(Located {
             line,
             value: listed,
-        }) = &self.cipher_suites
+        }) = &section.cipher_suites
             && !listed.is_empty()
         {
             let required = HTTP2_SUITES.iter().any(|suite| listed.contains(suite));
-            if http2 && min_version < Version::TLS13 && !required {
+            if self.http2 && min_version < Version::TLS13 && !required {
                 let suites = list(&HTTP2_SUITES);
                 let what = format_args!(
                     ".cipher_suites: missing an HTTP/2-required AES_128_GCM_SHA256 suite: add one \
@@ -174,9 +253,9 @@ impl TlsSection {
                 .retain(|suite| suite.tls13().is_some());
             provider.cipher_suites.extend(suites);
         }
-        let curves = self.curve_preferences.as_deref().unwrap_or_default();
+        let curves = section.curve_preferences.as_deref().unwrap_or_default();
         let available: Vec<_> = curves.iter().filter_map(Curve::available).collect();
-        if available.len() < curves.len() {
+        if curves.contains(&Curve::CurveP521) {
             let remark = "CurveP521 is not available and left out of curve_preferences; alone it \
                           leaves the default curves";
             remarks.push(remark.to_owned());
@@ -188,105 +267,29 @@ impl TlsSection {
         let versions = versions.into_iter().filter(|it| it.0).map(|it| it.1);
         Ok((Arc::new(provider), versions.collect()))
     }
-}
-
-/// A complete `tls_server_config`: there is a certificate and a key.
-#[derive(Clone)]
-pub(super) struct TlsSettings {
-    line: usize,
-    certificate: Pem,
-    key: Pem,
-    client_ca: Option<Pem>,
-    client_auth: ClientAuth,
-    allowed_sans: Option<Vec<String>>,
-    provider: Arc<CryptoProvider>,
-    versions: Vec<&'static SupportedProtocolVersion>,
-    prefer_server_order: bool,
-    http2: bool,
-}
-
-impl TlsSettings {
-    /// Judges the section, whose relative paths start from `directory`; `None`
-    /// if nothing in it switches TLS on. `remarks` gets what the file asks for
-    /// and does not get.
-    pub(super) fn new(
-        section: Located<TlsSection>,
-        directory: &Path,
-        http2: bool,
-        remarks: &mut Vec<String>,
-    ) -> Result<Option<Self>, Problem> {
-        let Located {
-            line,
-            value: mut section,
-        } = section;
-        let pem = |key, text: &mut Option<_>, file: &mut Option<_>| {
-            Pem::new(key, text.take(), file.take(), directory)
-        };
-        let certificate = pem("cert", &mut section.cert, &mut section.cert_file);
-        let key = pem("key", &mut section.key, &mut section.key_file);
-        let client_ca = pem(
-            "client_ca",
-            &mut section.client_ca,
-            &mut section.client_ca_file,
-        );
-        let pems = [&certificate, &key, &client_ca];
-        if pems.iter().all(|pem| pem.is_none()) && section.client_auth_type.is_none() {
-            return Ok(None);
-        }
-        let missing = |keys| refuse(line, format_args!(": missing one of {keys}"));
-        let certificate = certificate.ok_or_else(|| missing("cert or cert_file"))?;
-        let key = key.ok_or_else(|| missing("key or key_file"))?;
-        let client_auth = section.client_auth_type.unwrap_or(ClientAuth::NoClientCert);
-        if let (Some(ca), ClientAuth::NoClientCert) = (&client_ca, client_auth) {
-            let why = "client CA's have been configured without a client_auth_type that uses them";
-            return Err(ca.refuse(why));
-        }
-        if section.client_allowed_sans.is_some() && !client_auth.is_mandatory() {
-            let what = ".client_allowed_sans: requires client_auth_type to be RequireAnyClientCert \
-                        or RequireAndVerifyClientCert; with any other a client need not show a \
-                        certificate";
-            return Err(refuse(line, what));
-        }
-        let (provider, versions) = section.choose(line, http2, remarks)?;
-        Ok(Some(Self {
-            line,
-            certificate,
-            key,
-            client_ca,
-            client_auth,
-            allowed_sans: section.client_allowed_sans,
-            provider,
-            versions,
-            prefer_server_order: section.prefer_server_cipher_suites.unwrap_or(true),
-            http2,
-        }))
-    }
 
     /// Every file named.
-    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
-        let pems = [
-            Some(&self.certificate),
-            Some(&self.key),
-            self.client_ca.as_ref(),
-        ];
-        pems.into_iter()
-            .flatten()
-            .filter_map(|pem| pem.path.as_deref())
+    pub(super) fn files(&self) -> impl Iterator<Item = PathBuf> {
+        let keys = ["cert", "key", "client_ca"].into_iter();
+        keys.filter_map(|key| self.pem(key)?.path)
     }
 
     /// Reads certificate, key and client CAs.
     pub(super) fn load(&self, remarks: &mut Vec<String>) -> Result<Arc<ServerConfig>, Problem> {
-        let builder = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
-            .with_protocol_versions(&self.versions)
+        let (provider, versions) = self.choose(&mut Vec::new())?;
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(&versions)
             .map_err(|error| refuse(self.line, format_args!(": {error}")))?;
-        let builder = if self.client_auth == ClientAuth::NoClientCert {
+        let builder = if self.client_auth() == ClientAuth::NoClientCert {
             builder.with_no_client_auth()
         } else {
-            builder.with_client_cert_verifier(Arc::new(self.client_policy(remarks)?))
+            let policy = self.client_policy(&provider, remarks)?;
+            builder.with_client_cert_verifier(Arc::new(policy))
         };
-        let resolver = SingleCertAndKey::from(self.certified_key()?);
+        let resolver = SingleCertAndKey::from(self.certified_key(&provider)?);
         let mut config = builder.with_cert_resolver(Arc::new(resolver));
-        config.ignore_client_order = self.prefer_server_order;
+        let server_order = self.section.prefer_server_cipher_suites;
+        config.ignore_client_order = server_order.unwrap_or(true);
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         if self.http2 {
             config.alpn_protocols.insert(0, b"h2".to_vec());
@@ -294,9 +297,10 @@ impl TlsSettings {
         Ok(Arc::new(config))
     }
 
-    fn certified_key(&self) -> Result<CertifiedKey, Problem> {
-        let refuse = |why: &dyn Display| self.certificate.refuse(why);
-        let pem = self.certificate.read()?;
+    fn certified_key(&self, provider: &CryptoProvider) -> Result<CertifiedKey, Problem> {
+        let pem = self.required("cert")?;
+        let refuse = |why: &dyn Display| pem.refuse(why);
+        let pem = pem.read()?;
         let chain: Vec<_> = CertificateDer::pem_slice_iter(&pem)
             .collect::<Result<_, _>>()
             .map_err(|error| refuse(&format_args!("bad PEM: {error:?}")))?;
@@ -307,8 +311,9 @@ impl TlsSettings {
             .map_err(|error| refuse(&format_args!("bad certificate: {error}")))?;
         let public = certificate.public_key().raw;
 
-        let refuse = |why: &dyn Display| self.key.refuse(why);
-        let pem = self.key.read()?;
+        let pem = self.required("key")?;
+        let refuse = |why: &dyn Display| pem.refuse(why);
+        let pem = pem.read()?;
         let labelled = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| match error {
             PemError::NoItemsFound => {
                 refuse(&"no PEM private key in it (an encrypted one cannot be used)")
@@ -318,7 +323,7 @@ impl TlsSettings {
         // The label may be wrong; the content decides.
         let key = PrivateKeyDer::try_from(labelled.secret_der())
             .map_err(|_| refuse(&"the private key is neither PKCS#1, PKCS#8 nor SEC1"))?;
-        let loaded = self.provider.key_provider.load_private_key(key.clone_key());
+        let loaded = provider.key_provider.load_private_key(key.clone_key());
         let key = loaded.map_err(|_| {
             refuse(
                 &"the private key cannot be used: connmon takes RSA keys of 2048 to 8192 bits, \
@@ -331,17 +336,22 @@ impl TlsSettings {
         Ok(CertifiedKey::new(chain, key))
     }
 
-    fn client_policy(&self, remarks: &mut Vec<String>) -> Result<ClientPolicy, Problem> {
-        let pem = self.client_ca.as_ref().map(Pem::read).transpose()?;
+    fn client_policy(
+        &self,
+        provider: &Arc<CryptoProvider>,
+        remarks: &mut Vec<String>,
+    ) -> Result<ClientPolicy, Problem> {
+        let (auth, client_ca) = (self.client_auth(), self.pem("client_ca"));
+        let pem = client_ca.as_ref().map(Pem::read).transpose()?;
         let pem = pem.unwrap_or_default();
         // As in Go, what is no certificate is skipped …
         let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem).flatten().collect();
         let all = certificates.len();
-        let sans = self.allowed_sans.clone();
-        let policy = ClientPolicy::new(self.client_auth, certificates, sans, &self.provider)
+        let sans = self.section.client_allowed_sans.clone();
+        let policy = ClientPolicy::new(auth, certificates, sans, provider)
             .map_err(|error| refuse(self.line, format_args!(": {error}")))?;
         let usable = policy.authorities();
-        match &self.client_ca {
+        match client_ca {
             // … but there has to be one.
             Some(client_ca) if usable == 0 => {
                 return Err(client_ca.refuse("no usable PEM certificate in it"));
@@ -350,7 +360,7 @@ impl TlsSettings {
                 let skipped = all - usable;
                 remarks.push(format!("{skipped} client CA certificates were not usable"));
             }
-            None if self.client_auth.verifies() => {
+            None if auth.verifies() => {
                 let remark = "client certificates are verified but client_ca_file is not set: \
                               every one is refused (the system's CAs are not asked)";
                 remarks.push(remark.to_owned());
@@ -370,10 +380,9 @@ fn list(suites: &[Suite]) -> String {
     names.join(", ")
 }
 
-/// PEM text: `key` in `tls_server_config` has it, or `key` with `_file` names
-/// the file that has it.
-#[derive(Clone)]
+/// PEM text, or the file that has it.
 struct Pem {
+    /// The key in `tls_server_config`; that of a file has `_file` appended.
     key: &'static str,
     line: usize,
     text: String,
@@ -381,24 +390,6 @@ struct Pem {
 }
 
 impl Pem {
-    /// Where both are given the file counts. An empty value is not given.
-    fn new(
-        key: &'static str,
-        text: Option<Located<String>>,
-        file: Option<Located<String>>,
-        directory: &Path,
-    ) -> Option<Self> {
-        let file = file.filter(|it| !it.value.is_empty());
-        let path = file.as_ref().map(|it| directory.join(&it.value));
-        let given = file.or(text.filter(|it| !it.value.is_empty()))?;
-        Some(Self {
-            key,
-            line: given.line,
-            text: given.value,
-            path,
-        })
-    }
-
     fn read(&self) -> Result<Vec<u8>, Problem> {
         let Some(path) = &self.path else {
             return Ok(self.text.clone().into_bytes());

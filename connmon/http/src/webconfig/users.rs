@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -15,6 +15,8 @@ use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
 use ring::hmac;
 use ring::rand::SystemRandom;
+
+use crate::lock;
 
 /// Outcomes of each kind remembered. Refusals have their own list, so that
 /// guesses cannot displace an accepted password.
@@ -59,10 +61,6 @@ pub(super) struct BasicAuth {
     queues: Mutex<HashMap<IpAddr, Queue>>,
     /// bcrypt, replaced in tests.
     verify: Arc<Verify>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl BasicAuth {
