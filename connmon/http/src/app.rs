@@ -24,7 +24,7 @@ use crate::stream::Payload;
 use crate::webconfig::{Access, WebConfig};
 use crate::{Asset, Content, lock};
 
-/// How long "ready" is repeated without asking the fold again, so that
+/// How long "ready" is repeated without another question to the fold, so that
 /// probing it, which needs no credentials, costs the fold nothing.
 const READY_KEPT: Duration = Duration::from_secs(1);
 
@@ -116,7 +116,7 @@ impl App {
                 Access::RateLimited => return Some(Reply::too_many_requests()),
                 Access::Unauthorized => return Some(Reply::unauthorized()),
                 Access::Busy => {
-                    let line = "too many credentials are being checked, try again later";
+                    let line = "too many credentials are being checked; retry later";
                     return Some(Reply::unavailable(line));
                 }
             }
@@ -165,7 +165,7 @@ impl App {
             permit = self.permit(permits, connection).await;
             if permit.is_none() {
                 let line = format!(
-                    "limit of concurrent requests reached ({}, --web.max-requests), try again later",
+                    "limit of concurrent requests reached ({}, --web.max-requests); retry later",
                     self.max_requests
                 );
                 return (Reply::unavailable(line), None);

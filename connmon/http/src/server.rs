@@ -115,7 +115,7 @@ impl Server {
         addresses.filter_map(Result::ok).collect()
     }
 
-    /// The files that are read again when they change: the web
+    /// The files that are reloaded when they change: the web
     /// configuration, certificate, key and client CAs. They have to stay
     /// readable.
     pub fn files(&self) -> Vec<PathBuf> {
@@ -171,7 +171,6 @@ impl Server {
         });
         let (stop, stopping) = watch::channel(false);
         let (accepted, mut newcomers) = mpsc::channel(1);
-
         let mut background = JoinSet::new();
         background.spawn(renderer);
         for listener in self.listeners {

@@ -153,6 +153,7 @@ fn problem(error: &Error, track: Track, text: &str) -> Problem {
             keys.extend(key.as_deref());
             "written twice; remove one".to_owned()
         }
+        Error::ExternallyTaggedEnumExpectedScalarOrMapping { .. } => "must be a name".to_owned(),
         Error::NullIntoString { .. } => "has no value".to_owned(),
         Error::Unexpected {
             expected: what,

@@ -194,7 +194,7 @@ async fn a_newcomer_has_time_to_send_its_request() {
 
 /// Whose clients have one connection each, so that none has the most.
 #[tokio::test(start_paused = true)]
-async fn a_flood_from_many_addresses_leaves_time_for_a_request() {
+async fn a_flood_of_addresses_leaves_time_for_a_request() {
     let connections = Connections::new(Arc::new(limits()));
     let mut flood = Vec::new();
     for last in 1..=4 {

@@ -2,7 +2,7 @@
 //! exporter-toolkit, with its keys, defaults and verdicts
 //! (prometheus/exporter-toolkit, `web/tls_config.go`, `web/handler.go`).
 //!
-//! [`parse`] judges the text alone, [`check`] also the files that it names.
+//! [`parse`] checks the text alone, [`check`] also the files that it names.
 //! The server asks `WebConfig`, which follows changed files and keeps the last
 //! good settings when the new ones are bad. docs/web.md lists where this
 //! differs from the toolkit.
@@ -37,7 +37,7 @@ use crate::{ConfigError, is_state_of_host, lock};
 /// Largest web configuration, bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// A broken configuration is read again after this time though nothing has
+/// A broken configuration is read once more after this time though nothing has
 /// changed: there may have been no file descriptor left to read it with.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -45,7 +45,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// file system may not answer.
 const LOOK_TIME: Duration = Duration::from_secs(1);
 
-/// Judges the text of a web configuration at `path`, whose directory
+/// Checks the text of a web configuration at `path`, whose directory
 /// relative paths start from; no file is opened. Total: any text gives
 /// settings or an error that names the line.
 pub fn parse(text: &str, path: &Path) -> Result<Settings, ConfigError> {
@@ -53,7 +53,7 @@ pub fn parse(text: &str, path: &Path) -> Result<Settings, ConfigError> {
     Settings::parse(text, directory).map_err(|problem| problem.of(path))
 }
 
-/// Judges a web configuration with all the files it names. Returns what is
+/// Checks a web configuration with all the files it names. Returns what is
 /// accepted and should be changed.
 pub fn check(path: &Path) -> Result<Vec<String>, ConfigError> {
     let settings = load(path, &mut Files::new())?;
@@ -63,7 +63,7 @@ pub fn check(path: &Path) -> Result<Vec<String>, ConfigError> {
         .collect())
 }
 
-/// The files involved, each with its identity when it was last judged.
+/// The files involved, each with its identity when it was last read.
 type Files = BTreeMap<PathBuf, FileIdentity>;
 
 /// Device, inode, size; mtime and ctime. A changed file has another identity.
@@ -81,7 +81,7 @@ fn identities(settings: &Settings) -> impl Iterator<Item = (PathBuf, FileIdentit
     settings.files().map(|file| (file.clone(), identity(&file)))
 }
 
-/// Reads and judges everything. Identities are taken before a file is read, so
+/// Reads and checks everything. Identities are taken before a file is read, so
 /// that a change meanwhile is noticed next time.
 fn load(path: &Path, files: &mut Files) -> Result<Settings, ConfigError> {
     files.insert(path.to_owned(), identity(path));

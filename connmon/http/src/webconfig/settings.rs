@@ -1,4 +1,4 @@
-//! The text of the web configuration → [`Settings`], judged as far as the
+//! The text of the web configuration → [`Settings`], checked as far as the
 //! text alone allows.
 
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! `tls_server_config`: what may be written there, and the rustls
 //! configuration that it stands for (ring provider). [`TlsSettings::new`]
-//! judges the text alone, [`TlsSettings::load`] reads certificates and keys.
+//! checks the text alone, [`TlsSettings::load`] reads certificates and keys.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -125,7 +125,7 @@ pub(super) struct TlsSettings {
 type Chosen = (Arc<CryptoProvider>, Vec<&'static SupportedProtocolVersion>);
 
 impl TlsSettings {
-    /// Judges the section; `None` if nothing in it switches TLS on. `remarks`
+    /// Checks the section; `None` if nothing in it switches TLS on. `remarks`
     /// gets what the file asks for and does not get.
     pub(super) fn new(
         section: Located<TlsSection>,

@@ -259,7 +259,7 @@ mod tests {
             auth.check(&HeaderMap::new(), &users, client(1)).await,
             Access::Unauthorized
         );
-        // A changed hash makes every old verdict void.
+        // A changed hash makes every old outcome void.
         let changed = [("alice".to_owned(), bcrypt::hash("new", 4).unwrap())].into();
         assert_eq!(
             auth.check(&basic("alice:right"), &changed, client(1)).await,
@@ -414,9 +414,9 @@ mod tests {
     }
 
     /// Whoever hangs up while bcrypt runs gives no turn to the next, and the
-    /// verdict is there when it is asked for again.
+    /// outcome is there for the next request.
     #[tokio::test]
-    async fn hanging_up_frees_no_turn_and_loses_no_verdict() {
+    async fn a_disconnect_frees_no_turn_and_keeps_the_outcome() {
         let (begun, begins) = std::sync::mpsc::sync_channel(16);
         let (go, gone) = std::sync::mpsc::sync_channel::<()>(16);
         let gone = Mutex::new(gone);
