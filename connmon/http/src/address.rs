@@ -48,9 +48,8 @@ pub fn parse(text: &str) -> Result<(ListenHost, u16), String> {
         return Err(bad_port());
     }
     let port = port.parse().map_err(|_| bad_port())?;
-    listen_host(host)
-        .map(|host| (host, port))
-        .map_err(|why| bad(&why))
+    let host = listen_host(host).map_err(|why| bad(&why))?;
+    Ok((host, port))
 }
 
 fn listen_host(host: &str) -> Result<ListenHost, String> {
@@ -153,14 +152,9 @@ fn interface(zone: &str) -> rustix::io::Result<u32> {
 /// The addresses to bind, in order.
 ///
 /// # Errors
-/// The first that cannot be resolved, or the second of two that overlap.
+/// The first that cannot be resolved or overlaps an earlier one.
 pub fn resolve_all(addresses: &[ListenAddress]) -> Result<Vec<SocketAddr>, ConfigError> {
-    let mut resolved = Vec::new();
-    for address in addresses {
-        resolved.push((address, address.resolve()?));
-    }
-    refuse_overlaps(&resolved)?;
-    Ok(resolved.into_iter().map(|(_, address)| address).collect())
+    resolve_each(addresses.iter())
 }
 
 /// Refuses two addresses that would need one port, as far as the text alone
@@ -169,54 +163,40 @@ pub fn resolve_all(addresses: &[ListenAddress]) -> Result<Vec<SocketAddr>, Confi
 /// # Errors
 /// The second of the two.
 pub fn check_literal(addresses: &[ListenAddress]) -> Result<(), ConfigError> {
-    let literal = addresses
-        .iter()
-        .filter(|address| matches!(address.host, ListenHost::Any | ListenHost::Ip(_)));
-    let resolved: Result<Vec<_>, ConfigError> = literal
-        .map(|address| Ok((address, address.resolve()?)))
-        .collect();
-    refuse_overlaps(&resolved?)
+    let literal = |it: &&ListenAddress| matches!(it.host, ListenHost::Any | ListenHost::Ip(_));
+    resolve_each(addresses.iter().filter(literal)).map(drop)
 }
 
-fn refuse_overlaps(addresses: &[(&ListenAddress, SocketAddr)]) -> Result<(), ConfigError> {
-    for (at, (new, address)) in addresses.iter().enumerate() {
-        let earlier = &addresses[..at];
-        let Some((old, _)) = earlier.iter().find(|(_, old)| overlap(*old, *address)) else {
-            continue;
-        };
-        let problem = if old.text == new.text {
-            format!("duplicate address {:?}; remove one of the two", new.text)
-        } else {
-            format!(
-                "address {:?} overlaps {:?}; remove one of the two",
-                new.text, old.text
-            )
-        };
-        return Err(ConfigError::at(&new.origin, problem));
+fn resolve_each<'a>(
+    addresses: impl Iterator<Item = &'a ListenAddress>,
+) -> Result<Vec<SocketAddr>, ConfigError> {
+    let mut resolved: Vec<(&ListenAddress, SocketAddr)> = Vec::new();
+    for new in addresses {
+        let address = new.resolve()?;
+        if let Some((old, _)) = resolved.iter().find(|(_, old)| overlap(*old, address)) {
+            let (old, text) = (&old.text, &new.text);
+            let problem = if old == text {
+                format!("duplicate address {text:?}; remove one of the two")
+            } else {
+                format!("address {text:?} overlaps {old:?}; remove one of the two")
+            };
+            return Err(ConfigError::at(&new.origin, problem));
+        }
+        resolved.push((new, address));
     }
-    Ok(())
+    Ok(resolved.into_iter().map(|(_, address)| address).collect())
 }
 
 /// Whether the kernel would refuse the second of the two: one port, and one
 /// address or an address that covers the other. `[::]` is bound dual stack.
 fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
-    let covers = |all: SocketAddr, one: SocketAddr| match all.ip() {
-        IpAddr::V6(ip) => ip.is_unspecified(),
-        IpAddr::V4(ip) => ip.is_unspecified() && one.ip().to_canonical().is_ipv4(),
+    let ipv4 = |address: SocketAddr| address.ip().to_canonical().is_ipv4();
+    let covers = |all: SocketAddr, one: SocketAddr| {
+        all.ip().is_unspecified() && (all.is_ipv6() || ipv4(one))
     };
-    a.port() != 0
-        && a.port() == b.port()
-        && (a.ip().to_canonical() == b.ip().to_canonical() && scope(a) == scope(b)
-            || covers(a, b)
-            || covers(b, a))
-}
-
-/// The interface of a link-local address: `fe80::1%2` and `fe80::1%3` are two.
-fn scope(address: SocketAddr) -> u32 {
-    match address {
-        SocketAddr::V4(_) => 0,
-        SocketAddr::V6(address) => address.scope_id(),
-    }
+    // Link-local addresses of two interfaces are two; see their scope.
+    let same = a == b || ipv4(a) && a.ip().to_canonical() == b.ip().to_canonical();
+    a.port() != 0 && a.port() == b.port() && (same || covers(a, b) || covers(b, a))
 }
 
 #[cfg(test)]

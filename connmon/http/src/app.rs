@@ -1,40 +1,48 @@
-//! What answers requests: the route table, and what each route says.
+//! What answers requests: the route table ([`App::reply`]), and the reply of
+//! each route. All but the two health paths need the access that the web
+//! configuration asks for. docs/web.md has the table for users.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use flate2::Compression;
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{CACHE_CONTROL, HOST};
+use hyper::header::{CACHE_CONTROL, CONNECTION, HOST};
 use hyper::http::uri::Authority;
-use hyper::{Method, Request, Response, StatusCode, Version, header};
+use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use crate::connections::{Connections, Watch};
-use crate::encoding::{WORTH_COMPRESSING, gzip_small, wants_gzip};
-use crate::render_queue::{Answer, Desk, Want};
+use crate::connections::{Connection, Connections};
+use crate::encoding::{self, WORTH_COMPRESSING, wants_gzip};
+use crate::render_queue::{RenderQueue, Want};
 use crate::response::{JSON, METRICS, Reply};
 use crate::stream::Payload;
-use crate::webconfig::{Entry, Gate};
-use crate::{Asset, Content};
+use crate::webconfig::{Access, WebConfig};
+use crate::{Asset, Content, lock};
 
-/// How long "ready" is repeated without asking the fold again, so that
+/// How long "ready" is repeated without another question to the fold, so that
 /// probing it, which needs no credentials, costs the fold nothing.
 const READY_KEPT: Duration = Duration::from_secs(1);
 
 /// Compressed files of the page kept; the page has a handful.
 const ASSETS_KEPT: usize = 32;
 
-/// What answers requests.
+/// How long a scrape waits for the place of a closed connection, which is free
+/// as soon as its task has run.
+const PERMIT_TIME: Duration = Duration::from_millis(100);
+
 pub(crate) struct App {
     pub(crate) telemetry_path: String,
+    /// Places for scrapes in flight; `None` is unlimited.
     pub(crate) permits: Option<Arc<Semaphore>>,
     pub(crate) max_requests: usize,
-    pub(crate) desk: Desk,
+    pub(crate) queue: RenderQueue,
     pub(crate) content: Arc<Mutex<dyn Content>>,
-    pub(crate) gate: Option<Gate>,
+    pub(crate) web_config: Option<Arc<WebConfig>>,
     pub(crate) connections: Arc<Connections>,
     /// Files of the page that were asked for, with their compressed form.
     pub(crate) assets: Mutex<HashMap<String, (Asset, Bytes)>>,
@@ -42,29 +50,18 @@ pub(crate) struct App {
     pub(crate) ready_at: Mutex<Option<Instant>>,
 }
 
-enum Route {
-    Healthy,
-    Ready,
-    Telemetry,
-    Summary,
-    Page,
-}
+/// A reply, with the place of a scrape in flight where it has one.
+type ReplyAndPermit = (Reply, Option<OwnedSemaphorePermit>);
 
 impl App {
-    fn route(&self, path: &str) -> Route {
-        match path {
-            "/-/healthy" => Route::Healthy,
-            "/-/ready" => Route::Ready,
-            path if path == self.telemetry_path => Route::Telemetry,
-            "/api/v1/summary" => Route::Summary,
-            _ => Route::Page,
-        }
+    pub(crate) fn is_tls(&self) -> bool {
+        self.web_config.as_ref().is_some_and(|it| it.is_tls())
     }
 
     /// `reply` with the headers of the web configuration.
     pub(crate) fn with_configured_headers(&self, mut reply: Reply) -> Reply {
-        if let Some(gate) = &self.gate {
-            gate.decorate(&mut reply.headers);
+        if let Some(web_config) = &self.web_config {
+            web_config.set_headers(&mut reply.headers);
         }
         reply
     }
@@ -72,16 +69,22 @@ impl App {
     pub(crate) async fn handle(
         &self,
         request: Request<Incoming>,
-        watch: &Watch,
-    ) -> Response<Payload> {
-        let _handling = watch.request();
-        let (reply, permit) = self.reply(&request, watch).await;
+        connection: &Arc<Connection>,
+    ) -> Result<Response<Payload>, Infallible> {
+        let in_flight = connection.request();
+        let (reply, permit) = match self.refusal(&request, connection).await {
+            Some(reply) => (reply, None),
+            None => {
+                in_flight.allowed();
+                self.reply(&request, connection).await
+            }
+        };
         let mut reply = self.with_configured_headers(reply);
         if request.method() == Method::HEAD {
             reply = reply.without_body();
         }
         if request.version() >= Version::HTTP_2 {
-            reply.headers.remove(header::CONNECTION);
+            reply.headers.remove(CONNECTION);
         }
         log::debug!(
             "{} {} {}",
@@ -89,65 +92,61 @@ impl App {
             request.uri().path().escape_debug(),
             reply.status.as_u16()
         );
-        let body = Payload::new(reply.body, request.version(), watch.response(permit));
+        in_flight.response_begins(permit);
+        let body = Payload::new(reply.body, request.version(), in_flight);
         let mut response = Response::new(body);
         *response.status_mut() = reply.status;
         *response.headers_mut() = reply.headers;
-        response
+        Ok(response)
     }
 
-    async fn reply(
-        &self,
-        request: &Request<Incoming>,
-        watch: &Watch,
-    ) -> (Reply, Option<OwnedSemaphorePermit>) {
+    /// Why the request is not answered, if it is not.
+    async fn refusal(&self, request: &Request<Incoming>, connection: &Connection) -> Option<Reply> {
         if !names_one_host(request) {
             let line = "the request has no Host header, more than one, or one that names no host";
-            return (Reply::bad_request(line), None);
+            return Some(Reply::bad_request(line));
         }
-        let path = request.uri().path();
-        let route = self.route(path);
-        if !matches!(route, Route::Healthy | Route::Ready)
-            && let Some(gate) = &self.gate
-        {
-            match gate.ask(request.headers(), watch.client()).await {
-                Entry::Open => {}
-                Entry::TooMany => return (Reply::too_many_requests(), None),
-                Entry::Unauthorized => return (Reply::unauthorized(), None),
-                Entry::Busy => {
-                    let line = "too many credentials are being checked, try again later";
-                    return (Reply::unavailable(line), None);
+        let needs_access = !matches!(request.uri().path(), "/-/healthy" | "/-/ready");
+        if let Some(web_config) = self.web_config.as_ref().filter(|_| needs_access) {
+            match web_config
+                .access(request.headers(), connection.client)
+                .await
+            {
+                Access::Allowed => {}
+                Access::RateLimited => return Some(Reply::too_many_requests()),
+                Access::Unauthorized => return Some(Reply::unauthorized()),
+                Access::Busy => {
+                    let line = "too many credentials are being checked; retry later";
+                    return Some(Reply::unavailable(line));
                 }
             }
         }
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            return (Reply::method_not_allowed(), None);
+            return Some(Reply::method_not_allowed());
         }
-        if !request.body().is_end_stream() {
-            return (Reply::body_refused(), None);
-        }
-        let _working = watch.work();
+        (!request.body().is_end_stream()).then(Reply::body_refused)
+    }
+
+    async fn reply(&self, request: &Request<Incoming>, connection: &Connection) -> ReplyAndPermit {
         let gzip = wants_gzip(request.headers());
-        match route {
-            Route::Healthy => (Reply::line(StatusCode::OK, "connmon is healthy"), None),
-            Route::Ready => (self.readiness().await, None),
-            Route::Telemetry => self.scrape(Want::Metrics { gzip }, METRICS, watch).await,
-            Route::Summary => self.scrape(Want::Summary { gzip }, JSON, watch).await,
-            Route::Page => (self.page(path, gzip), None),
+        match request.uri().path() {
+            "/-/healthy" => (Reply::line(StatusCode::OK, "connmon is healthy"), None),
+            "/-/ready" => (self.readiness().await, None),
+            path if path == self.telemetry_path => {
+                self.scrape(Want::Metrics, gzip, METRICS, connection).await
+            }
+            "/api/v1/summary" => self.scrape(Want::Summary, gzip, JSON, connection).await,
+            path => (self.page(path, gzip), None),
         }
     }
 
     async fn readiness(&self) -> Reply {
-        let known = *self.ready_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = *lock(&self.ready_at);
         if known.is_none_or(|at| at.elapsed() >= READY_KEPT) {
-            match self.desk.ask(Want::Readiness).await {
-                Answer::Ready | Answer::Body { .. } => {
-                    let mut ready_at = self.ready_at.lock().unwrap_or_else(PoisonError::into_inner);
-                    *ready_at = Some(Instant::now());
-                }
-                Answer::NotReady(what) => return waiting_for(&what),
-                Answer::Unavailable(why) => return Reply::unavailable(why),
+            if let Err(line) = self.queue.ask(Want::Readiness, false).await {
+                return Reply::unavailable(line);
             }
+            *lock(&self.ready_at) = Some(Instant::now());
         }
         Reply::line(StatusCode::OK, "connmon is ready")
     }
@@ -157,29 +156,24 @@ impl App {
     async fn scrape(
         &self,
         want: Want,
+        gzip: bool,
         content_type: &'static str,
-        watch: &Watch,
-    ) -> (Reply, Option<OwnedSemaphorePermit>) {
-        let permit = match &self.permits {
-            None => None,
-            Some(permits) => match self.permit(permits, watch).await {
-                Some(permit) => Some(permit),
-                None => {
-                    let line = format!(
-                        "limit of concurrent requests reached ({}, --web.max-requests), try again later",
-                        self.max_requests
-                    );
-                    return (Reply::unavailable(line), None);
-                }
-            },
-        };
-        let reply = match self.desk.ask(want).await {
-            Answer::Body { body, gzip } => {
-                Reply::new(StatusCode::OK, content_type, body).negotiated(gzip)
+        connection: &Connection,
+    ) -> ReplyAndPermit {
+        let mut permit = None;
+        if let Some(permits) = &self.permits {
+            permit = self.permit(permits, connection).await;
+            if permit.is_none() {
+                let line = format!(
+                    "limit of concurrent requests reached ({}, --web.max-requests); retry later",
+                    self.max_requests
+                );
+                return (Reply::unavailable(line), None);
             }
-            Answer::NotReady(what) => waiting_for(&what),
-            Answer::Unavailable(why) => Reply::unavailable(why),
-            Answer::Ready => Reply::unavailable("no report"),
+        }
+        let reply = match self.queue.ask(want, gzip).await {
+            Ok((body, gzip)) => Reply::new(StatusCode::OK, content_type, body).negotiated(gzip),
+            Err(line) => Reply::unavailable(line),
         };
         (reply, permit)
     }
@@ -189,45 +183,39 @@ impl App {
     async fn permit(
         &self,
         permits: &Arc<Semaphore>,
-        watch: &Watch,
+        connection: &Connection,
     ) -> Option<OwnedSemaphorePermit> {
         if let Ok(permit) = Arc::clone(permits).try_acquire_owned() {
             return Some(permit);
         }
-        if !self.connections.cut_slow_reader(watch.client()) {
+        if !self.connections.close_slow_reader(connection.client) {
             return None;
         }
-        // It lets go as soon as its task is polled.
         let permit = Arc::clone(permits).acquire_owned();
-        let permit = tokio::time::timeout(Duration::from_millis(100), permit).await;
-        permit.ok()?.ok()
+        tokio::time::timeout(PERMIT_TIME, permit).await.ok()?.ok()
     }
 
     fn page(&self, path: &str, wants_gzip: bool) -> Reply {
-        let mut assets = self.assets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut assets = lock(&self.assets);
         if !assets.contains_key(path) {
-            let content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
+            let content = lock(&self.content);
             let Some(asset) = content.asset(path) else {
                 return Reply::line(StatusCode::NOT_FOUND, "no such page");
             };
             if assets.len() >= ASSETS_KEPT {
                 assets.clear();
             }
-            let packed = gzip_small(&asset.body);
-            assets.insert(path.to_owned(), (asset, packed));
+            let compressed = encoding::gzip(&asset.body, Compression::best());
+            assets.insert(path.to_owned(), (asset, compressed));
         }
-        let (asset, packed) = &assets[path];
-        let small = asset.body.len() < WORTH_COMPRESSING || packed.len() >= asset.body.len();
-        let gzip = wants_gzip && !small;
-        let body = if gzip { packed } else { &asset.body };
+        let (asset, compressed) = &assets[path];
+        let worth = asset.body.len() >= WORTH_COMPRESSING && compressed.len() < asset.body.len();
+        let gzip = wants_gzip && worth;
+        let body = if gzip { compressed } else { &asset.body };
         Reply::new(StatusCode::OK, asset.content_type, body.clone())
             .negotiated(gzip)
             .with(CACHE_CONTROL, "no-cache")
     }
-}
-
-fn waiting_for(what: &str) -> Reply {
-    Reply::unavailable(format_args!("not ready yet: waiting for {what}"))
 }
 
 /// Whether the request has the `Host` that RFC 9112, 3.2 asks for: exactly
@@ -243,13 +231,11 @@ fn names_one_host(request: &Request<Incoming>) -> bool {
 
 /// `uri-host [ ":" port ]` of RFC 9110, or nothing.
 fn is_host(text: &str) -> bool {
+    let is_port = |text: &str| text.bytes().all(|digit| digit.is_ascii_digit());
     text.is_empty()
         || text.parse::<Authority>().is_ok_and(|authority| {
-            let port = text.strip_prefix(authority.host());
-            port.is_some_and(|port| match port.strip_prefix(':') {
-                Some(digits) => digits.bytes().all(|digit| digit.is_ascii_digit()),
-                None => port.is_empty(),
-            })
+            let rest = text.strip_prefix(authority.host());
+            rest.is_some_and(|rest| rest.is_empty() || rest.strip_prefix(':').is_some_and(is_port))
         })
 }
 

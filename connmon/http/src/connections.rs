@@ -1,20 +1,23 @@
-//! Who is connected, what each waits for and since when, and who gives way
-//! when the server is full.
+//! The connections being served: what each one waits for and since when, and
+//! which one is closed when the server is full.
 //!
-//! [`Activity`] is the pure part: what one connection is doing, as the
-//! stream, the handler and the response body report it, and until when it may
-//! go on. [`Connections`] is the bounded table of them.
+//! Stream, handler and response body report to their [`Connection`].
+//! [`Connections`] is the bounded table of them.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
 use crate::limits::Limits;
+use crate::lock;
+
+/// How long a newcomer waits when every other connection waits for an answer.
+const FULL: Duration = Duration::from_millis(4);
 
 /// What the client has to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,108 +30,57 @@ enum Step {
     Idle,
 }
 
-/// What a connection is doing. Time is a parameter of every method.
+/// What a connection is doing.
 #[derive(Debug)]
-pub(crate) struct Activity {
+struct Activity {
     step: Step,
-    /// When that step began. Bytes do not move it: a client that dribbles is
-    /// as late as one that is silent.
+    /// When that step began. Bytes do not move it: a client that sends one now
+    /// and then is as late as one that sends none.
     since: Instant,
     /// HTTP/2: bytes do not mean that a request has begun.
     multiplexed: bool,
-    /// Requests with the handler.
-    handling: usize,
-    /// Of those, the ones past authentication: we keep the client waiting,
-    /// not the client us.
-    working: usize,
-    /// Responses whose end is not flushed yet, oldest first; HTTP/2 has
-    /// several, at most one a stream.
-    responses: Vec<Response>,
-    next_response: u64,
+    /// Those whose answers are not flushed yet; HTTP/2 has several.
+    requests: HashMap<u64, Request>,
+    next_request: u64,
 }
 
-/// An answer on its way.
 #[derive(Debug)]
-struct Response {
-    id: u64,
-    began: Instant,
-    /// Whether its last byte is handed to the stream.
-    handed_over: bool,
-    /// Its place among the scrapes in flight, where it is one.
-    permit: Option<OwnedSemaphorePermit>,
+enum Request {
+    /// The header is complete; the credentials may have to be checked.
+    Received,
+    /// The client waits for the server, not the server for the client.
+    Allowed,
+    Responding {
+        since: Instant,
+        /// Whether the last byte is handed to the stream.
+        handed_over: bool,
+        /// Its place among the scrapes in flight, where it is one.
+        permit: Option<OwnedSemaphorePermit>,
+    },
 }
 
 impl Activity {
-    fn new(now: Instant) -> Self {
-        Self {
-            step: Step::Handshake,
-            since: now,
-            multiplexed: false,
-            handling: 0,
-            working: 0,
-            responses: Vec::new(),
-            next_response: 0,
-        }
-    }
-
-    fn begin(&mut self, step: Step, now: Instant) {
+    fn begin(&mut self, step: Step) {
         self.step = step;
-        self.since = now;
+        self.since = Instant::now();
     }
 
-    fn handshaken(&mut self, multiplexed: bool, now: Instant) {
-        self.multiplexed = multiplexed;
-        self.begin(Step::Header, now);
-    }
-
-    fn bytes_read(&mut self, now: Instant) {
-        let answering = self.handling > 0 || self.response_since().is_some();
-        if self.step == Step::Idle && !self.multiplexed && !answering {
-            self.begin(Step::Header, now);
-        }
-    }
-
-    fn flushed(&mut self, now: Instant) {
-        let before = self.responses.len();
-        self.responses.retain(|response| !response.handed_over);
-        if self.responses.is_empty() && before > 0 {
-            self.begin(Step::Idle, now);
-        }
-    }
-
-    fn response_begins(&mut self, now: Instant, permit: Option<OwnedSemaphorePermit>) -> u64 {
-        let id = self.next_response;
-        self.next_response += 1;
-        self.responses.push(Response {
-            id,
-            began: now,
-            handed_over: false,
-            permit,
-        });
-        id
-    }
-
-    fn response_ends(&mut self, id: u64) {
-        let mut responses = self.responses.iter_mut();
-        if let Some(response) = responses.find(|response| response.id == id) {
-            response.handed_over = true;
-        }
+    /// Starts of the responses under way, and whether each is a scrape.
+    fn responses(&self) -> impl Iterator<Item = (Instant, bool)> {
+        self.requests.values().filter_map(|request| match request {
+            Request::Responding { since, permit, .. } => Some((*since, permit.is_some())),
+            _ => None,
+        })
     }
 
     /// Start of the oldest response under way. Each has its own time: over
     /// HTTP/2 a new one may begin before the last has ended, for ever.
     fn response_since(&self) -> Option<Instant> {
-        self.responses.first().map(|response| response.began)
+        self.responses().map(|(since, _)| since).min()
     }
 
-    /// Starts of the scrapes whose answers are under way.
-    fn scrapes_since(&self) -> impl Iterator<Item = Instant> {
-        let scrapes = self.responses.iter().filter(|it| it.permit.is_some());
-        scrapes.map(|response| response.began)
-    }
-
-    /// When the connection has to be cut unless it gets on; `None` while the
-    /// next step is ours.
+    /// When the connection has to be closed unless the client goes on; `None`
+    /// while the next step is the server's.
     fn deadline(&self, limits: &Limits) -> Option<Instant> {
         if let Some(since) = self.response_since() {
             return Some(since + limits.write);
@@ -138,52 +90,70 @@ impl Activity {
             Step::Header => limits.header,
             Step::Idle => limits.idle,
         };
-        (self.handling == 0).then_some(self.since + time)
+        self.requests.is_empty().then_some(self.since + time)
     }
 
     /// When the client's step, or the oldest response to it, began; `None`
-    /// while the client waits for us.
+    /// while the client waits for the server.
     fn unfinished_since(&self) -> Option<Instant> {
-        (self.working == 0).then(|| self.response_since().unwrap_or(self.since))
+        let waits = |request: &Request| matches!(request, Request::Allowed);
+        let waits = self.requests.values().any(waits);
+        (!waits).then(|| self.response_since().unwrap_or(self.since))
     }
 }
 
-/// A connection's [`Activity`], shared by those who report to it.
-#[derive(Clone, Debug)]
-pub(crate) struct Watch {
-    client: IpAddr,
-    activity: Arc<Mutex<Activity>>,
+/// A connection, shared by the table and those who report to it.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    /// The other end, as [`client_of`] counts.
+    pub(crate) client: IpAddr,
+    activity: Mutex<Activity>,
+    /// Notified when the connection has to end at once.
+    pub(crate) close: Notify,
 }
 
-impl Watch {
-    fn new(client: IpAddr) -> Self {
-        Self {
+impl Connection {
+    fn new(client: IpAddr) -> Arc<Self> {
+        let activity = Mutex::new(Activity {
+            step: Step::Handshake,
+            since: Instant::now(),
+            multiplexed: false,
+            requests: HashMap::new(),
+            next_request: 0,
+        });
+        Arc::new(Self {
             client,
-            activity: Arc::new(Mutex::new(Activity::new(Instant::now()))),
-        }
+            activity,
+            close: Notify::new(),
+        })
     }
 
     fn activity(&self) -> MutexGuard<'_, Activity> {
-        // Every change is complete in itself, so a panic elsewhere while the
-        // lock was held has left nothing half done.
-        self.activity.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Who the other end is, as [`client_of`] counts.
-    pub(crate) fn client(&self) -> IpAddr {
-        self.client
+        lock(&self.activity)
     }
 
     pub(crate) fn handshaken(&self, multiplexed: bool) {
-        self.activity().handshaken(multiplexed, Instant::now());
+        let mut activity = self.activity();
+        activity.multiplexed = multiplexed;
+        activity.begin(Step::Header);
     }
 
     pub(crate) fn bytes_read(&self) {
-        self.activity().bytes_read(Instant::now());
+        let mut activity = self.activity();
+        if activity.step == Step::Idle && !activity.multiplexed && activity.requests.is_empty() {
+            activity.begin(Step::Header);
+        }
     }
 
     pub(crate) fn flushed(&self) {
-        self.activity().flushed(Instant::now());
+        let mut activity = self.activity();
+        let before = activity.requests.len();
+        activity.requests.retain(|_, request| {
+            !matches!(request, Request::Responding { handed_over, .. } if *handed_over)
+        });
+        if activity.requests.len() < before && activity.response_since().is_none() {
+            activity.begin(Step::Idle);
+        }
     }
 
     /// Whether there is a response whose end is not flushed yet.
@@ -191,57 +161,56 @@ impl Watch {
         self.activity().response_since().is_some()
     }
 
-    /// A header is complete; hold the guard while the request is handled.
-    pub(crate) fn request(&self) -> Handling {
-        self.activity().handling += 1;
-        Handling(self.clone())
-    }
-
-    /// The request may be answered; hold the guard while that is made.
-    pub(crate) fn work(&self) -> Working {
-        self.activity().working += 1;
-        Working(self.clone())
-    }
-
-    /// A response is there; hold the guard until its last byte is taken. The
-    /// permit is kept until that is flushed.
-    pub(crate) fn response(&self, permit: Option<OwnedSemaphorePermit>) -> Responding {
-        let id = self.activity().response_begins(Instant::now(), permit);
-        Responding(self.clone(), id)
+    /// A header is complete.
+    pub(crate) fn request(self: &Arc<Self>) -> InFlight {
+        let mut activity = self.activity();
+        let id = activity.next_request;
+        activity.next_request += 1;
+        activity.requests.insert(id, Request::Received);
+        InFlight(Arc::clone(self), id)
     }
 }
 
-/// See [`Watch::request`].
-pub(crate) struct Handling(Watch);
-
-impl Drop for Handling {
-    fn drop(&mut self) {
-        self.0.activity().handling -= 1;
-    }
-}
-
-/// See [`Watch::work`].
-pub(crate) struct Working(Watch);
-
-impl Drop for Working {
-    fn drop(&mut self) {
-        self.0.activity().working -= 1;
-    }
-}
-
-/// See [`Watch::response`].
+/// A request; kept until the last byte of its response is handed to the
+/// stream.
 #[derive(Debug)]
-pub(crate) struct Responding(Watch, u64);
+pub(crate) struct InFlight(Arc<Connection>, u64);
 
-impl Drop for Responding {
+impl InFlight {
+    fn set(&self, request: Request) {
+        self.0.activity().requests.insert(self.1, request);
+    }
+
+    /// The request may be answered.
+    pub(crate) fn allowed(&self) {
+        self.set(Request::Allowed);
+    }
+
+    /// The response begins. The permit is kept until its end is flushed.
+    pub(crate) fn response_begins(&self, permit: Option<OwnedSemaphorePermit>) {
+        self.set(Request::Responding {
+            since: Instant::now(),
+            handed_over: false,
+            permit,
+        });
+    }
+}
+
+impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.activity().response_ends(self.1);
+        let requests = &mut self.0.activity().requests;
+        if let Some(Request::Responding { handed_over, .. }) = requests.get_mut(&self.1) {
+            *handed_over = true;
+        } else {
+            // Given up before it had a response.
+            requests.remove(&self.1);
+        }
     }
 }
 
 /// What counts as one client: an IPv4 address, mapped into IPv6 or not, or
 /// an IPv6 /64, all of which one host can have.
-pub(crate) fn client_of(address: IpAddr) -> IpAddr {
+fn client_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
             let network = address.to_bits() & !u128::from(u64::MAX);
@@ -251,28 +220,13 @@ pub(crate) fn client_of(address: IpAddr) -> IpAddr {
     }
 }
 
-/// How long a newcomer waits when every other connection waits for us.
-const FULL: Duration = Duration::from_millis(4);
-
 /// The connections being served, at most [`Limits::connections`].
 #[derive(Debug)]
 pub(crate) struct Connections {
     limits: Arc<Limits>,
-    table: Mutex<Table>,
+    table: Mutex<Vec<Arc<Connection>>>,
     /// A place was given back.
     freed: Notify,
-}
-
-#[derive(Debug, Default)]
-struct Table {
-    next: u64,
-    entries: HashMap<u64, Entry>,
-}
-
-#[derive(Debug)]
-struct Entry {
-    watch: Watch,
-    cut: oneshot::Sender<()>,
 }
 
 impl Connections {
@@ -284,25 +238,24 @@ impl Connections {
         })
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    fn table(&self) -> MutexGuard<'_, Vec<Arc<Connection>>> {
+        lock(&self.table)
     }
 
     /// A place for a connection from `peer`. If all are taken, the client with
     /// the most connections loses the one whose step began first; connections
-    /// that wait for an answer of ours are neither counted nor cut. Waits
-    /// [`Limits::fresh`] at most; `None` if every connection waits for us.
+    /// that wait for an answer are neither counted nor closed. Waits
+    /// [`Limits::fresh`] at most; `None` if every connection waits for an
+    /// answer.
     pub(crate) async fn admit(self: &Arc<Self>, peer: IpAddr) -> Option<Slot> {
         let client = client_of(peer);
         let began = Instant::now();
         loop {
             let until = match self.try_admit(client, began) {
                 Ok(slot) => return Some(slot),
+                Err(until) if until <= Instant::now() => return None,
                 Err(until) => until,
             };
-            if until <= Instant::now() {
-                return None;
-            }
             // A place that becomes free ends the wait early.
             let _ = tokio::time::timeout_at(until, self.freed.notified()).await;
         }
@@ -312,161 +265,126 @@ impl Connections {
     /// next attempt; if that has passed, there is none.
     fn try_admit(self: &Arc<Self>, client: IpAddr, began: Instant) -> Result<Slot, Instant> {
         let mut table = self.table();
-        if table.entries.len() >= self.limits.connections {
-            let Some(oldest) = choose(table.unfinished(), Some(client)) else {
-                return Err(began + FULL);
-            };
-            let due = began.min(oldest.since) + self.limits.fresh;
+        if table.len() >= self.limits.connections {
+            let oldest = choose(unfinished(&table), Some(client));
+            let ((oldest, since), _) = oldest.ok_or(began + FULL)?;
+            let due = began.min(since) + self.limits.fresh;
             if due > Instant::now() {
                 return Err(due);
             }
-            table.cut(oldest.id, "gave way to another client");
+            close(&mut table, &oldest, "another client needs its place");
         }
-        let id = table.next;
-        table.next += 1;
-        let watch = Watch::new(client);
-        let (cut, order) = oneshot::channel();
-        let entry = Entry {
-            watch: watch.clone(),
-            cut,
-        };
-        table.entries.insert(id, entry);
+        let connection = Connection::new(client);
+        table.push(Arc::clone(&connection));
         Ok(Slot {
-            id,
+            connection,
             connections: Arc::clone(self),
-            watch,
-            order,
         })
     }
 
-    /// Cuts every connection that is past its deadline.
-    pub(crate) fn cut_overdue(&self) {
+    /// Closes every connection that is past its deadline.
+    pub(crate) fn close_overdue(&self) {
         let now = Instant::now();
         let mut table = self.table();
-        let overdue: Vec<u64> = table
-            .entries
-            .iter()
-            .filter(|(_, entry)| {
-                let deadline = entry.watch.activity().deadline(&self.limits);
-                deadline.is_some_and(|deadline| deadline <= now)
-            })
-            .map(|(id, _)| *id)
-            .collect();
-        for id in overdue {
-            table.cut(id, "timed out");
+        let overdue = table.iter().filter(|it| {
+            let deadline = it.activity().deadline(&self.limits);
+            deadline.is_some_and(|deadline| deadline <= now)
+        });
+        for connection in overdue.cloned().collect::<Vec<_>>() {
+            close(&mut table, &connection, "timed out");
         }
     }
 
-    /// Cuts a reader to make room for a scrape of `client`: of the client
-    /// with the most scrapes in flight the oldest, if that takes too long
-    /// ([`Limits::slow_reader`]). A client that would still have fewer scrapes
-    /// in flight than the other waits for no more than [`Limits::fresh`].
-    pub(crate) fn cut_slow_reader(&self, client: IpAddr) -> bool {
+    /// Closes the connection of a reader so that `client` can have a scrape:
+    /// of the client with the most scrapes in flight the oldest, if that takes
+    /// too long ([`Limits::slow_reader`]). A client that would still have
+    /// fewer scrapes in flight than the other waits for no more than
+    /// [`Limits::fresh`].
+    pub(crate) fn close_slow_reader(&self, client: IpAddr) -> bool {
         let mut table = self.table();
-        let Some(slowest) = choose(table.scrapes(), Some(client)) else {
+        let Some(((slowest, since), lead)) = choose(scrapes(&table), Some(client)) else {
             return false;
         };
-        let patience = if slowest.lead > 0 {
-            self.limits.fresh
+        let limits = &self.limits;
+        let patience = if lead > 0 {
+            limits.fresh
         } else {
-            self.limits.slow_reader
+            limits.slow_reader
         };
-        let slow = slowest.since.elapsed() >= patience;
+        let slow = since.elapsed() >= patience;
         if slow {
-            table.cut(slowest.id, "slow reader when another scrape came");
+            close(
+                &mut table,
+                &slowest,
+                "reads slowly, and another client scrapes",
+            );
         }
         slow
     }
 
-    /// Cuts a connection to free a file descriptor.
-    pub(crate) fn cut_one(&self) {
+    /// Closes a connection to free its file descriptor.
+    pub(crate) fn close_one(&self) {
         let mut table = self.table();
-        if let Some(oldest) = choose(table.unfinished(), None) {
-            table.cut(oldest.id, "gave way when file descriptors ran out");
+        if let Some(((oldest, _), _)) = choose(unfinished(&table), None) {
+            close(&mut table, &oldest, "no file descriptor is left");
         }
     }
 }
 
-/// Something that a client holds and may have to give up.
-struct Holding {
-    client: IpAddr,
-    since: Instant,
-    id: u64,
+/// What a client may have to give up, and since when it has it.
+type Held = (Arc<Connection>, Instant);
+
+/// The connections that may be closed.
+fn unfinished(table: &[Arc<Connection>]) -> Vec<Held> {
+    let held = |it: &Arc<Connection>| Some((Arc::clone(it), it.activity().unfinished_since()?));
+    table.iter().filter_map(held).collect()
 }
 
-/// What [`choose`] has chosen.
-struct Choice {
-    since: Instant,
-    id: u64,
-    /// How many more its client holds than the newcomer would.
-    lead: usize,
+/// The scrapes whose answers are under way.
+fn scrapes(table: &[Arc<Connection>]) -> Vec<Held> {
+    let mut all = Vec::new();
+    for connection in table {
+        let activity = connection.activity();
+        let scrapes = activity.responses().filter(|(_, is_scrape)| *is_scrape);
+        all.extend(scrapes.map(|(since, _)| (Arc::clone(connection), since)));
+    }
+    all
 }
 
-/// The oldest holding of the client that has most of them, the newcomer's
-/// client counted with the one it wants.
-fn choose(holdings: Vec<Holding>, newcomer: Option<IpAddr>) -> Option<Choice> {
-    let mut held: HashMap<IpAddr, usize> = newcomer.map(|client| (client, 1)).into_iter().collect();
-    for holding in &holdings {
-        *held.entry(holding.client).or_default() += 1;
+/// Chooses the oldest of the client that has the most, the newcomer's client
+/// counted with the one that it wants. Returns also how many more that client
+/// has than the newcomer would.
+fn choose(all: Vec<Held>, newcomer: Option<IpAddr>) -> Option<(Held, usize)> {
+    let mut counts = HashMap::new();
+    let clients = all.iter().map(|(connection, _)| connection.client);
+    for client in clients.chain(newcomer) {
+        *counts.entry(client).or_insert(0_usize) += 1;
     }
-    let own = newcomer.map_or(0, |client| held[&client]);
-    holdings
-        .into_iter()
-        .max_by_key(|holding| (held[&holding.client], Reverse(holding.since)))
-        .map(|Holding { client, since, id }| Choice {
-            since,
-            id,
-            lead: held[&client].saturating_sub(own),
-        })
+    let own = newcomer.map_or(0, |client| counts[&client]);
+    let of_most = |(connection, since): &Held| (counts[&connection.client], Reverse(*since));
+    let chosen = all.into_iter().max_by_key(of_most)?;
+    let lead = counts[&chosen.0.client].saturating_sub(own);
+    Some((chosen, lead))
 }
 
-impl Table {
-    /// The connections that may be cut.
-    fn unfinished(&self) -> Vec<Holding> {
-        let holdings = self.entries.iter().filter_map(|(&id, entry)| {
-            let client = entry.watch.client;
-            let since = entry.watch.activity().unfinished_since()?;
-            Some(Holding { client, since, id })
-        });
-        holdings.collect()
-    }
-
-    /// The scrapes whose answers are under way.
-    fn scrapes(&self) -> Vec<Holding> {
-        let mut holdings = Vec::new();
-        for (&id, entry) in &self.entries {
-            let client = entry.watch.client;
-            let activity = entry.watch.activity();
-            let scrapes = activity.scrapes_since();
-            holdings.extend(scrapes.map(|since| Holding { client, since, id }));
-        }
-        holdings
-    }
-
-    fn cut(&mut self, id: u64, why: &str) {
-        if let Some(entry) = self.entries.remove(&id) {
-            log::debug!("connection from {} closed: {why}", entry.watch.client);
-            // The connection may have ended this very moment; then nobody
-            // listens any more, which is just as well.
-            let _ = entry.cut.send(());
-        }
-    }
+fn close(table: &mut Vec<Arc<Connection>>, connection: &Arc<Connection>, why: &str) {
+    log::debug!("connection from {} closed: {why}", connection.client);
+    connection.close.notify_one();
+    table.retain(|it| !Arc::ptr_eq(it, connection));
 }
 
 /// A place in the table; given back on drop.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    id: u64,
+    pub(crate) connection: Arc<Connection>,
     connections: Arc<Connections>,
-    /// Where stream and handler report.
-    pub(crate) watch: Watch,
-    /// Resolves when the connection has to end at once.
-    pub(crate) order: oneshot::Receiver<()>,
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.connections.table().entries.remove(&self.id);
+        let mut table = self.connections.table();
+        table.retain(|it| !Arc::ptr_eq(it, &self.connection));
+        drop(table);
         self.connections.freed.notify_one();
     }
 }

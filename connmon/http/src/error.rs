@@ -22,7 +22,7 @@ impl ConfigError {
         }
     }
 
-    /// A bad value at `origin`, which says where it was written.
+    /// A bad value at `origin`: where it was written.
     pub fn at(origin: impl fmt::Display, problem: impl fmt::Display) -> Self {
         Self::new(format_args!("{origin}: {problem}"))
     }

@@ -25,13 +25,14 @@ pub mod yaml;
 pub use duration::duration;
 pub use error::{ConfigError, is_state_of_host};
 pub use limits::Limits;
-pub use listen::BindError;
 pub use server::{Options, ServeError, Server};
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use connmon_core::report::Report;
 
-/// What the server serves, given by the agent's wiring. Every method runs on
+/// What the server serves, given by the agent. Every method runs on
 /// the serving thread; a slow one delays other requests, never the ring.
 pub trait Content: Send + 'static {
     /// The telemetry text in format 0.0.4, uncompressed. Called once for all
@@ -55,4 +56,10 @@ pub struct Asset {
     pub content_type: &'static str,
     /// The file, uncompressed.
     pub body: Bytes,
+}
+
+/// Every change under a lock here is complete in itself, so a panic while it
+/// was held has left nothing half done.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

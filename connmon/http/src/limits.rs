@@ -20,8 +20,8 @@ pub struct Limits {
     /// From the start of a response until its last byte is handed to the
     /// kernel, however slowly the client reads.
     pub write: Duration,
-    /// How long a response may be under way before its reader gives way to a
-    /// scrape that `--web.max-requests` would turn away: slow readers cannot
+    /// How long a response may be under way before its reader is closed for a
+    /// scrape that `--web.max-requests` would refuse: slow readers cannot
     /// hold every place. If the reader's client has more scrapes in flight
     /// than the other, [`Self::fresh`] is enough.
     pub slow_reader: Duration,
@@ -30,11 +30,11 @@ pub struct Limits {
     /// How often the deadlines above are looked at, so how late they can be.
     pub tick: Duration,
     /// How long a connection has, from the start of its step, before it can
-    /// be cut for a newcomer, and the longest that a newcomer waits: enough
+    /// be closed for a newcomer, and the longest that a newcomer waits: enough
     /// for the request of a client 20 ms away to arrive.
     pub fresh: Duration,
-    /// How long requests in flight may take to finish after the order to
-    /// stop.
+    /// How long requests in flight may take to finish after the server is asked
+    /// to stop.
     pub drain: Duration,
     /// Request line and header together, bytes; more is 431.
     pub header_bytes: usize,

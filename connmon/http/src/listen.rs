@@ -1,117 +1,83 @@
 //! Listening sockets: bound before privileges are dropped, dual stack where
 //! the host has IPv6.
 
-use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::ServeError;
+use crate::ConfigError;
 use crate::address::{ListenAddress, ListenHost, resolve_all};
 
 /// Connections the kernel completes while the server is busy; as many as
 /// `net.core.somaxconn` allows.
 const BACKLOG: i32 = 4096;
 
-/// Why an address cannot be listened on.
-#[derive(Debug)]
-pub struct BindError {
-    origin: String,
-    address: String,
-    source: io::Error,
-}
-
-impl fmt::Display for BindError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            origin,
-            address,
-            source,
-        } = self;
-        write!(f, "{origin}: cannot listen on {address}: ")?;
-        match source.kind() {
-            io::ErrorKind::AddrInUse => write!(
-                f,
-                "address already in use (another process, maybe a second connmon, has the port; \
-                 stop it or choose another)"
-            ),
-            io::ErrorKind::PermissionDenied => write!(
-                f,
-                "permission denied (a port below 1024 needs CAP_NET_BIND_SERVICE; choose another)"
-            ),
-            io::ErrorKind::AddrNotAvailable => {
-                write!(f, "no interface of this host has that address")
-            }
-            _ => write!(f, "{source}"),
-        }
-    }
-}
-
-impl std::error::Error for BindError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.source)
-    }
-}
-
 /// Looks up and binds every address.
 ///
 /// # Errors
-/// For the first that cannot be looked up or bound.
-pub(crate) fn bind_all(addresses: &[ListenAddress]) -> Result<Vec<TcpListener>, ServeError> {
-    let resolved = resolve_all(addresses).map_err(ServeError::Address)?;
-    let bound = bind_each(addresses, &resolved, bind_socket, |note| {
-        log::info!("{note}")
-    });
-    bound.map_err(ServeError::Bind)
+/// For the first that cannot be looked up or bound. The same address may be
+/// free later, so the latter [is not yet](ConfigError::is_not_yet) right.
+pub(crate) fn bind_all(addresses: &[ListenAddress]) -> Result<Vec<TcpListener>, ConfigError> {
+    let resolved = resolve_all(addresses)?;
+    bind_each(addresses, &resolved, bind, |note| log::info!("{note}"))
 }
 
-/// By way of `bind`; what is to be said about it is said once, by `say`.
+/// Binds by `bind`; a note about it goes to `note`, once.
 fn bind_each<T>(
     addresses: &[ListenAddress],
     resolved: &[SocketAddr],
     bind: impl Fn(SocketAddr) -> io::Result<T>,
-    mut say: impl FnMut(String),
-) -> Result<Vec<T>, BindError> {
-    let mut said = false;
+    mut note: impl FnMut(String),
+) -> Result<Vec<T>, ConfigError> {
+    let mut noted = false;
     let one = |(listen, address): (&ListenAddress, &SocketAddr)| {
-        let result = match bind(*address) {
-            Err(error) if listen.host == ListenHost::Any && lacks_ipv6(&error) => {
-                if !std::mem::replace(&mut said, true) {
-                    say(format!(
-                        "IPv6 is off on this host ({error}); listening on IPv4 alone"
-                    ));
-                }
-                bind((Ipv4Addr::UNSPECIFIED, listen.port).into())
+        let mut bound = bind(*address);
+        if let Err(error) = &bound
+            && listen.host == ListenHost::Any
+            && lacks_ipv6(error)
+        {
+            if !std::mem::replace(&mut noted, true) {
+                note(format!(
+                    "IPv6 is off on this host ({error}); listening on IPv4 alone"
+                ));
             }
-            result => result,
-        };
-        result.map_err(|source| BindError {
-            origin: listen.origin.clone(),
-            address: listen.text.clone(),
-            source,
+            bound = bind((Ipv4Addr::UNSPECIFIED, listen.port).into());
+        }
+        bound.map_err(|error| {
+            let why = match error.kind() {
+                io::ErrorKind::AddrInUse => {
+                    "address already in use (another process, maybe a second connmon, has the \
+                     port; stop it or choose another)"
+                }
+                io::ErrorKind::PermissionDenied => {
+                    "permission denied (a port below 1024 needs CAP_NET_BIND_SERVICE; choose \
+                     another)"
+                }
+                io::ErrorKind::AddrNotAvailable => "no interface of this host has that address",
+                _ => &error.to_string(),
+            };
+            let problem = format_args!("cannot listen on {}: {why}", listen.text);
+            ConfigError::at(&listen.origin, problem).not_yet()
         })
     };
     addresses.iter().zip(resolved).map(one).collect()
 }
 
-/// Whether `[::]` cannot be had because the host has no IPv6 at all: no such
+/// Whether `[::]` cannot be bound because the host has no IPv6 at all: no such
 /// address family (module absent, `ipv6.disable=1`), or no address of it
 /// (`net.ipv6.conf.all.disable_ipv6=1`, where `inet6_bind` gives
 /// EADDRNOTAVAIL).
 fn lacks_ipv6(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
-    )
+    let lacking = [libc::EAFNOSUPPORT, libc::EADDRNOTAVAIL];
+    error
+        .raw_os_error()
+        .is_some_and(|errno| lacking.contains(&errno))
 }
 
-fn bind_socket(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )?;
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let domain = Domain::for_address(address);
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
     if address.is_ipv6() {
         socket.set_only_v6(false)?;
     }
@@ -127,7 +93,7 @@ fn bind_socket(address: SocketAddr) -> io::Result<TcpListener> {
 mod tests {
     use super::*;
 
-    fn bind(listen: &ListenAddress) -> Result<TcpListener, ServeError> {
+    fn bind_one(listen: &ListenAddress) -> Result<TcpListener, ConfigError> {
         let mut bound = bind_all(std::slice::from_ref(listen))?;
         Ok(bound.remove(0))
     }
@@ -144,9 +110,9 @@ mod tests {
 
     #[test]
     fn a_taken_port_names_the_address_and_the_remedy() {
-        let first = bind(&any("127.0.0.1:0")).unwrap();
+        let first = bind_one(&any("127.0.0.1:0")).unwrap();
         let taken = any(&first.local_addr().unwrap().to_string());
-        let error = bind(&taken).unwrap_err().to_string();
+        let error = bind_one(&taken).unwrap_err().to_string();
         assert!(error.contains(&taken.text), "{error}");
         assert!(error.contains("address already in use"), "{error}");
         assert!(error.contains("--web.listen-address"), "{error}");
@@ -155,27 +121,27 @@ mod tests {
 
     #[test]
     fn an_address_of_another_host_is_refused() {
-        let error = bind(&any("192.0.2.1:0")).unwrap_err().to_string();
+        let error = bind_one(&any("192.0.2.1:0")).unwrap_err().to_string();
         assert!(error.contains("192.0.2.1:0"), "{error}");
         assert!(error.contains("no interface"), "{error}");
     }
 
     #[test]
-    fn without_ipv6_any_host_is_ipv4_and_that_is_said_once() {
+    fn without_ipv6_any_is_ipv4_and_noted_once() {
         let without_ipv6 = |address: SocketAddr| match address {
             SocketAddr::V4(_) => Ok(address.to_string()),
             SocketAddr::V6(_) => Err(io::Error::from_raw_os_error(libc::EAFNOSUPPORT)),
         };
-        let mut said = Vec::new();
+        let mut notes = Vec::new();
         let both = [any(":1"), any(":2")];
         let resolved = resolve_all(&both).unwrap();
         let bound = bind_each(&both, &resolved, without_ipv6, |note| {
-            said.push(note);
+            notes.push(note);
         });
         assert_eq!(bound.unwrap(), ["0.0.0.0:1", "0.0.0.0:2"]);
-        assert_eq!(said.len(), 1, "{said:?}");
-        assert!(said[0].contains("IPv4 alone"), "{said:?}");
-        // Who asks for an IPv6 address gets that or nothing.
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        assert!(notes[0].contains("IPv4 alone"), "{notes:?}");
+        // An explicit IPv6 address is bound or refused.
         let explicit = [any("[::]:3")];
         let resolved = resolve_all(&explicit).unwrap();
         let error = bind_each(&explicit, &resolved, without_ipv6, |_| {}).unwrap_err();
@@ -183,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_ipv6_is_told_from_a_wrong_address() {
+    fn errors_of_a_host_without_ipv6() {
         for (errno, lacks) in [
             (libc::EAFNOSUPPORT, true),
             (libc::EADDRNOTAVAIL, true),

@@ -33,22 +33,23 @@ pub(crate) struct Reply {
 
 impl Reply {
     pub(crate) fn new(status: StatusCode, content_type: &'static str, body: Bytes) -> Self {
-        let mut headers = HeaderMap::with_capacity(12);
-        for (name, value) in [
-            (CONTENT_TYPE, content_type),
-            (CACHE_CONTROL, "no-store"),
-            (CONTENT_SECURITY_POLICY, POLICY),
-            (X_CONTENT_TYPE_OPTIONS, "nosniff"),
-            (X_FRAME_OPTIONS, "deny"),
-            (REFERRER_POLICY, "no-referrer"),
-        ] {
-            headers.insert(name, HeaderValue::from_static(value));
-        }
-        Self {
+        let reply = Self {
             status,
-            headers,
+            headers: HeaderMap::with_capacity(12),
             body,
-        }
+        };
+        reply
+            .with(CONTENT_TYPE, content_type)
+            .with(CACHE_CONTROL, "no-store")
+            .with(CONTENT_SECURITY_POLICY, POLICY)
+            .with(X_CONTENT_TYPE_OPTIONS, "nosniff")
+            .with(X_FRAME_OPTIONS, "deny")
+            .with(REFERRER_POLICY, "no-referrer")
+    }
+
+    pub(crate) fn with(mut self, name: HeaderName, value: &'static str) -> Self {
+        self.headers.insert(name, HeaderValue::from_static(value));
+        self
     }
 
     /// One line of text.
@@ -56,26 +57,20 @@ impl Reply {
         Self::new(status, TEXT, format!("{line}\n").into())
     }
 
-    /// 503 and when to ask again.
+    /// 503.
     pub(crate) fn unavailable(line: impl std::fmt::Display) -> Self {
         Self::line(StatusCode::SERVICE_UNAVAILABLE, line).with(RETRY_AFTER, "1")
     }
 
-    /// 405 and what is allowed.
     pub(crate) fn method_not_allowed() -> Self {
-        Self::line(
-            StatusCode::METHOD_NOT_ALLOWED,
-            "only GET and HEAD are allowed",
-        )
-        .with(ALLOW, "GET, HEAD")
+        let line = "only GET and HEAD are allowed";
+        Self::line(StatusCode::METHOD_NOT_ALLOWED, line).with(ALLOW, "GET, HEAD")
     }
 
-    /// 401 and how to come in.
     pub(crate) fn unauthorized() -> Self {
         Self::line(StatusCode::UNAUTHORIZED, "Unauthorized").with(WWW_AUTHENTICATE, "Basic")
     }
 
-    /// 429.
     pub(crate) fn too_many_requests() -> Self {
         Self::line(StatusCode::TOO_MANY_REQUESTS, "Too Many Requests")
     }
@@ -85,25 +80,16 @@ impl Reply {
         Self::line(StatusCode::BAD_REQUEST, line).with(CONNECTION, "close")
     }
 
-    /// 431 and what fits.
     pub(crate) fn header_too_large(limits: &Limits) -> Self {
         let (bytes, fields) = (limits.header_bytes, limits.header_fields);
         let line = format!("the request's header has more than {bytes} bytes or {fields} fields");
         Self::line(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, line)
     }
 
-    /// A request with a body.
+    /// 413, after which the connection is closed.
     pub(crate) fn body_refused() -> Self {
-        Self::line(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "a request to this server has no body",
-        )
-        .with(CONNECTION, "close")
-    }
-
-    pub(crate) fn with(mut self, name: HeaderName, value: &'static str) -> Self {
-        self.headers.insert(name, HeaderValue::from_static(value));
-        self
+        let line = "a request to this server has no body";
+        Self::line(StatusCode::PAYLOAD_TOO_LARGE, line).with(CONNECTION, "close")
     }
 
     /// Marks a body that exists plain and compressed.
@@ -116,34 +102,30 @@ impl Reply {
         }
     }
 
-    /// Keeps what a HEAD asks for: the headers a GET would get, its
-    /// `Content-Length` included, and no body.
+    /// The answer to HEAD: the headers of the GET, its `Content-Length`
+    /// included, and no body.
     pub(crate) fn without_body(mut self) -> Self {
-        self.headers
-            .insert(CONTENT_LENGTH, HeaderValue::from(self.body.len()));
-        self.body = Bytes::new();
+        let length = std::mem::take(&mut self.body).len();
+        self.headers.insert(CONTENT_LENGTH, length.into());
         self
     }
 
     /// The whole response as sent over HTTP/1 where hyper sends none; the
     /// connection is closed after it.
     pub(crate) fn into_closing_bytes(self) -> Vec<u8> {
+        let (status, length) = (self.status, self.body.len());
         let date = httpdate::fmt_http_date(SystemTime::now());
-        let length = self.body.len();
-        let mut bytes = format!(
-            "HTTP/1.1 {}\r\ndate: {date}\r\ncontent-length: {length}\r\n",
-            self.status
-        )
-        .into_bytes();
-        let mut headers = self.headers;
-        headers.insert(CONNECTION, HeaderValue::from_static("close"));
-        for (name, value) in &headers {
+        let mut bytes =
+            format!("HTTP/1.1 {status}\r\ndate: {date}\r\ncontent-length: {length}\r\n")
+                .into_bytes();
+        let reply = self.with(CONNECTION, "close");
+        for (name, value) in &reply.headers {
             for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
                 bytes.extend_from_slice(part);
             }
         }
         bytes.extend_from_slice(b"\r\n");
-        bytes.extend_from_slice(&self.body);
+        bytes.extend_from_slice(&reply.body);
         bytes
     }
 }

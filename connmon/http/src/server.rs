@@ -1,22 +1,7 @@
-//! The HTTP server.
-//!
-//! | path | answer |
-//! |---|---|
-//! | `--web.telemetry-path` (`/metrics`) | text format 0.0.4; 503 until ready |
-//! | `/-/healthy` | 200 while the process works; no credentials |
-//! | `/-/ready` | 200 once the first reconcile is folded, 503 before; no credentials |
-//! | `/api/v1/summary` | JSON behind the page; 503 until ready |
-//! | `/` and the page's files | the page |
-//! | anything else | 404 |
-//!
-//! With a web configuration, everything but the two health paths is behind
-//! its rate limit and its users.
-//!
-//! Only GET and HEAD, no request bodies. Everything runs on one thread, the
-//! caller's; what takes a client's time is bounded by [`Limits`].
+//! The HTTP server: accepts connections, speaks TLS, HTTP/1 and HTTP/2 with
+//! them, and passes their requests to [`App`]. Everything runs on one thread,
+//! the caller's; what takes a client's time is bounded by [`Limits`].
 
-use std::convert::Infallible;
-use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
@@ -24,32 +9,30 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use connmon_core::report::Reporter;
-use hyper::Request;
-use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use crate::Content;
 use crate::address::ListenAddress;
 use crate::app::App;
-use crate::connections::{Connections, Slot, Watch};
+use crate::connections::{Connection, Connections, Slot};
 use crate::limits::Limits;
 use crate::listen;
-use crate::render_queue;
+use crate::render_queue::RenderQueue;
 use crate::response::Reply;
-use crate::stream::Watched;
-use crate::webconfig::Gate;
-use crate::{BindError, ConfigError};
+use crate::stream::ReportingStream;
+use crate::webconfig::WebConfig;
+use crate::{ConfigError, Content};
 
-/// Clients told that the server is full at the same time; beyond that they
-/// are just disconnected.
+/// Clients that are being answered that the server is full; more are just
+/// disconnected.
 const REFUSALS: usize = 16;
 
 /// How long a client has to read the last answer on its connection.
@@ -65,6 +48,10 @@ const BESIDE_SCRAPES: usize = 24;
 /// Streams of one HTTP/2 connection at once.
 const STREAMS: u32 = 16;
 
+/// First and longest pause between attempts to accept while the host has no
+/// file descriptor or memory left.
+const PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
+
 /// What a server is asked to do.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -78,27 +65,14 @@ pub struct Options {
     pub max_requests: usize,
 }
 
-/// Why a server cannot be had.
+/// Why there is no server.
 #[derive(Debug)]
 pub enum ServeError {
     /// The web configuration or a file that it names.
     WebConfig(ConfigError),
-    /// A listen address that cannot be looked up.
-    Address(ConfigError),
-    /// A listen address that cannot be bound.
-    Bind(BindError),
+    /// A listen address that cannot be looked up or bound.
+    Listen(ConfigError),
 }
-
-impl fmt::Display for ServeError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::WebConfig(error) | Self::Address(error) => error.fmt(f),
-            Self::Bind(error) => error.fmt(f),
-        }
-    }
-}
-
-impl std::error::Error for ServeError {}
 
 /// A bound, not yet serving server.
 #[derive(Debug)]
@@ -107,7 +81,7 @@ pub struct Server {
     telemetry_path: String,
     max_requests: usize,
     limits: Limits,
-    gate: Option<Gate>,
+    web_config: Option<Arc<WebConfig>>,
 }
 
 impl Server {
@@ -118,10 +92,10 @@ impl Server {
     /// # Errors
     /// See [`ServeError`].
     pub fn bind(options: &Options) -> Result<Self, ServeError> {
-        let gate = options.web_config_file.as_deref().map(Gate::open);
+        let web_config = options.web_config_file.as_deref().map(WebConfig::open);
         Ok(Self {
-            gate: gate.transpose().map_err(ServeError::WebConfig)?,
-            listeners: listen::bind_all(&options.listen)?,
+            web_config: web_config.transpose().map_err(ServeError::WebConfig)?,
+            listeners: listen::bind_all(&options.listen).map_err(ServeError::Listen)?,
             telemetry_path: options.telemetry_path.clone(),
             max_requests: options.max_requests,
             limits: Limits::default(),
@@ -141,14 +115,15 @@ impl Server {
         addresses.filter_map(Result::ok).collect()
     }
 
-    /// The files that are read again when they change: the web
+    /// The files that are reloaded when they change: the web
     /// configuration, certificate, key and client CAs. They have to stay
     /// readable.
     pub fn files(&self) -> Vec<PathBuf> {
-        self.gate.as_ref().map(Gate::files).unwrap_or_default()
+        let web_config = self.web_config.as_ref();
+        web_config.map(|it| it.files()).unwrap_or_default()
     }
 
-    /// A URL that leads to the page from this host, for the first words.
+    /// A URL that leads to the page from this host, for the log.
     pub fn url(&self) -> Option<String> {
         let address = *self.addresses().first()?;
         let host = match address.ip() {
@@ -156,7 +131,7 @@ impl Server {
             std::net::IpAddr::V6(ip) => format!("[{ip}]"),
             ip => ip.to_string(),
         };
-        let tls = self.gate.as_ref().is_some_and(Gate::is_tls);
+        let tls = self.web_config.as_ref().is_some_and(|it| it.is_tls());
         let scheme = if tls { "https" } else { "http" };
         Some(format!("{scheme}://{host}:{}/", address.port()))
     }
@@ -174,37 +149,33 @@ impl Server {
         content: impl Content,
         shutdown: impl Future<Output = ()>,
     ) -> std::io::Result<()> {
-        let mut limits = self.limits;
-        let scrapes_and_more = self.max_requests.saturating_add(BESIDE_SCRAPES);
-        limits.connections = limits.connections.max(scrapes_and_more);
-        let limits = Arc::new(limits);
+        let least = self.max_requests.saturating_add(BESIDE_SCRAPES);
+        let limits = Arc::new(Limits {
+            connections: self.limits.connections.max(least),
+            ..self.limits
+        });
         let connections = Connections::new(Arc::clone(&limits));
         let content = Arc::new(Mutex::new(content));
-        let (desk, renderer) = render_queue::open(reporter, Arc::clone(&content), limits.report);
+        let (queue, renderer) = RenderQueue::new(reporter, Arc::clone(&content), limits.report);
+        let permits = self.max_requests.min(Semaphore::MAX_PERMITS);
         let app = Arc::new(App {
             telemetry_path: self.telemetry_path,
-            permits: (self.max_requests > 0).then(|| {
-                Arc::new(Semaphore::new(
-                    self.max_requests.min(Semaphore::MAX_PERMITS),
-                ))
-            }),
+            permits: (permits > 0).then(|| Arc::new(Semaphore::new(permits))),
             max_requests: self.max_requests,
-            desk,
+            queue,
             content,
-            gate: self.gate,
+            web_config: self.web_config,
             connections: Arc::clone(&connections),
             assets: Mutex::default(),
             ready_at: Mutex::default(),
         });
         let (stop, stopping) = watch::channel(false);
         let (accepted, mut newcomers) = mpsc::channel(1);
-
         let mut background = JoinSet::new();
         background.spawn(renderer);
         for listener in self.listeners {
             let listener = tokio::net::TcpListener::from_std(listener)?;
-            let accepted = accepted.clone();
-            background.spawn(accept(listener, accepted, Arc::clone(&connections)));
+            background.spawn(accept(listener, accepted.clone(), Arc::clone(&connections)));
         }
         let mut serving = JoinSet::new();
         let refusals = Arc::new(Semaphore::new(REFUSALS));
@@ -217,38 +188,38 @@ impl Server {
                 Some(ended) = background.join_next() => pass_panic_on(ended),
                 Some(ended) = serving.join_next() => pass_panic_on(ended),
                 _ = tick.tick() => {
-                    connections.cut_overdue();
-                    if let Some(gate) = &app.gate {
-                        // So that a broken file is complained about at once.
-                        gate.look();
+                    connections.close_overdue();
+                    if let Some(web_config) = &app.web_config {
+                        // So that a broken file is logged at once.
+                        tokio::spawn(Arc::clone(web_config).refresh());
                     }
                 }
                 Some((stream, peer)) = newcomers.recv() => {
-                    match connections.admit(peer.ip()).await {
-                        Some(slot) => {
-                            let (app, limits) = (Arc::clone(&app), Arc::clone(&limits));
-                            serving.spawn(serve_client(stream, slot, app, limits, stopping.clone()));
-                        }
-                        // Nothing can be said before a TLS handshake.
-                        None if app.gate.as_ref().is_some_and(Gate::is_tls) => {}
-                        None => {
-                            if let Ok(permit) = Arc::clone(&refusals).try_acquire_owned() {
-                                serving.spawn(refuse(stream, Arc::clone(&app), permit));
-                            }
-                        }
+                    let app = Arc::clone(&app);
+                    if let Some(slot) = connections.admit(peer.ip()).await {
+                        let limits = Arc::clone(&limits);
+                        serving.spawn(serve_client(stream, slot, app, limits, stopping.clone()));
+                    } else if !app.is_tls()
+                        && let Ok(permit) = Arc::clone(&refusals).try_acquire_owned()
+                    {
+                        let line = "every connection is busy with other scrapes; retry soon";
+                        serving.spawn(async move {
+                            answer_and_close(stream, &app, Reply::unavailable(line)).await;
+                            drop(permit);
+                        });
                     }
                 }
             }
         }
         stop.send_replace(true);
         drop(newcomers);
-        let drained = async {
+        let drained = tokio::time::timeout(limits.drain, async {
             while let Some(ended) = serving.join_next().await {
                 pass_panic_on(ended);
             }
-        };
-        if tokio::time::timeout(limits.drain, drained).await.is_err() {
-            log::debug!("requests still in flight at the end were cut off");
+        });
+        if drained.await.is_err() {
+            log::debug!("requests in flight did not end in time and were cut off");
         }
         Ok(())
     }
@@ -262,189 +233,188 @@ fn pass_panic_on(ended: Result<(), tokio::task::JoinError>) {
     }
 }
 
-/// Accepts for ever. Failures that are the host's (no file descriptor, no
-/// memory) are waited out, and a connection is given up for its descriptor;
-/// those of one connection (reset before it was accepted)
-/// are its own.
+/// Accepts for ever. When the host has no file descriptor or memory left, it
+/// closes a connection for its descriptor and waits; an error of one
+/// connection (reset before it was accepted) does not matter to the others.
 async fn accept(
     listener: tokio::net::TcpListener,
     accepted: mpsc::Sender<(TcpStream, SocketAddr)>,
     connections: Arc<Connections>,
 ) {
-    const FIRST_PAUSE: Duration = Duration::from_millis(20);
-    const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-    let mut pause = FIRST_PAUSE;
+    let mut pause = PAUSES[0];
     loop {
         match listener.accept().await {
             Ok(newcomer) => {
-                pause = FIRST_PAUSE;
+                pause = PAUSES[0];
                 if accepted.send(newcomer).await.is_err() {
                     return;
                 }
             }
             Err(error) => match error.raw_os_error() {
                 Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-                    log::warn!("cannot accept HTTP connections: {error}; trying again");
-                    connections.cut_one();
+                    log::warn!("cannot accept HTTP connections: {error}; closing one and retrying");
+                    connections.close_one();
                     tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
+                    pause = (pause * 2).min(PAUSES[1]);
                 }
-                // A breath, lest a failure that stays become a busy loop.
+                // A pause, lest an error that stays become a busy loop.
                 _ => tokio::time::sleep(Duration::from_millis(1)).await,
             },
         }
     }
 }
 
-/// Tells a client that there is no room.
-async fn refuse(stream: TcpStream, app: Arc<App>, _permit: OwnedSemaphorePermit) {
-    let line = "every connection is busy with other scrapes; retry soon";
-    answer_and_close(
-        stream,
-        app.with_configured_headers(Reply::unavailable(line)),
-    )
-    .await;
-}
-
 /// Sends the last answer of a connection over HTTP/1 and waits for the client
 /// to close: closing with its request unread would reset the connection, and
 /// the answer could be lost.
-async fn answer_and_close(mut stream: impl AsyncRead + AsyncWrite + Unpin, reply: Reply) {
+async fn answer_and_close(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    app: &App,
+    reply: Reply,
+) {
+    let reply = app.with_configured_headers(reply);
     let answer = async {
         stream.write_all(&reply.into_closing_bytes()).await?;
         stream.shutdown().await?;
         let mut unread = stream.take(CLOSING_BYTES);
         tokio::io::copy(&mut unread, &mut tokio::io::sink()).await
     };
-    // However it went, the client is on its own now.
+    // The connection ends whether the client has read it or not.
     let _ = tokio::time::timeout(CLOSING_TIME, answer).await;
 }
 
 async fn serve_client(
     stream: TcpStream,
-    mut slot: Slot,
+    slot: Slot,
     app: Arc<App>,
     limits: Arc<Limits>,
     stopping: watch::Receiver<bool>,
 ) {
     let _ = stream.set_nodelay(true);
-    let watch = slot.watch.clone();
+    let connection = &slot.connection;
     let serve = async {
-        let tls = match &app.gate {
-            Some(gate) => gate.tls().await,
+        let tls = match &app.web_config {
+            Some(web_config) => web_config.tls().await,
             None => None,
         };
-        match tls {
-            None => {
-                watch.handshaken(false);
-                serve_requests(stream, false, &watch, app, limits, stopping).await;
+        let Some(tls) = tls else {
+            connection.handshaken(false);
+            return serve_http1(stream, connection, &app, &limits, stopping).await;
+        };
+        match shake_hands(stream, tls, &app, connection).await {
+            Ok(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
+                connection.handshaken(true);
+                serve_http2(stream, connection, &app, &limits, stopping).await;
             }
-            Some(tls) => match shake_hands(stream, tls, &app, &watch).await {
-                Ok(stream) => {
-                    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-                    watch.handshaken(http2);
-                    serve_requests(stream, http2, &watch, app, limits, stopping).await;
-                }
-                Err(error) => log::debug!("TLS handshake failed: {error}"),
-            },
+            Ok(stream) => {
+                connection.handshaken(false);
+                serve_http1(stream, connection, &app, &limits, stopping).await;
+            }
+            Err(error) => log::debug!("TLS handshake failed: {error}"),
         }
     };
     tokio::select! {
         () = serve => {}
-        _ = &mut slot.order => {}
+        () = connection.close.notified() => {}
     }
 }
 
-/// The TLS handshake. A client that speaks plain HTTP is told so, in the
-/// words of Go's server.
+/// The TLS handshake. A client that speaks plain HTTP gets the answer that
+/// Go's server gives.
 async fn shake_hands(
     stream: TcpStream,
     config: Arc<ServerConfig>,
     app: &App,
-    watch: &Watch,
-) -> std::io::Result<TlsStream<Watched<TcpStream>>> {
+    connection: &Arc<Connection>,
+) -> std::io::Result<TlsStream<ReportingStream<TcpStream>>> {
     let mut first = [0];
     stream.peek(&mut first).await?;
     if first[0].is_ascii_uppercase() {
         let line = "Client sent an HTTP request to an HTTPS server.";
-        answer_and_close(
-            stream,
-            app.with_configured_headers(Reply::bad_request(line)),
-        )
-        .await;
+        answer_and_close(stream, app, Reply::bad_request(line)).await;
         return Err(std::io::Error::other("the client spoke plain HTTP"));
     }
-    let stream = Watched::new(stream, watch.clone());
+    let stream = ReportingStream::new(stream, connection, false);
     TlsAcceptor::from(config).accept(stream).await
 }
 
-/// The requests of one connection, over whatever carries it.
-async fn serve_requests<S>(
+async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
-    http2: bool,
-    watch: &Watch,
-    app: Arc<App>,
-    limits: Arc<Limits>,
-    mut stopping: watch::Receiver<bool>,
-) where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let service = service_fn(|request: Request<Incoming>| {
-        let (app, watch) = (Arc::clone(&app), watch.clone());
-        async move { Ok::<_, Infallible>(app.handle(request, &watch).await) }
+    connection: &Arc<Connection>,
+    app: &App,
+    limits: &Limits,
+    stopping: watch::Receiver<bool>,
+) {
+    let stream = ReportingStream::new(stream, connection, true);
+    let service = service_fn(|request| app.handle(request, connection));
+    let mut builder = http1::Builder::new();
+    // hyper's own timeout would give an idle connection as long as a header;
+    // the connection's deadlines are separate.
+    builder
+        .header_read_timeout(None)
+        // A client that has shut down its sending side still reads.
+        .half_close(true)
+        .max_headers(limits.header_fields)
+        .max_header_size(limits.header_bytes)
+        .max_buf_size(limits.header_bytes.max(64 * 1024));
+    let mut served = builder.serve_connection(TokioIo::new(stream), service);
+    let graceful = http1::Connection::graceful_shutdown;
+    let result = until_stopped(Pin::new(&mut served), graceful, stopping).await;
+    let stream = served.into_parts().io.into_inner().unanswered();
+    if let (Err(error), Some(stream)) = (result, stream) {
+        let reply = if error.is_parse_too_large() {
+            Reply::header_too_large(limits)
+        } else {
+            Reply::bad_request("the request is not valid HTTP/1.1")
+        };
+        answer_and_close(stream, app, reply).await;
+    }
+}
+
+async fn serve_http2<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    connection: &Arc<Connection>,
+    app: &Arc<App>,
+    limits: &Limits,
+    stopping: watch::Receiver<bool>,
+) {
+    let stream = ReportingStream::new(stream, connection, false);
+    let service = service_fn(|request| {
+        let (app, connection) = (Arc::clone(app), Arc::clone(connection));
+        async move { app.handle(request, &connection).await }
     });
-    macro_rules! drive {
-        ($connection:expr) => {{
-            let mut connection = $connection;
-            let stop = async { drop(stopping.wait_for(|stop| *stop).await) };
-            let result = tokio::select! {
-                result = connection.as_mut() => Some(result),
-                () = stop => None,
-            };
-            let result = match result {
-                Some(result) => result,
-                None => {
-                    connection.as_mut().graceful_shutdown();
-                    connection.await
-                }
-            };
-            if let Err(error) = &result {
-                log::debug!("HTTP connection ended: {error}");
-            }
-            result
-        }};
-    }
-    if http2 {
-        let io = TokioIo::new(Watched::new(stream, watch.clone()));
-        let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-        builder
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(STREAMS)
-            .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
-            .max_send_buf_size(64 * 1024);
-        let _ = drive!(pin!(builder.serve_connection(io, service)));
-    } else {
-        let io = TokioIo::new(Watched::only_responses(stream, watch.clone()));
-        let mut builder = hyper::server::conn::http1::Builder::new();
-        // hyper's own timeout would give an idle connection as long as a
-        // header; the watch tells the two apart.
-        builder
-            .header_read_timeout(None)
-            // A client that says no more may still listen.
-            .half_close(true)
-            .max_headers(limits.header_fields)
-            .max_header_size(limits.header_bytes)
-            .max_buf_size(limits.header_bytes.max(64 * 1024));
-        let mut connection = builder.serve_connection(io, service);
-        let result = drive!(Pin::new(&mut connection));
-        let stream = connection.into_parts().io.into_inner().unanswered();
-        if let (Err(error), Some(stream)) = (result, stream) {
-            let reply = if error.is_parse_too_large() {
-                Reply::header_too_large(&limits)
-            } else {
-                Reply::bad_request("the request is not valid HTTP/1.1")
-            };
-            answer_and_close(stream, app.with_configured_headers(reply)).await;
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
+        .max_send_buf_size(64 * 1024);
+    let served = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let graceful = http2::Connection::graceful_shutdown;
+    // An error is logged there, and can be answered only over HTTP/1.
+    let _ = until_stopped(served, graceful, stopping).await;
+}
+
+/// Serves until the client closes, or until requests in flight have ended
+/// after the server was asked to stop.
+async fn until_stopped<C: Future<Output = hyper::Result<()>>>(
+    mut served: Pin<&mut C>,
+    graceful_shutdown: impl FnOnce(Pin<&mut C>),
+    mut stopping: watch::Receiver<bool>,
+) -> hyper::Result<()> {
+    let result = tokio::select! {
+        result = served.as_mut() => Some(result),
+        _ = stopping.wait_for(|stop| *stop) => None,
+    };
+    let result = match result {
+        Some(result) => result,
+        None => {
+            graceful_shutdown(served.as_mut());
+            served.await
         }
+    };
+    if let Err(error) = &result {
+        log::debug!("HTTP connection ended: {error}");
     }
+    result
 }

@@ -1,8 +1,9 @@
-//! A stream and a response body that report to the connection's watch.
+//! A stream and a response body that report to their [`Connection`].
 
 use std::convert::Infallible;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -10,42 +11,35 @@ use hyper::Version;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::connections::{Responding, Watch};
+use crate::connections::{Connection, InFlight};
 
 /// Bytes of a body given to hyper at a time over HTTP/1. With half of it, a
-/// body goes out in pieces of one segment, each of which wakes its reader.
+/// body is sent in pieces of one segment, each of which wakes its reader.
 const CHUNK: usize = 128 * 1024;
-/// The same over HTTP/2, a frame: what waits there for the reader's window is
-/// flushed as far as can be seen here.
+/// The same over HTTP/2, a frame. h2 reports as flushed what still waits for
+/// the client's window, so larger pieces would count as sent.
 const FRAME: usize = 16 * 1024;
 
 /// A stream that reports what is read and flushed.
-pub(crate) struct Watched<S> {
+pub(crate) struct ReportingStream<S> {
     stream: S,
-    watch: Watch,
+    connection: Arc<Connection>,
     /// Whether only responses of the handler are written.
     only_responses: bool,
     /// Whether something else was not written for that reason.
     withheld: bool,
 }
 
-impl<S> Watched<S> {
-    pub(crate) fn new(stream: S, watch: Watch) -> Self {
+impl<S> ReportingStream<S> {
+    /// With `only_responses`, hyper's own answer to an HTTP/1 request that it
+    /// cannot parse is withheld: it has none of the headers that every
+    /// response here has.
+    pub(crate) fn new(stream: S, connection: &Arc<Connection>, only_responses: bool) -> Self {
         Self {
             stream,
-            watch,
-            only_responses: false,
+            connection: Arc::clone(connection),
+            only_responses,
             withheld: false,
-        }
-    }
-
-    /// Writes only responses of the handler. All that hyper writes beside them
-    /// over HTTP/1 is its answer to a request that it cannot parse, which has
-    /// none of the headers that every response here has.
-    pub(crate) fn only_responses(stream: S, watch: Watch) -> Self {
-        Self {
-            only_responses: true,
-            ..Self::new(stream, watch)
         }
     }
 
@@ -55,12 +49,12 @@ impl<S> Watched<S> {
     }
 
     fn withholds(&mut self) -> bool {
-        self.withheld |= self.only_responses && !self.watch.is_responding();
+        self.withheld |= self.only_responses && !self.connection.is_responding();
         self.withheld
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for ReportingStream<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -69,13 +63,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
         if buffer.filled().len() > before {
-            self.watch.bytes_read();
+            self.connection.bytes_read();
         }
         Poll::Ready(Ok(()))
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for ReportingStream<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -104,7 +98,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
-        self.watch.flushed();
+        self.connection.flushed();
         Poll::Ready(Ok(()))
     }
 
@@ -116,26 +110,23 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 }
 
-/// A response body. As long as it is not sent completely, the request counts
-/// as in flight and the write timeout runs.
+/// A response body. Until it is sent completely, the request counts as in
+/// flight and the write timeout runs.
 #[derive(Debug)]
 pub(crate) struct Payload {
     rest: Bytes,
     /// Most to be given at a time.
     chunk: usize,
-    _responding: Responding,
+    _in_flight: InFlight,
 }
 
 impl Payload {
-    pub(crate) fn new(body: Bytes, version: Version, responding: Responding) -> Self {
+    pub(crate) fn new(body: Bytes, version: Version, in_flight: InFlight) -> Self {
+        let multiplexed = version >= Version::HTTP_2;
         Self {
             rest: body,
-            chunk: if version >= Version::HTTP_2 {
-                FRAME
-            } else {
-                CHUNK
-            },
-            _responding: responding,
+            chunk: if multiplexed { FRAME } else { CHUNK },
+            _in_flight: in_flight,
         }
     }
 }
@@ -148,11 +139,9 @@ impl Body for Payload {
         mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        if self.rest.is_empty() {
-            return Poll::Ready(None);
-        }
         let length = self.rest.len().min(self.chunk);
-        Poll::Ready(Some(Ok(Frame::data(self.rest.split_to(length)))))
+        let frame = (length > 0).then(|| Ok(Frame::data(self.rest.split_to(length))));
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

@@ -8,8 +8,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_path_to_error::{Deserializer, Segment, Track};
 use serde_saphyr::{
-    Error, Location, MessageFormatter as _, Options, Spanned, UserMessageFormatter, budget,
-    options, with_deserializer_from_str_with_options,
+    Error, Location, MessageFormatter as _, Spanned, UserMessageFormatter, budget, options,
+    with_deserializer_from_str_with_options,
 };
 
 use crate::ConfigError;
@@ -85,28 +85,9 @@ fn line(location: Location) -> usize {
     usize::try_from(location.line()).unwrap_or(usize::MAX)
 }
 
-/// The document in `text`; `None` when there is nothing in it. `booleans`
-/// tells whether `on`, `off`, `yes` and `no` are booleans, as in YAML 1.1, or
-/// words.
+/// The document in `text`; `None` when there is nothing in it.
 pub fn parse<T: DeserializeOwned>(text: &str, booleans: Booleans) -> Result<Option<T>, Problem> {
-    let mut track = Track::new();
-    with_deserializer_from_str_with_options(text, limits(booleans), |yaml| {
-        Option::deserialize(Deserializer::new(yaml, &mut track))
-    })
-    .map_err(|error| problem(&error, track, text))
-}
-
-/// What a boolean is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Booleans {
-    /// `true`, `false`, `yes`, `no`, `on`, `off`.
-    Yaml11,
-    /// `true` and `false`.
-    Yaml12,
-}
-
-fn limits(booleans: Booleans) -> Options {
-    options! {
+    let options = options! {
         budget: budget! {
             max_depth: MAX_DEPTH,
             max_nodes: MAX_NODES,
@@ -119,18 +100,40 @@ fn limits(booleans: Booleans) -> Options {
         leading_zero_numbers_as_strings: true,
         underscored_numbers_as_strings: true,
         with_snippet: false,
-    }
+    };
+    let mut track = Track::new();
+    with_deserializer_from_str_with_options(text, options, |yaml| {
+        Option::deserialize(Deserializer::new(yaml, &mut track))
+    })
+    .map_err(|error| problem(&error, track, text))
 }
 
-/// What the crate found, in the words of the rest of the configuration.
+/// What a boolean is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Booleans {
+    /// `true`, `false`, `yes`, `no`, `on`, `off`.
+    Yaml11,
+    /// `true` and `false`; the others are words.
+    Yaml12,
+}
+
+/// The crate's error in the words of the rest of the configuration.
 fn problem(error: &Error, track: Track, text: &str) -> Problem {
     let line = error.location().map_or(0, line);
     let mut error = error;
     while let Error::AliasError { error: inner, .. } = error {
         error = inner;
     }
-    let key = key(track);
-    let (key, what) = match error {
+    // `value` is the field of `Spanned`.
+    let path = track.path();
+    let mut keys: Vec<&str> = path
+        .iter()
+        .filter_map(|segment| match segment {
+            Segment::Map { key } if key != "value" => Some(key.as_str()),
+            _ => None,
+        })
+        .collect();
+    let what = match error {
         Error::ExternalMessage { msg, .. } => {
             return Problem::new(line, format_args!("bad YAML: {msg}"));
         }
@@ -138,75 +141,57 @@ fn problem(error: &Error, track: Track, text: &str) -> Problem {
             return Problem::new(line, "a second document; only one is allowed");
         }
         Error::SerdeUnknownField { expected, .. } => {
+            format!("unknown key; known here: {}", expected.join(", "))
+        }
+        Error::SerdeUnknownVariant {
+            variant, expected, ..
+        } => {
             let known = expected.join(", ");
-            (key, format!("unknown key; known here: {known}"))
+            format!("unknown value {variant:?}; must be one of {known}")
         }
-        Error::DuplicateMappingKey { key: name, .. } => {
-            let name = name.as_deref().unwrap_or_default();
-            let dot = if key.is_empty() { "" } else { "." };
-            (
-                format!("{key}{dot}{name}"),
-                "written twice; remove one".to_owned(),
-            )
+        Error::DuplicateMappingKey { key, .. } => {
+            keys.extend(key.as_deref());
+            "written twice; remove one".to_owned()
         }
-        Error::NullIntoString { .. } => (key, "has no value".to_owned()),
+        Error::ExternallyTaggedEnumExpectedScalarOrMapping { .. } => "must be a name".to_owned(),
+        Error::NullIntoString { .. } => "has no value".to_owned(),
         Error::Unexpected {
             expected: what,
             location,
         }
         | Error::InvalidScalar { ty: what, location } => {
-            let what = a(what);
-            match written(text, *location) {
-                value if !value.is_empty() && !is_secret(&key) => {
-                    (key, format!("must be {what}, not {value:?}"))
-                }
-                _ => (key, format!("must be {what}")),
+            let what = match *what {
+                "mapping start" => "a mapping",
+                "sequence start" => "a list",
+                "string scalar" => "a string",
+                "boolean" => "true or false",
+                "u64" => "a whole number",
+                other => other,
+            };
+            // Passwords, their hashes and private keys are in no message.
+            let is_secret = matches!(
+                keys[..],
+                ["basic_auth_users", ..] | ["tls_server_config", "key"]
+            );
+            match scalar(text, *location).filter(|_| !is_secret) {
+                Some(value) => format!("must be {what}, not {value:?}"),
+                None => format!("must be {what}"),
             }
         }
-        error => (key, UserMessageFormatter.format_message(error).into_owned()),
+        error => UserMessageFormatter.format_message(error).into_owned(),
     };
+    let key = keys.join(".");
     let colon = if key.is_empty() { "" } else { ": " };
     Problem::new(line, format_args!("{key}{colon}{what}"))
 }
 
-/// Where in the document, by its keys. `value` is the field of [`Spanned`].
-fn key(track: Track) -> String {
-    let path = track.path();
-    let keys = path.iter().filter_map(|segment| match segment {
-        Segment::Map { key } if key != "value" => Some(key.as_str()),
-        _ => None,
-    });
-    keys.collect::<Vec<_>>().join(".")
-}
-
-/// The crate's words for what it expects.
-fn a(expected: &str) -> &str {
-    match expected {
-        "mapping start" => "a mapping",
-        "sequence start" => "a list",
-        "string scalar" => "a string",
-        "boolean" => "true or false",
-        "u64" => "a whole number",
-        other => other,
-    }
-}
-
-/// Whether the value may be a password, its hash or a private key.
-fn is_secret(key: &str) -> bool {
-    key.starts_with("basic_auth_users") || key == "tls_server_config.key"
-}
-
 /// The scalar at `location`.
-fn written(text: &str, location: Location) -> &str {
+fn scalar(text: &str, location: Location) -> Option<&str> {
     let span = location.span();
-    let bounds = || {
-        let start = usize::try_from(span.byte_offset()?).ok()?;
-        Some(start..start.checked_add(usize::try_from(span.byte_len()?).ok()?)?)
-    };
-    let written = bounds().and_then(|bounds| text.get(bounds));
-    written
-        .filter(|text| !text.starts_with(['[', '{']))
-        .unwrap_or_default()
+    let start = usize::try_from(span.byte_offset()?).ok()?;
+    let length = usize::try_from(span.byte_len()?).ok()?;
+    let scalar = text.get(start..start.checked_add(length)?)?;
+    (!scalar.is_empty() && !scalar.starts_with(['[', '{'])).then_some(scalar)
 }
 
 #[cfg(test)]

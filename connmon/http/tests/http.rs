@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use connmon_core::report::Unavailable;
 use connmon_http::Limits;
-use web_support::{Says, Start, parse};
+use web_support::{FakeState, Start, parse};
 
 /// Times short enough to wait for.
 fn short() -> Limits {
@@ -284,7 +284,7 @@ fn http_1_1_needs_exactly_one_host() {
 /// Scrapers reach it under any name, and so may a site by DNS rebinding; its
 /// visitors' browsers have no password for its name.
 #[test]
-fn any_host_name_is_answered_unless_a_password_is_asked_for() {
+fn any_host_is_answered_unless_users_are_set() {
     let rebound = |server: &web_support::Running, path: &str| {
         let request =
             format!("GET {path} HTTP/1.1\r\nHost: site.example\r\nConnection: close\r\n\r\n");
@@ -374,7 +374,7 @@ fn what_cannot_be_parsed_is_refused_with_all_headers() {
 
 /// The answer to the second request is not mixed into that to the first.
 #[test]
-fn nonsense_behind_a_request_does_not_harm_its_answer() {
+fn nonsense_behind_a_request_keeps_its_answer() {
     let server = Start {
         padding: 24 << 20,
         ..Start::default()
@@ -438,7 +438,7 @@ fn the_text_format_is_the_same_for_every_prometheus() {
 #[test]
 fn not_ready_says_what_it_waits_for() {
     let server = Start {
-        says: Says::WaitingFor("the walk of 3 namespaces"),
+        state: FakeState::WaitingFor("the walk of 3 namespaces"),
         ..Start::default()
     }
     .run();
@@ -454,7 +454,7 @@ fn not_ready_says_what_it_waits_for() {
     }
     assert_eq!(server.get("/-/healthy", "").status, 200);
     assert_eq!(server.get("/", "").status, 200);
-    *server.reporter.says.lock().unwrap() = Says::Ready;
+    *server.reporter.state.lock().unwrap() = FakeState::Ready;
     assert_eq!(server.get("/-/ready", "").status, 200);
     assert_eq!(server.get("/metrics", "").status, 200);
 }
@@ -464,23 +464,23 @@ fn a_fold_that_does_not_answer_is_503() {
     let mut limits = short();
     limits.report = Duration::from_millis(300);
     let server = Start {
-        says: Says::Unavailable(Unavailable::Timeout),
+        state: FakeState::Unavailable(Unavailable::Timeout),
         limits,
         ..Start::default()
     }
     .run();
-    for says in [
-        Says::Unavailable(Unavailable::Timeout),
-        Says::Unavailable(Unavailable::Gone),
-        Says::Never,
+    for state in [
+        FakeState::Unavailable(Unavailable::Timeout),
+        FakeState::Unavailable(Unavailable::Gone),
+        FakeState::Never,
     ] {
-        *server.reporter.says.lock().unwrap() = says.clone();
+        *server.reporter.state.lock().unwrap() = state.clone();
         for path in ["/metrics", "/-/ready", "/api/v1/summary"] {
             let reply = server.get(path, "");
-            assert_eq!(reply.status, 503, "{says:?} {path}");
+            assert_eq!(reply.status, 503, "{state:?} {path}");
             assert!(
                 reply.text().contains("fold"),
-                "{says:?} {path}: {}",
+                "{state:?} {path}: {}",
                 reply.text()
             );
         }
@@ -489,7 +489,7 @@ fn a_fold_that_does_not_answer_is_503() {
 }
 
 #[test]
-fn waiting_scrapes_share_the_next_report_and_none_is_older_than_its_request() {
+fn waiting_scrapes_share_the_next_report() {
     let server = Start {
         delay: Duration::from_millis(1500),
         ..Start::default()
@@ -526,7 +526,7 @@ fn waiting_scrapes_share_the_next_report_and_none_is_older_than_its_request() {
 }
 
 #[test]
-fn scrapes_beyond_max_requests_get_503_and_health_does_not() {
+fn scrapes_beyond_max_requests_get_503() {
     let server = Start {
         max_requests: 2,
         delay: Duration::from_millis(700),
@@ -686,7 +686,7 @@ fn slow_readers_are_cut_and_count_as_in_flight() {
     };
     assert!(cut, "a reader this slow is cut");
     assert!(total < 24 << 20, "it cannot have had everything: {total}");
-    // A reader that takes it all is served, and the place is free again.
+    // A reader that takes it all is served, and the place is free.
     let reply = server.get("/metrics", "");
     assert_eq!(reply.status, 200);
     assert!(reply.body.len() > 24 << 20);
@@ -1051,7 +1051,7 @@ fn emfile_child() {
 }
 
 #[test]
-fn running_out_of_descriptors_is_survived_by_dropping_the_idle() {
+fn without_descriptors_idle_connections_close() {
     use std::process::{Command, Stdio};
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "emfile_child", "--nocapture", "--test-threads=1"])
@@ -1063,7 +1063,7 @@ fn running_out_of_descriptors_is_survived_by_dropping_the_idle() {
         .unwrap();
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
     let address: std::net::SocketAddr = loop {
-        let line = lines.next().expect("the child says where it is").unwrap();
+        let line = lines.next().expect("the child prints its address").unwrap();
         // The harness may have written before on the same line.
         if let Some((_, address)) = line.split_once("address=") {
             break address.parse().unwrap();

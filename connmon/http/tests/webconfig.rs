@@ -216,7 +216,7 @@ fn get(
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
         Ok(_) => {}
-        // The other end may hang up without a word once all is said.
+        // The other end may hang up once everything is sent.
         Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof && !bytes.is_empty() => {}
         Err(error) => return Err(error),
     }
@@ -250,7 +250,7 @@ fn fixtures(kit: &Kit) -> Vec<(String, PathBuf, String)> {
 /// The toolkit itself, as Debian's promtool has it, agrees.
 #[test]
 fn promtool_agrees() {
-    // What docs/web.md lists, what the toolkit says only when it serves (the
+    // What docs/web.md lists, what the toolkit reports only when it serves (the
     // suite that HTTP/2 needs) or only since (a CA file without any).
     const OURS: [&str; 17] = [
         "ciphers_cbc_http2.yml",
@@ -408,7 +408,7 @@ fn relative_paths_are_meant_from_the_file() {
 }
 
 #[test]
-fn tls_serves_and_tells_plain_clients_so() {
+fn tls_serves_and_plain_http_gets_400() {
     let kit = Kit::new();
     let server = kit.run(TLS);
     let reply = get(&server, kit.client(None), "/metrics", "").unwrap();
@@ -420,7 +420,7 @@ fn tls_serves_and_tells_plain_clients_so() {
         plain.text(),
         "Client sent an HTTP request to an HTTPS server.\n"
     );
-    // A client that trusts somebody else does not like us, nor we it.
+    // A client that trusts somebody else refuses the server.
     let stranger = authority("somebody else").pem();
     let config = kit.client_of(None, rustls::DEFAULT_VERSIONS, &stranger);
     assert!(get(&server, config, "/metrics", "").is_err());
@@ -580,16 +580,20 @@ fn http2_is_spoken_unless_switched_off() {
                     .unwrap();
                 let response = sender.send_request(request).await.unwrap();
                 assert_eq!(response.status(), status, "{method}");
-                let told = response.headers()["content-length"]
+                let length_header = response.headers()["content-length"]
                     .to_str()
                     .unwrap()
                     .to_owned();
-                assert_ne!(told, "0");
+                assert_ne!(length_header, "0");
                 let body = http_body_util::BodyExt::collect(response.into_body())
                     .await
                     .unwrap()
                     .to_bytes();
-                let expected = if length { told.parse().unwrap() } else { 0 };
+                let expected = if length {
+                    length_header.parse().unwrap()
+                } else {
+                    0
+                };
                 assert_eq!(body.len(), expected, "{method}");
             }
         });
@@ -664,7 +668,7 @@ fn ten_guessing_addresses_starve_nobody() {
                         "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{wrong}\r\n"
                     );
                     if stream.write_all(request.as_bytes()).is_ok() {
-                        // Whatever it says.
+                        // Whatever the answer is.
                         let _ = stream.read_to_end(&mut Vec::new());
                     }
                 }
@@ -748,7 +752,7 @@ fn the_rate_limit_lets_a_burst_through() {
 }
 
 #[test]
-fn changed_files_are_picked_up_and_broken_ones_are_not() {
+fn changed_files_are_used_and_broken_ones_are_not() {
     let kit = Kit::new();
     let (old, new) = (
         bcrypt::hash("old", 4).unwrap(),
@@ -798,7 +802,7 @@ fn changed_files_are_picked_up_and_broken_ones_are_not() {
 
 /// A file that is being written is empty first; nobody is let in for that.
 #[test]
-fn an_emptied_file_opens_no_door() {
+fn an_emptied_file_keeps_the_users() {
     let kit = Kit::new();
     let hash = bcrypt::hash("spring-tide", 4).unwrap();
     let server = kit.run(&format!("basic_auth_users:\n  amy: {hash}\n"));
@@ -894,7 +898,7 @@ fn padded(kit: &Kit, padding: usize) -> Running {
 }
 
 #[test]
-fn slow_readers_are_cut_over_http2_however_short_the_answer() {
+fn slow_readers_are_cut_over_http2() {
     for padding in [24 << 20, 100 << 10] {
         unread_over_http2(padding);
     }

@@ -248,8 +248,7 @@ fn panic_if_asked(thread: &str) {
 fn bind(config: &Config) -> anyhow::Result<Server> {
     Server::bind(&config.server_options()).map_err(|error| match error {
         ServeError::WebConfig(error) => config.refused("web.config.file", error).into(),
-        ServeError::Address(error) => error.into(),
-        ServeError::Bind(error) => error.into(),
+        ServeError::Listen(error) => error.into(),
     })
 }
 

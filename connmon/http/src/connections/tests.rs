@@ -9,104 +9,107 @@ fn limits() -> Limits {
     }
 }
 
+/// A request whose response begins at once.
+fn respond(connection: &Arc<Connection>, permit: Option<OwnedSemaphorePermit>) -> InFlight {
+    let request = connection.request();
+    request.response_begins(permit);
+    request
+}
+
+/// When the connection will be closed.
+fn deadline(connection: &Connection) -> Option<Instant> {
+    connection.activity().deadline(&limits())
+}
+
 fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-#[test]
-fn deadlines_follow_what_the_connection_does() {
+#[tokio::test(start_paused = true)]
+async fn deadlines_follow_what_the_connection_does() {
     let limits = limits();
     let start = Instant::now();
-    let mut activity = Activity::new(start);
-    assert_eq!(activity.deadline(&limits), Some(start + limits.handshake));
-    activity.handshaken(false, start + secs(1));
-    // Silent or dribbling, the first header is due at the same time …
-    assert_eq!(
-        activity.deadline(&limits),
-        Some(start + secs(1) + limits.header)
-    );
-    activity.bytes_read(start + secs(4));
-    activity.bytes_read(start + secs(5));
-    assert_eq!(
-        activity.deadline(&limits),
-        Some(start + secs(1) + limits.header)
-    );
-    // … nothing is due while we work …
-    activity.handling += 1;
-    assert_eq!(activity.deadline(&limits), None);
-    activity.handling -= 1;
-    // … the response is due as a whole, however the client dribbles …
-    let response = activity.response_begins(start + secs(6), None);
-    activity.flushed(start + secs(20));
-    assert_eq!(
-        activity.deadline(&limits),
-        Some(start + secs(6) + limits.write)
-    );
+    let until = |second| tokio::time::sleep_until(start + secs(second));
+    let connection = Connection::new(peer(1));
+    assert_eq!(deadline(&connection), Some(start + limits.handshake));
+    until(1).await;
+    connection.handshaken(false);
+    // Whether bytes come or not, the first header is due at the same time …
+    let due = Some(start + secs(1) + limits.header);
+    assert_eq!(deadline(&connection), due);
+    until(5).await;
+    connection.bytes_read();
+    assert_eq!(deadline(&connection), due);
+    // … nothing is due while the server works …
+    let request = connection.request();
+    assert_eq!(deadline(&connection), None);
+    request.allowed();
+    assert_eq!(deadline(&connection), None);
+    // … the response is due as a whole, however slowly it is read …
+    until(6).await;
+    request.response_begins(None);
+    until(20).await;
+    connection.flushed();
+    let due = Some(start + secs(6) + limits.write);
+    assert_eq!(deadline(&connection), due);
     // … also what the body has given but the socket has not taken …
-    activity.response_ends(response);
-    assert_eq!(
-        activity.deadline(&limits),
-        Some(start + secs(6) + limits.write)
-    );
+    drop(request);
+    assert_eq!(deadline(&connection), due);
     // … then it may idle, until the first byte of the next request.
-    activity.flushed(start + secs(21));
-    assert_eq!(
-        activity.deadline(&limits),
-        Some(start + secs(21) + limits.idle)
-    );
-    activity.bytes_read(start + secs(60));
-    activity.bytes_read(start + secs(61));
-    assert_eq!(
-        activity.deadline(&limits),
-        Some(start + secs(60) + limits.header)
-    );
+    until(21).await;
+    connection.flushed();
+    assert_eq!(deadline(&connection), Some(start + secs(21) + limits.idle));
+    for second in [60, 61] {
+        until(second).await;
+        connection.bytes_read();
+        let due = Some(start + secs(60) + limits.header);
+        assert_eq!(deadline(&connection), due);
+    }
 }
 
-#[test]
-fn http2_frames_are_not_requests() {
+#[tokio::test(start_paused = true)]
+async fn http2_frames_are_not_requests() {
     let limits = limits();
     let start = Instant::now();
-    let mut activity = Activity::new(start);
-    activity.handshaken(true, start);
-    activity.bytes_read(start + secs(1));
-    assert_eq!(activity.deadline(&limits), Some(start + limits.header));
-    let response = activity.response_begins(start + secs(2), None);
-    activity.response_ends(response);
-    activity.flushed(start + secs(2));
-    activity.bytes_read(start + secs(3));
-    assert_eq!(
-        activity.deadline(&limits),
-        Some(start + secs(2) + limits.idle)
-    );
+    let connection = Connection::new(peer(1));
+    connection.handshaken(true);
+    tokio::time::advance(secs(1)).await;
+    connection.bytes_read();
+    assert_eq!(deadline(&connection), Some(start + limits.header));
+    tokio::time::advance(secs(1)).await;
+    drop(respond(&connection, None));
+    connection.flushed();
+    tokio::time::advance(secs(1)).await;
+    connection.bytes_read();
+    assert_eq!(deadline(&connection), Some(start + secs(2) + limits.idle));
 }
 
 /// A client that always has a response under way, each of them fast.
-#[test]
-fn overlapping_responses_have_a_time_each() {
+#[tokio::test(start_paused = true)]
+async fn overlapping_responses_have_a_time_each() {
     let limits = limits();
-    let start = Instant::now();
-    let mut activity = Activity::new(start);
-    activity.handshaken(true, start);
-    let mut last = activity.response_begins(start, None);
-    for second in 1..600 {
-        let now = start + secs(second);
-        let next = activity.response_begins(now, None);
-        activity.response_ends(last);
-        activity.flushed(now);
-        assert_eq!(activity.deadline(&limits), Some(now + limits.write));
-        last = next;
+    let connection = Connection::new(peer(1));
+    connection.handshaken(true);
+    let mut last = respond(&connection, None);
+    for _ in 1..600 {
+        tokio::time::advance(secs(1)).await;
+        // The last one ends after the next has begun.
+        last = respond(&connection, None);
+        connection.flushed();
+        assert_eq!(deadline(&connection), Some(Instant::now() + limits.write));
     }
-    // One that is not taken has no more than its own time.
-    let stuck = start + secs(600);
-    activity.response_ends(last);
-    activity.flushed(stuck);
-    let _unread = activity.response_begins(stuck, None);
-    for second in 601..620 {
-        let other = activity.response_begins(start + secs(second), None);
-        activity.response_ends(other);
-        activity.flushed(start + secs(second));
+    // One that is not read has no more than its own time.
+    tokio::time::advance(secs(1)).await;
+    drop(last);
+    connection.flushed();
+    let stuck = Instant::now();
+    let _unread = respond(&connection, None);
+    for _ in 1..20 {
+        tokio::time::advance(secs(1)).await;
+        drop(respond(&connection, None));
+        connection.flushed();
     }
-    assert_eq!(activity.deadline(&limits), Some(stuck + limits.write));
+    assert_eq!(deadline(&connection), Some(stuck + limits.write));
 }
 
 #[test]
@@ -128,8 +131,9 @@ fn peer(last: u8) -> IpAddr {
     IpAddr::from([10, 0, 0, last])
 }
 
-fn is_cut(slot: &mut Slot) -> bool {
-    slot.order.try_recv().is_ok()
+fn is_closed(slot: &Slot) -> bool {
+    let table = slot.connections.table();
+    !table.iter().any(|it| Arc::ptr_eq(it, &slot.connection))
 }
 
 #[tokio::test(start_paused = true)]
@@ -138,40 +142,41 @@ async fn the_request_begun_first_gives_way() {
     let mut slots = Vec::new();
     for last in 1..=4 {
         let slot = connections.admit(peer(last)).await.unwrap();
-        slot.watch.handshaken(false);
+        slot.connection.handshaken(false);
         slots.push(slot);
         tokio::time::advance(secs(1)).await;
     }
     // Bytes of a header that does not end make it no younger …
-    slots[0].watch.bytes_read();
+    slots[0].connection.bytes_read();
     let fifth = connections.admit(peer(5)).await.unwrap();
-    assert!(is_cut(&mut slots[0]));
+    assert!(is_closed(&slots[0]));
     // … and one that waits for our answer never gives way.
-    let _working = slots[1].watch.work();
+    let working = slots[1].connection.request();
+    working.allowed();
     let _sixth = connections.admit(peer(6)).await.unwrap();
-    assert!(!is_cut(&mut slots[1]));
-    assert!(is_cut(&mut slots[2]));
+    assert!(!is_closed(&slots[1]));
+    assert!(is_closed(&slots[2]));
     drop(fifth);
-    assert_eq!(connections.table().entries.len(), 3);
+    assert_eq!(connections.table().len(), 3);
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_client_with_most_connections_gives_way() {
     let connections = Connections::new(Arc::new(limits()));
-    let mut oldest = connections.admit(peer(9)).await.unwrap();
+    let oldest = connections.admit(peer(9)).await.unwrap();
     tokio::time::advance(secs(100)).await;
     let mut network = Vec::new();
     for last in 1..=20 {
         let address = format!("2001:db8::{last}:1").parse().unwrap();
         network.push(connections.admit(address).await.unwrap());
     }
-    let cut = network.iter_mut().map(is_cut).filter(|cut| *cut).count();
-    assert_eq!(cut, 17, "three of one network's beside the other client");
-    let mut second = connections.admit(peer(9)).await.unwrap();
-    let mut third = connections.admit(peer(8)).await.unwrap();
+    let closed = network.iter().filter(|slot| is_closed(slot)).count();
+    assert_eq!(closed, 17, "three of one network's beside the other client");
+    let second = connections.admit(peer(9)).await.unwrap();
+    let third = connections.admit(peer(8)).await.unwrap();
     // Two clients had two each: the oldest of all four.
-    assert!(is_cut(&mut oldest));
-    assert!(!is_cut(&mut second) && !is_cut(&mut third));
+    assert!(is_closed(&oldest));
+    assert!(!is_closed(&second) && !is_closed(&third));
 }
 
 #[tokio::test(start_paused = true)]
@@ -189,13 +194,13 @@ async fn a_newcomer_has_time_to_send_its_request() {
 
 /// Whose clients have one connection each, so that none has the most.
 #[tokio::test(start_paused = true)]
-async fn a_flood_from_many_addresses_leaves_time_for_a_request() {
+async fn a_flood_of_addresses_leaves_time_for_a_request() {
     let connections = Connections::new(Arc::new(limits()));
     let mut flood = Vec::new();
     for last in 1..=4 {
         flood.push(connections.admit(peer(last)).await.unwrap());
     }
-    let mut client = connections.admit(peer(200)).await.unwrap();
+    let client = connections.admit(peer(200)).await.unwrap();
     let request = Instant::now() + Duration::from_millis(20);
     let endless = async {
         for last in (5..200).cycle() {
@@ -203,7 +208,7 @@ async fn a_flood_from_many_addresses_leaves_time_for_a_request() {
         }
     };
     assert!(tokio::time::timeout_at(request, endless).await.is_err());
-    assert!(!is_cut(&mut client));
+    assert!(!is_closed(&client));
 }
 
 #[tokio::test(start_paused = true)]
@@ -222,7 +227,7 @@ async fn a_place_given_back_is_taken_at_once() {
     let (newcomer, ()) = tokio::join!(connections.admit(peer(5)), give_back);
     assert!(newcomer.is_some());
     assert!(began.elapsed() < limits.fresh, "{:?}", began.elapsed());
-    assert!(!slots.iter_mut().any(is_cut));
+    assert!(!slots.iter().any(is_closed));
 }
 
 #[tokio::test(start_paused = true)]
@@ -232,12 +237,12 @@ async fn full_of_work_is_full() {
     for last in 1..=4 {
         slots.push(connections.admit(peer(last)).await.unwrap());
     }
-    let _handling: Vec<Handling> = slots.iter().map(|slot| slot.watch.request()).collect();
-    let _working: Vec<Working> = slots.iter().map(|slot| slot.watch.work()).collect();
+    let requests: Vec<_> = slots.iter().map(|slot| slot.connection.request()).collect();
+    requests.iter().for_each(InFlight::allowed);
     tokio::time::advance(secs(100)).await;
     assert!(connections.admit(peer(5)).await.is_none());
-    connections.cut_overdue();
-    assert_eq!(connections.table().entries.len(), 4);
+    connections.close_overdue();
+    assert_eq!(connections.table().len(), 4);
 }
 
 #[tokio::test(start_paused = true)]
@@ -249,44 +254,42 @@ async fn the_client_with_most_slow_readers_gives_way() {
     for last in [1, 2, 2] {
         let slot = connections.admit(peer(last)).await.unwrap();
         let permit = Arc::clone(&permits).try_acquire_owned().unwrap();
-        let responding = slot.watch.response(Some(permit));
+        let responding = slot.connection.request();
+        responding.response_begins(Some(permit));
         readers.push((slot, responding));
         tokio::time::advance(limits.fresh).await;
     }
     // Each would have two then: there is no one to blame yet.
-    assert!(!connections.cut_slow_reader(peer(1)));
+    assert!(!connections.close_slow_reader(peer(1)));
     // Another would have one, and the second client has two.
-    assert!(connections.cut_slow_reader(peer(3)));
-    assert!(is_cut(&mut readers[1].0));
+    assert!(connections.close_slow_reader(peer(3)));
+    assert!(is_closed(&readers[1].0));
     // Now everyone would have one.
-    assert!(!connections.cut_slow_reader(peer(3)));
+    assert!(!connections.close_slow_reader(peer(3)));
     tokio::time::advance(limits.slow_reader).await;
-    assert!(connections.cut_slow_reader(peer(3)));
-    assert!(is_cut(&mut readers[0].0));
+    assert!(connections.close_slow_reader(peer(3)));
+    assert!(is_closed(&readers[0].0));
 }
 
-#[test]
-fn a_scrape_is_in_flight_until_its_end_is_flushed() {
+#[tokio::test(start_paused = true)]
+async fn a_scrape_is_in_flight_until_its_end_is_flushed() {
     let permits = Arc::new(Semaphore::new(2));
     let permit = || Some(Arc::clone(&permits).try_acquire_owned().unwrap());
-    let now = Instant::now();
-    let mut activity = Activity::new(now);
-    let (first, second) = (
-        activity.response_begins(now, permit()),
-        activity.response_begins(now, permit()),
-    );
-    activity.response_ends(first);
+    let connection = Connection::new(peer(1));
+    let first = respond(&connection, permit());
+    let second = respond(&connection, permit());
+    drop(first);
     assert_eq!(permits.available_permits(), 0);
-    assert_eq!(activity.scrapes_since().count(), 2);
-    activity.flushed(now);
+    assert_eq!(scrapes(&[Arc::clone(&connection)]).len(), 2);
+    connection.flushed();
     assert_eq!(permits.available_permits(), 1);
-    activity.response_ends(second);
-    // Cut before that.
-    drop(activity);
+    drop(second);
+    // Closed before that.
+    drop(connection);
     assert_eq!(permits.available_permits(), 2);
     // A file of the page is none.
-    let mut activity = Activity::new(now);
-    activity.response_begins(now, None);
-    assert_eq!(activity.scrapes_since().count(), 0);
-    assert_eq!(activity.response_since(), Some(now));
+    let connection = Connection::new(peer(1));
+    let _page = respond(&connection, None);
+    assert_eq!(scrapes(&[Arc::clone(&connection)]).len(), 0);
+    assert!(connection.is_responding());
 }

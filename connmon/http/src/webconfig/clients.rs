@@ -1,5 +1,5 @@
-//! Which client certificates are let in: Go's five policies and the list of
-//! allowed subject alternative names.
+//! Which client certificates are accepted: the five policies of Go's
+//! `crypto/tls`, and the toolkit's list of subject alternative names.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -7,86 +7,98 @@ use std::sync::Arc;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::{CertificateDer, UnixTime};
-use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore,
     SignatureScheme,
 };
-use x509_parser::prelude::{FromDer as _, GeneralName, ParsedExtension, X509Certificate};
+use serde::Deserialize;
+use x509_parser::prelude::{ASN1Time, FromDer as _, GeneralName, X509Certificate};
 
-use super::settings::ClientAuth;
+/// `client_auth_type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub(super) enum ClientAuth {
+    NoClientCert,
+    RequestClientCert,
+    /// `RequireClientCert` is its old name.
+    #[serde(alias = "RequireClientCert")]
+    RequireAnyClientCert,
+    VerifyClientCertIfGiven,
+    RequireAndVerifyClientCert,
+}
+
+impl ClientAuth {
+    /// Whether a client has to show a certificate.
+    pub(super) fn is_mandatory(self) -> bool {
+        matches!(
+            self,
+            Self::RequireAnyClientCert | Self::RequireAndVerifyClientCert
+        )
+    }
+
+    /// Whether the chain has to lead to one of the client CAs.
+    pub(super) fn verifies(self) -> bool {
+        matches!(
+            self,
+            Self::VerifyClientCertIfGiven | Self::RequireAndVerifyClientCert
+        )
+    }
+}
 
 /// The verifier of a `client_auth_type` other than `NoClientCert`.
 #[derive(Debug)]
 pub(super) struct ClientPolicy {
-    mandatory: bool,
-    /// Whether the chain has to lead to an authority.
-    verify: bool,
+    auth: ClientAuth,
+    authorities: Vec<CertificateDer<'static>>,
     /// `None` where there are no authorities: nothing verifies.
     chains: Option<Arc<dyn ClientCertVerifier>>,
-    authorities: Vec<CertificateDer<'static>>,
-    hints: Vec<DistinguishedName>,
     allowed_sans: Option<Vec<String>>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl ClientPolicy {
+    /// Certificates that cannot be an authority are skipped.
     pub(super) fn new(
         auth: ClientAuth,
-        authorities: Vec<CertificateDer<'static>>,
+        mut authorities: Vec<CertificateDer<'static>>,
         allowed_sans: Option<Vec<String>>,
-        provider: &CryptoProvider,
-    ) -> Result<Self, String> {
-        let verify = matches!(
-            auth,
-            ClientAuth::VerifyIfGiven | ClientAuth::RequireAndVerify
-        );
-        let mandatory = matches!(auth, ClientAuth::RequireAny | ClientAuth::RequireAndVerify);
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Self, VerifierBuilderError> {
         let mut roots = RootCertStore::empty();
-        roots.add_parsable_certificates(authorities.iter().cloned());
-        let hints = roots.subjects();
-        let chains = if roots.is_empty() {
-            None
-        } else {
-            let builder = WebPkiClientVerifier::builder_with_provider(
-                Arc::new(roots),
-                Arc::new(provider.clone()),
-            );
-            Some(builder.build().map_err(|error| error.to_string())?)
-        };
+        authorities.retain(|der| roots.add(der.clone()).is_ok());
+        let chains =
+            WebPkiClientVerifier::builder_with_provider(roots.into(), Arc::clone(provider));
+        let chains = (!authorities.is_empty()).then(|| chains.build());
         Ok(Self {
-            mandatory,
-            verify,
-            chains,
+            auth,
             authorities,
-            hints,
+            chains: chains.transpose()?,
             allowed_sans,
             algorithms: provider.signature_verification_algorithms,
         })
     }
 
-    /// Whether a certificate can be an authority here.
-    pub(super) fn is_usable_authority(der: &CertificateDer<'_>) -> bool {
-        RootCertStore::empty().add(der.clone().into_owned()).is_ok()
+    /// How many certificates can be an authority.
+    pub(super) fn authorities(&self) -> usize {
+        self.authorities.len()
     }
 
     /// As in Go, a certificate that is itself in the list of authorities
-    /// needs no chain (a self-signed client certificate, be it marked as a
-    /// CA or not), only to be in its time and meant for clients.
+    /// needs no chain (a self-signed client certificate, marked as a CA or
+    /// not). It has to be valid now and meant for clients.
     fn is_trusted_itself(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> bool {
+        let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        let Ok(now) = ASN1Time::from_timestamp(now) else {
+            return false;
+        };
         self.authorities.contains(certificate)
             && X509Certificate::from_der(certificate).is_ok_and(|(_, parsed)| {
-                let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
-                let validity = parsed.validity();
-                let in_time = (validity.not_before.timestamp()..=validity.not_after.timestamp())
-                    .contains(&now);
-                let for_clients = match parsed.extended_key_usage() {
-                    Ok(None) => true,
-                    Ok(Some(usage)) => usage.value.any || usage.value.client_auth,
-                    Err(_) => false,
-                };
-                in_time && for_clients
+                let usage = parsed.extended_key_usage();
+                let for_clients = usage.is_ok_and(|usage| {
+                    usage.is_none_or(|usage| usage.value.any || usage.value.client_auth)
+                });
+                parsed.validity().is_valid_at(now) && for_clients
             })
     }
 
@@ -106,42 +118,30 @@ impl ClientPolicy {
 /// DNS names, e-mail addresses, IP addresses and URIs of the certificate.
 fn subject_names(certificate: &CertificateDer<'_>) -> Option<Vec<String>> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
-    let mut names = Vec::new();
-    for extension in certificate.extensions() {
-        let ParsedExtension::SubjectAlternativeName(subject) = extension.parsed_extension() else {
-            continue;
-        };
-        for name in &subject.general_names {
-            match name {
-                GeneralName::DNSName(text)
-                | GeneralName::RFC822Name(text)
-                | GeneralName::URI(text) => names.push((*text).to_owned()),
-                GeneralName::IPAddress(bytes) => {
-                    let address = <[u8; 4]>::try_from(*bytes)
-                        .map(IpAddr::from)
-                        .or_else(|_| <[u8; 16]>::try_from(*bytes).map(IpAddr::from));
-                    if let Ok(address) = address {
-                        names.push(address.to_canonical().to_string());
-                    }
-                }
-                _ => {}
-            }
+    let subject = certificate.subject_alternative_name().ok()?;
+    let names = subject.iter().flat_map(|it| &it.value.general_names);
+    let text = |name: &GeneralName<'_>| match name {
+        GeneralName::DNSName(text) | GeneralName::RFC822Name(text) | GeneralName::URI(text) => {
+            Some((*text).to_owned())
         }
-    }
-    Some(names)
+        GeneralName::IPAddress(bytes) => {
+            let ipv4 = <[u8; 4]>::try_from(*bytes).map(IpAddr::from);
+            let address = ipv4.or_else(|_| <[u8; 16]>::try_from(*bytes).map(IpAddr::from));
+            Some(address.ok()?.to_canonical().to_string())
+        }
+        _ => None,
+    };
+    Some(names.filter_map(text).collect())
 }
 
 impl ClientCertVerifier for ClientPolicy {
-    fn offer_client_auth(&self) -> bool {
-        true
-    }
-
     fn client_auth_mandatory(&self) -> bool {
-        self.mandatory
+        self.auth.is_mandatory()
     }
 
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &self.hints
+        let chains = self.chains.as_ref();
+        chains.map_or(&[], |chains| chains.root_hint_subjects())
     }
 
     fn verify_client_cert(
@@ -150,10 +150,11 @@ impl ClientCertVerifier for ClientPolicy {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        if self.verify && !self.is_trusted_itself(certificate, now) {
-            let Some(chains) = &self.chains else {
-                return Err(CertificateError::UnknownIssuer.into());
-            };
+        if self.auth.verifies() && !self.is_trusted_itself(certificate, now) {
+            let chains = self
+                .chains
+                .as_ref()
+                .ok_or(CertificateError::UnknownIssuer)?;
             chains.verify_client_cert(certificate, intermediates, now)?;
         }
         self.check_sans(certificate)?;

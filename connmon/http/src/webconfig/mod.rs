@@ -1,13 +1,11 @@
-//! `--web.config.file`: the Prometheus exporter-toolkit's web configuration,
-//! with its keys, defaults and verdicts (prometheus/exporter-toolkit,
-//! `web/tls_config.go`, `web/handler.go`).
+//! `--web.config.file`: the web configuration of the Prometheus
+//! exporter-toolkit, with its keys, defaults and verdicts
+//! (prometheus/exporter-toolkit, `web/tls_config.go`, `web/handler.go`).
 //!
-//! [`parse`] judges the text alone, [`check`] also what it points at, and
-//! `Gate` is what the server asks: it notices changed files on the next
-//! connection or request and keeps the last good settings when the new ones
-//! are bad.
-//!
-//! docs/web.md lists where this differs from the toolkit.
+//! [`parse`] checks the text alone, [`check`] also the files that it names.
+//! The server asks `WebConfig`, which follows changed files and keeps the last
+//! good settings when the new ones are bad. docs/web.md lists where this
+//! differs from the toolkit.
 
 mod clients;
 mod rate;
@@ -15,12 +13,13 @@ mod settings;
 mod tls;
 mod users;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use hyper::HeaderMap;
@@ -29,271 +28,197 @@ use tokio::sync::Semaphore;
 
 use self::rate::Bucket;
 pub use self::settings::Settings;
+pub(crate) use self::users::Access;
+use self::users::BasicAuth;
 use crate::read_file::read_file;
+use crate::yaml;
+use crate::{ConfigError, is_state_of_host, lock};
 
-use crate::yaml::{self, Problem};
-use crate::{ConfigError, is_state_of_host};
+/// Largest web configuration, bytes.
+const MAX_BYTES: u64 = 1 << 20;
 
-use self::users::{Doorkeeper, Verdict};
+/// A broken configuration is read once more after this time though nothing has
+/// changed: there may have been no file descriptor left to read it with.
+const RETRY: Duration = Duration::from_secs(1);
 
-/// Judges the text of a web configuration at `path`, whose directory
+/// How long a connection or request waits while files are looked at. Their
+/// file system may not answer.
+const LOOK_TIME: Duration = Duration::from_secs(1);
+
+/// Checks the text of a web configuration at `path`, whose directory
 /// relative paths start from; no file is opened. Total: any text gives
 /// settings or an error that names the line.
 pub fn parse(text: &str, path: &Path) -> Result<Settings, ConfigError> {
     let directory = path.parent().unwrap_or(Path::new(""));
-    let judge = || {
-        let settings = Settings::parse(text, directory)?;
-        if let Some(tls) = &settings.tls {
-            tls.choose()?;
-        }
-        Ok(settings)
-    };
-    judge().map_err(|problem: Problem| problem.of(path))
+    Settings::parse(text, directory).map_err(|problem| problem.of(path))
 }
 
-/// Judges a web configuration with all the files it names, and throws it
-/// away again. What is accepted and should be changed is returned.
+/// Checks a web configuration with all the files it names. Returns what is
+/// accepted and should be changed.
 pub fn check(path: &Path) -> Result<Vec<String>, ConfigError> {
-    let active = load(path, &mut Vec::new())?;
-    let remark = |remark| format!("{}: {remark}", path.display());
-    Ok(active.remarks.into_iter().map(remark).collect())
+    let settings = load(path, &mut Files::new())?;
+    let remarks = settings.remarks.iter();
+    Ok(remarks
+        .map(|remark| format!("{}: {remark}", path.display()))
+        .collect())
 }
 
-/// What is in force.
-pub(super) struct Active {
-    settings: Settings,
-    tls: Option<Arc<ServerConfig>>,
-    remarks: Vec<String>,
+/// The files involved, each with its identity when it was last read.
+type Files = BTreeMap<PathBuf, FileIdentity>;
+
+/// Device, inode, size; mtime and ctime. A changed file has another identity.
+/// `None` when there is no file.
+type FileIdentity = Option<([u64; 3], [i64; 4])>;
+
+fn identity(path: &Path) -> FileIdentity {
+    let it = std::fs::metadata(path).ok()?;
+    let times = [it.mtime(), it.mtime_nsec(), it.ctime(), it.ctime_nsec()];
+    Some(([it.dev(), it.ino(), it.size()], times))
 }
 
-/// Reads and judges everything. `prints` tells which files that took, and
-/// their state before they were read, so that what changes meanwhile is
-/// noticed next time.
-fn load(path: &Path, prints: &mut Vec<Print>) -> Result<Active, ConfigError> {
-    prints.push(Print::of(path));
-    let bytes = read_file(path, tls::MAX_PEM_BYTES).map_err(|error| {
+/// Of the files that the settings name.
+fn identities(settings: &Settings) -> impl Iterator<Item = (PathBuf, FileIdentity)> {
+    settings.files().map(|file| (file.clone(), identity(&file)))
+}
+
+/// Reads and checks everything. Identities are taken before a file is read, so
+/// that a change meanwhile is noticed next time.
+fn load(path: &Path, files: &mut Files) -> Result<Settings, ConfigError> {
+    files.insert(path.to_owned(), identity(path));
+    let bytes = read_file(path, MAX_BYTES).map_err(|error| {
         ConfigError::new(format_args!("{}: cannot read: {error}", path.display()))
             .not_yet_if(is_state_of_host(error.raw_os_error()))
     })?;
     let text = yaml::utf8(bytes).map_err(|problem| problem.of(path))?;
-    let settings = parse(&text, path)?;
-    let mut remarks = settings.remarks.clone();
-    let tls = match &settings.tls {
-        None => None,
-        Some(tls) => {
-            prints.extend(tls.files().map(Print::of));
-            let (config, more) = tls
-                .load(settings.http2)
-                .map_err(|problem| problem.of(path))?;
-            remarks.extend(more);
-            Some(config)
-        }
-    };
-    Ok(Active {
-        settings,
-        tls,
-        remarks,
-    })
+    let mut settings = parse(&text, path)?;
+    files.extend(identities(&settings));
+    let mut remarks = Vec::new();
+    let loaded = settings.load(&mut remarks);
+    loaded.map_err(|problem| problem.of(path))?;
+    settings.remarks.extend(remarks);
+    Ok(settings)
 }
 
-/// What tells one state of a file from another without reading it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Print {
-    path: PathBuf,
-    /// Device, inode, size, mtime and ctime; `None` when there is no file.
-    state: Option<[i64; 7]>,
-}
-
-impl Print {
-    fn of(path: &Path) -> Self {
-        let state = std::fs::metadata(path).ok().map(|meta| {
-            [
-                meta.dev().cast_signed(),
-                meta.ino().cast_signed(),
-                meta.size().cast_signed(),
-                meta.mtime(),
-                meta.mtime_nsec(),
-                meta.ctime(),
-                meta.ctime_nsec(),
-            ]
-        });
-        Self {
-            path: path.to_owned(),
-            state,
-        }
-    }
-
-    fn is_current(&self) -> bool {
-        Self::of(&self.path) == *self
+fn log_remarks(path: &Path, settings: &Settings) {
+    for remark in &settings.remarks {
+        log::warn!("{}: {remark}", path.display());
     }
 }
 
-/// A broken configuration is read again after this time though nothing has
-/// changed: there may have been no descriptor left to read it with.
-const RETRY: Duration = Duration::from_secs(1);
-
-/// What the gate says to a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Entry {
-    /// Come in.
-    Open,
-    /// 429: above `rate_limit`.
-    TooMany,
-    /// 401: no credentials, or wrong ones.
-    Unauthorized,
-    /// 503: too many credentials of this address wait to be checked.
-    Busy,
+fn bucket(settings: &Settings) -> Option<Bucket> {
+    let rate = settings.rate?;
+    Some(Bucket::new(rate, Instant::now()))
 }
 
-/// How long a connection or request waits for a look at the files. Theirs may
-/// be a file system that does not answer.
-const LOOK_TIME: Duration = Duration::from_secs(1);
-
-/// The web configuration in force, followed as its files change.
-pub(super) struct Gate {
-    followed: Arc<Followed>,
-    doorkeeper: Doorkeeper,
-}
-
-struct Followed {
+/// The web configuration in force, kept up to date as its files change.
+pub(crate) struct WebConfig {
     path: PathBuf,
     state: Mutex<State>,
-    /// Of one look at a time: it may take for ever.
-    looks: Arc<Semaphore>,
-    /// A look took longer than [`LOOK_TIME`]; nobody waits until it has ended.
+    basic_auth: BasicAuth,
+    /// Held by the thread that looks at the files, which may hang.
+    looking: Arc<Semaphore>,
+    /// A look has taken longer than [`LOOK_TIME`]; nobody waits until it ends.
     stuck: AtomicBool,
 }
 
 struct State {
-    active: Arc<Active>,
-    /// Of every file involved, when it was last judged.
-    prints: Vec<Print>,
+    settings: Arc<Settings>,
+    files: Files,
     bucket: Option<Bucket>,
-    /// When the last attempt was, if it failed; the first of several that
-    /// fail is complained about.
+    /// When the last attempt was, if it failed. Of several that fail one after
+    /// the other, the first is logged as an error.
     broken: Option<Instant>,
 }
 
-impl fmt::Debug for Gate {
+impl fmt::Debug for WebConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Gate").field(&self.followed.path).finish()
+        f.debug_tuple("WebConfig").field(&self.path).finish()
     }
 }
 
-impl Gate {
+impl WebConfig {
     /// Reads the configuration and all it names.
-    pub(super) fn open(path: &Path) -> Result<Self, ConfigError> {
-        let mut prints = Vec::new();
-        let active = load(path, &mut prints)?;
-        for remark in &active.remarks {
-            log::warn!("{}: {remark}", path.display());
-        }
-        let doorkeeper = Doorkeeper::new().map_err(|error| ConfigError::new(error).not_yet())?;
-        let followed = Followed {
+    pub(crate) fn open(path: &Path) -> Result<Arc<Self>, ConfigError> {
+        let mut files = Files::new();
+        let settings = load(path, &mut files)?;
+        log_remarks(path, &settings);
+        Ok(Arc::new(Self {
             path: path.to_owned(),
             state: Mutex::new(State {
-                bucket: bucket(&active.settings),
-                active: Arc::new(active),
-                prints,
+                bucket: bucket(&settings),
+                settings: Arc::new(settings),
+                files,
                 broken: None,
             }),
-            looks: Arc::new(Semaphore::new(1)),
+            basic_auth: BasicAuth::new().map_err(|error| ConfigError::new(error).not_yet())?,
+            looking: Arc::new(Semaphore::new(1)),
             stuck: AtomicBool::new(false),
-        };
-        Ok(Self {
-            followed: Arc::new(followed),
-            doorkeeper,
-        })
+        }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.followed.state()
+        lock(&self.state)
     }
 
     /// The files to be readable for as long as the server runs.
-    pub(super) fn files(&self) -> Vec<PathBuf> {
-        let state = self.state();
-        state
-            .prints
-            .iter()
-            .map(|print| print.path.clone())
-            .collect()
+    pub(crate) fn files(&self) -> Vec<PathBuf> {
+        self.state().files.keys().cloned().collect()
     }
 
     /// Whether connections are TLS; does not change while running.
-    pub(super) fn is_tls(&self) -> bool {
-        self.state().active.tls.is_some()
+    pub(crate) fn is_tls(&self) -> bool {
+        self.state().settings.tls_config.is_some()
     }
 
     /// The TLS configuration of a connection that begins now.
-    pub(super) async fn tls(&self) -> Option<Arc<ServerConfig>> {
-        self.current().await.tls.clone()
+    pub(crate) async fn tls(self: &Arc<Self>) -> Option<Arc<ServerConfig>> {
+        self.current().await.tls_config.clone()
     }
 
-    /// Takes up what has changed and is good, without being waited for.
-    pub(super) fn look(&self) {
-        let followed = Arc::clone(&self.followed);
-        tokio::spawn(followed.look());
+    async fn current(self: &Arc<Self>) -> Arc<Settings> {
+        Arc::clone(self).refresh().await;
+        Arc::clone(&self.state().settings)
     }
 
-    /// What is in force after a look at the files, on a thread that may wait
-    /// for them. A few `stat` calls, so that it can be asked for every
-    /// connection and request.
-    async fn current(&self) -> Arc<Active> {
-        Arc::clone(&self.followed).look().await;
-        Arc::clone(&self.state().active)
-    }
-
-    /// Whether a request with these headers from this address is let in.
-    pub(super) async fn ask(&self, headers: &HeaderMap, client: IpAddr) -> Entry {
-        let active = self.current().await;
+    /// Whether a request with these headers from this address is allowed.
+    pub(crate) async fn access(self: &Arc<Self>, headers: &HeaderMap, client: IpAddr) -> Access {
+        let settings = self.current().await;
         if let Some(bucket) = &mut self.state().bucket
             && !bucket.allow(Instant::now())
         {
-            return Entry::TooMany;
+            return Access::RateLimited;
         }
-        if active.settings.users.is_empty() {
-            return Entry::Open;
+        if settings.users.is_empty() {
+            return Access::Allowed;
         }
-        let users = &active.settings.users;
-        match self.doorkeeper.check(headers, users, client).await {
-            Verdict::Allowed => Entry::Open,
-            Verdict::Refused => Entry::Unauthorized,
-            Verdict::Busy => Entry::Busy,
-        }
+        let users = &settings.users;
+        self.basic_auth.check(headers, users, client).await
     }
 
-    /// Puts the configured headers in place of the built-in ones; a blank
-    /// one removes it.
-    pub(super) fn decorate(&self, headers: &mut HeaderMap) {
-        for (name, value) in &self.state().active.settings.headers {
-            if value.is_empty() {
-                headers.remove(name);
-            } else {
+    /// Puts the configured headers in place of the built-in ones.
+    pub(crate) fn set_headers(&self, headers: &mut HeaderMap) {
+        for (name, value) in &self.state().settings.headers {
+            headers.remove(name);
+            if !value.is_empty() {
                 headers.insert(name, value.clone());
             }
         }
     }
-}
 
-impl Followed {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn look(self: Arc<Self>) {
-        let looks = Arc::clone(&self.looks);
-        let stuck = self.stuck.load(Ordering::Relaxed);
+    /// Takes up changed files, on a thread that may wait for them. Without a
+    /// change it costs a few `stat` calls: cheap enough for every request.
+    pub(crate) async fn refresh(self: Arc<Self>) {
         let this = Arc::clone(&self);
         let look = async move {
-            let permit = if stuck {
-                looks.try_acquire_owned().ok()
+            let looking = Arc::clone(&this.looking);
+            let permit = if this.stuck.load(Ordering::Relaxed) {
+                looking.try_acquire_owned().ok()
             } else {
-                looks.acquire_owned().await.ok()
+                looking.acquire_owned().await.ok()
             };
             let Some(permit) = permit else { return };
             let look = tokio::task::spawn_blocking(move || {
-                this.look_now();
+                this.reload_if_changed();
                 this.stuck.store(false, Ordering::Relaxed);
                 drop(permit);
             });
@@ -303,96 +228,70 @@ impl Followed {
         if tokio::time::timeout(LOOK_TIME, look).await.is_err() {
             self.stuck.store(true, Ordering::Relaxed);
             log::warn!(
-                "{}: the file or one that it names takes more than {LOOK_TIME:?} to look at; \
-                 keeping the old web configuration meanwhile",
+                "{}: no answer within {LOOK_TIME:?} from the file system of this file or of one \
+                 that it names; keeping the old web configuration meanwhile",
                 self.path.display()
             );
         }
     }
 
     /// By one thread at a time. The state is not locked while files are read.
-    fn look_now(&self) {
-        let (retry, prints, before) = {
+    fn reload_if_changed(&self) {
+        let (retry, files, before) = {
             let state = self.state();
-            let retry = state.broken.is_some_and(|since| since.elapsed() >= RETRY);
-            (retry, state.prints.clone(), Arc::clone(&state.active))
+            let retry = state.broken.is_some_and(|at| at.elapsed() >= RETRY);
+            (retry, state.files.clone(), Arc::clone(&state.settings))
         };
-        if retry || !prints.iter().all(Print::is_current) {
+        let changed = |(path, before): (&PathBuf, &_)| identity(path) != *before;
+        if retry || files.iter().any(changed) {
             self.reload(&before);
         }
     }
 
-    fn reload(&self, before: &Arc<Active>) {
-        let mut prints = Vec::new();
-        let loaded = load(&self.path, &mut prints).and_then(|active| {
-            if active.settings.is_blank && !before.settings.is_blank {
-                // Emptied to be written anew, or for want of space: nobody's
-                // wish to open the door. `{}` is.
-                return Err(ConfigError::new(format!(
-                    "{}: the file is empty; write {{}} for no settings",
-                    self.path.display()
-                )));
+    fn reload(&self, before: &Settings) {
+        let path = self.path.display();
+        let mut files = Files::new();
+        let loaded = load(&self.path, &mut files).and_then(|settings| {
+            let refuse = |why| Err(ConfigError::at(&path, why));
+            if settings.is_blank && !before.is_blank {
+                // The file may be empty because it is being written, or
+                // because the disk is full: no reason to drop the passwords.
+                return refuse("the file is empty; write {} for no settings");
             }
-            if active.tls.is_some() != before.tls.is_some() {
-                return Err(ConfigError::new(format!(
-                    "{}: TLS cannot be switched on or off while running; restart connmon",
-                    self.path.display()
-                )));
+            if settings.tls_config.is_some() != before.tls_config.is_some() {
+                return refuse("TLS cannot be switched on or off while running; restart connmon");
             }
-            Ok(active)
+            Ok(settings)
         });
+        let mut renewed = before.clone();
+        if loaded.is_err() {
+            // Certificates are renewed whatever happens to the file that names
+            // them; if they do not fit, the old ones stay.
+            files.extend(identities(&renewed));
+            let _ = renewed.load(&mut Vec::new());
+        }
+        let mut state = self.state();
+        state.files = files;
         match loaded {
-            Ok(active) => {
-                for remark in &active.remarks {
-                    log::warn!("{}: {remark}", self.path.display());
+            Ok(settings) => {
+                log_remarks(&self.path, &settings);
+                log::info!("{path}: changed web configuration in force");
+                if state.bucket.as_ref().map(|bucket| bucket.rate) != settings.rate {
+                    state.bucket = bucket(&settings);
                 }
-                log::info!(
-                    "{}: changed web configuration in force",
-                    self.path.display()
-                );
-                let mut state = self.state();
-                let rate = state.bucket.as_ref().map(Bucket::rate);
-                if rate != active.settings.rate {
-                    state.bucket = bucket(&active.settings);
-                }
-                state.active = Arc::new(active);
+                state.settings = Arc::new(settings);
                 state.broken = None;
-                state.prints = prints;
             }
             Err(error) => {
-                let renewed = renew(before, &mut prints);
-                let mut state = self.state();
                 if state.broken.replace(Instant::now()).is_some() {
                     log::debug!("{error}; still keeping the old web configuration");
                 } else {
                     log::error!("{error}; keeping the old web configuration");
                 }
-                if let Some(active) = renewed {
-                    state.active = Arc::new(active);
-                }
-                state.prints = prints;
+                state.settings = Arc::new(renewed);
             }
         }
     }
-}
-
-/// Reads again the certificates and keys of settings that stay in force: they
-/// are renewed whatever happens to the file that names them.
-fn renew(active: &Active, prints: &mut Vec<Print>) -> Option<Active> {
-    let tls = active.settings.tls.as_ref()?;
-    prints.extend(tls.files().map(Print::of));
-    // What does not fit is not in force either way.
-    let (config, remarks) = tls.load(active.settings.http2).ok()?;
-    Some(Active {
-        settings: active.settings.clone(),
-        tls: Some(config),
-        remarks,
-    })
-}
-
-fn bucket(settings: &Settings) -> Option<Bucket> {
-    let rate = settings.rate?;
-    Some(Bucket::new(rate, Instant::now()))
 }
 
 #[cfg(test)]
@@ -405,14 +304,15 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("web.yml");
         std::fs::write(&path, "{}").unwrap();
-        let gate = Gate::open(&path).unwrap();
-        let look = Arc::clone(&gate.followed.looks).acquire_owned().await;
+        let config = WebConfig::open(&path).unwrap();
+        let look = Arc::clone(&config.looking).acquire_owned().await;
         let ask = async || {
             let asked = tokio::time::Instant::now();
             assert_eq!(
-                gate.ask(&HeaderMap::new(), std::net::Ipv4Addr::LOCALHOST.into())
+                config
+                    .access(&HeaderMap::new(), std::net::Ipv4Addr::LOCALHOST.into())
                     .await,
-                Entry::Open
+                Access::Allowed
             );
             asked.elapsed()
         };
@@ -423,6 +323,6 @@ mod tests {
         tokio::time::resume();
         std::fs::write(&path, "basic_auth_users: {amy: $2b$04$}").unwrap();
         ask().await;
-        assert!(gate.state().broken.is_some());
+        assert!(config.state().broken.is_some());
     }
 }

@@ -1,13 +1,18 @@
-//! The token bucket of `rate_limit`, as Go's `rate.Limiter` keeps it.
+//! `rate_limit`: a token bucket, as in Go's `rate.Limiter`.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::settings::Rate;
+/// The section: one token comes in every `interval`, the bucket holds `burst`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rate {
+    pub(super) interval: Duration,
+    pub(super) burst: u64,
+}
 
-/// Starts full; one token comes back every interval. Time is a parameter.
+/// Starts full. Time is a parameter.
 #[derive(Debug)]
 pub(super) struct Bucket {
-    rate: Rate,
+    pub(super) rate: Rate,
     tokens: f64,
     at: Instant,
 }
@@ -21,28 +26,22 @@ impl Bucket {
         }
     }
 
-    pub(super) fn rate(&self) -> Rate {
-        self.rate
-    }
-
     /// Takes a token, if there is one.
     pub(super) fn allow(&mut self, now: Instant) -> bool {
         let passed = now.saturating_duration_since(self.at);
         self.at = self.at.max(now);
         let earned = passed.as_secs_f64() / self.rate.interval.as_secs_f64();
         self.tokens = (self.tokens + earned).min(self.rate.burst as f64);
-        if self.tokens < 1.0 {
-            return false;
+        let allowed = self.tokens >= 1.0;
+        if allowed {
+            self.tokens -= 1.0;
         }
-        self.tokens -= 1.0;
-        true
+        allowed
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

@@ -14,18 +14,18 @@ use connmon_core::report::{DatabaseInfo, Report, Reporter, Source, Status, Unava
 use connmon_http::address::{self, ListenAddress};
 use connmon_http::{Asset, Content, Limits, Options, Server};
 
-/// What the reporter says next.
+/// What the reporter answers next.
 #[derive(Clone, Debug)]
-pub enum Says {
+pub enum FakeState {
     Ready,
     WaitingFor(&'static str),
     Unavailable(Unavailable),
     Never,
 }
 
-/// A reporter that counts its reports; each is told apart by `folded`.
+/// A reporter that counts its reports; `folded` is the number of each.
 pub struct FakeReporter {
-    pub says: Mutex<Says>,
+    pub state: Mutex<FakeState>,
     pub delay: Mutex<Duration>,
     pub reports: AtomicU64,
 }
@@ -35,17 +35,17 @@ impl Reporter for FakeReporter {
         &self,
     ) -> Pin<Box<dyn Future<Output = Result<Arc<Report>, Unavailable>> + Send + '_>> {
         let number = self.reports.fetch_add(1, Ordering::SeqCst) + 1;
-        let (says, delay) = (
-            self.says.lock().unwrap().clone(),
+        let (state, delay) = (
+            self.state.lock().unwrap().clone(),
             *self.delay.lock().unwrap(),
         );
         Box::pin(async move {
             tokio::time::sleep(delay).await;
-            match says {
-                Says::Ready => Ok(Arc::new(report(number, None))),
-                Says::WaitingFor(what) => Ok(Arc::new(report(number, Some(what)))),
-                Says::Unavailable(why) => Err(why),
-                Says::Never => std::future::pending().await,
+            match state {
+                FakeState::Ready => Ok(Arc::new(report(number, None))),
+                FakeState::WaitingFor(what) => Ok(Arc::new(report(number, Some(what)))),
+                FakeState::Unavailable(why) => Err(why),
+                FakeState::Never => std::future::pending().await,
             }
         })
     }
@@ -131,10 +131,10 @@ pub struct FakeContent {
 impl Content for FakeContent {
     fn metrics(&mut self, report: &Report) -> Bytes {
         self.renders.fetch_add(1, Ordering::SeqCst);
-        assert!(self.padding < usize::MAX, "told to panic");
+        assert!(self.padding < usize::MAX, "asked to panic");
         let mut text = String::with_capacity(self.padding + 64);
         while text.len() < self.padding {
-            text.push_str("# nothing but text that takes room on the wire\n");
+            text.push_str("# nothing but text that takes space on the wire\n");
         }
         text.push_str(&format!("report {}\n", report.snapshot.folded));
         text.into()
@@ -175,7 +175,7 @@ pub struct Start {
     pub max_requests: usize,
     pub limits: Limits,
     pub padding: usize,
-    pub says: Says,
+    pub state: FakeState,
     pub delay: Duration,
     pub web_config: Option<std::path::PathBuf>,
 }
@@ -187,7 +187,7 @@ impl Default for Start {
             max_requests: 40,
             limits: Limits::default(),
             padding: 2000,
-            says: Says::Ready,
+            state: FakeState::Ready,
             delay: Duration::ZERO,
             web_config: None,
         }
@@ -219,7 +219,7 @@ impl Start {
             .with_limits(self.limits);
         let addresses = server.addresses();
         let reporter = Arc::new(FakeReporter {
-            says: Mutex::new(self.says),
+            state: Mutex::new(self.state),
             delay: Mutex::new(self.delay),
             reports: AtomicU64::new(0),
         });
