@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use connmon_core::geo::Database;
 use connmon_host::is_resource_exhausted;
 use connmon_http::read_file::read_file;
+use connmon_http::{ConfigError, is_state_of_host};
 
 /// Largest file that is read, bytes: several times the country and ASN
 /// databases that there are. While one is reloaded two are in memory, and the
@@ -173,16 +174,11 @@ impl Identity {
 pub struct DatabaseError {
     text: String,
     exhausted: bool,
+    /// With which the kernel refused to open or read the file.
     os_error: Option<i32>,
 }
 
 impl DatabaseError {
-    /// The error number with which the kernel refused to open or read the
-    /// file; `None` when it was read.
-    pub fn os_error(&self) -> Option<i32> {
-        self.os_error
-    }
-
     /// Whether the agent ran out of descriptors or memory, which says nothing
     /// about the file.
     pub fn is_resource_exhausted(&self) -> bool {
@@ -197,3 +193,9 @@ impl fmt::Display for DatabaseError {
 }
 
 impl std::error::Error for DatabaseError {}
+
+impl From<DatabaseError> for ConfigError {
+    fn from(error: DatabaseError) -> Self {
+        Self::new(&error.text).not_yet_if(is_state_of_host(error.os_error))
+    }
+}

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::CommandFactory;
-use connmon::config::settings::{Kind, SETTINGS};
+use connmon::config::{key, settings};
 use connmon::expose::families::FAMILIES;
 
 fn root() -> PathBuf {
@@ -114,18 +114,16 @@ fn every_flag_in_the_readme_exists() {
 #[test]
 fn every_setting_and_its_default_is_in_the_readme() {
     let readme = readme();
-    for setting in SETTINGS {
-        let flag = format!("--{}", setting.key);
+    for setting in settings() {
+        let flag = format!("--{}", key(&setting));
         let row = readme
             .lines()
             .find(|line| line.starts_with("| `--") && line.contains(&flag))
             .unwrap_or_else(|| panic!("{flag} is not in the README's table"));
-        if setting.kind != Kind::Switch && !setting.default.is_empty() {
-            assert!(
-                row.contains(setting.default),
-                "{flag}: default {}: {row}",
-                setting.default
-            );
+        let shown = !setting.is_hide_default_value_set();
+        for default in setting.get_default_values().iter().filter(|_| shown) {
+            let default = default.to_str().unwrap();
+            assert!(row.contains(default), "{flag}: default {default}: {row}");
         }
     }
 }

@@ -20,8 +20,8 @@ use super::time::Clock;
 ///
 /// # Errors
 /// When connections cannot be read or the output cannot be written.
-pub fn run(config: Config, args: ListArgs) -> anyhow::Result<()> {
-    let mut reader = Reader::new(&config)?;
+pub fn run(config: &Config, args: &ListArgs) -> anyhow::Result<()> {
+    let mut reader = Reader::new(config)?;
     let tables = reader.read()?;
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     match args.by {

@@ -16,19 +16,10 @@ mod time;
 pub mod top;
 pub mod trace;
 
-use connmon_core::fold::RemoteFilter;
 use connmon_host::kernel::TracerOptions;
 use connmon_host::reconcile::netns::Roots;
 
 use crate::config::Config;
-
-/// The remote filter of a configuration.
-fn remote_filter(config: &Config) -> RemoteFilter {
-    RemoteFilter {
-        exclude_loopback: config.exclude_loopback,
-        exclude: config.exclude.clone(),
-    }
-}
 
 /// How the tools trace: as the agent would, with every owner.
 ///

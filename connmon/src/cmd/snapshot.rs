@@ -100,7 +100,7 @@ impl Reader {
             walker,
             messages,
             roots: Roots::default(),
-            filter: Filter::new(&super::remote_filter(config)),
+            filter: Filter::new(&config.remote_filter()),
             locator: Locator::new(database.into()),
         })
     }

@@ -11,7 +11,6 @@ use connmon_core::geo::Locator;
 use connmon_core::text::process_name;
 use connmon_host::kernel::{Tracer, monotonic_ns};
 
-use crate::cli::TopArgs;
 use crate::config::{Config, SourceChoice};
 
 use super::columns::{self, Column, left, right};
@@ -114,14 +113,14 @@ fn keys(country: &str, port: Option<u16>, direction: Direction, process: &[u8; 1
 ///
 /// # Errors
 /// Without a terminal, or when connections cannot be read.
-pub fn run(config: Config, _args: TopArgs, plain: bool) -> anyhow::Result<()> {
+pub fn run(config: &Config, plain: bool) -> anyhow::Result<()> {
     anyhow::ensure!(
         std::io::stdout().is_terminal(),
         "top needs a terminal; `connmon list --by country` prints one snapshot"
     );
     let stop = super::stop::on_signals()?;
     let keyboard = Keyboard::open().context("cannot read the keyboard")?;
-    let mut top = Top::new(&config)?;
+    let mut top = Top::new(config)?;
     let mut screen = Screen::enter(plain)?;
     let mut view = View::Country;
     let mut size = terminal::size();
@@ -230,7 +229,7 @@ impl Top {
         let reader = Reader::new(config)?;
         Ok(Self {
             locator: Locator::new(reader.database()),
-            filter: Filter::new(&super::remote_filter(config)),
+            filter: Filter::new(&config.remote_filter()),
             readings: Readings::start(reader)?,
             tracer,
             source,

@@ -36,14 +36,14 @@ const LAST_DRAIN: Duration = Duration::from_secs(1);
 /// # Errors
 /// When events cannot be traced or the output cannot be written; a
 /// [`ConfigError`](crate::config::ConfigError) with `--source proc`.
-pub fn run(config: Config, args: TraceArgs) -> anyhow::Result<()> {
+pub fn run(config: &Config, args: &TraceArgs) -> anyhow::Result<()> {
     if config.source == SourceChoice::Proc {
         let problem = "bad value \"proc\": trace needs eBPF; leave it out, or use `connmon list`";
         return Err(config.refused("source", problem).into());
     }
     let stop = super::stop::on_signals()?;
-    let mut tracer = Tracer::attach(&super::tracer_options(&config)?).context("cannot trace")?;
-    let mut reader = Reader::new(&config)?;
+    let mut tracer = Tracer::attach(&super::tracer_options(config)?).context("cannot trace")?;
+    let mut reader = Reader::new(config)?;
     let mut follower = Follower::default();
     // What exists already: so that its close has a direction and an owner.
     let tables = reader.read()?;
@@ -52,7 +52,7 @@ pub fn run(config: Config, args: TraceArgs) -> anyhow::Result<()> {
         follower.seed(live.netns, &live.row, live.direction);
     }
     let mut printer = Printer {
-        args: &args,
+        args,
         out: std::io::BufWriter::new(std::io::stdout().lock()),
         containers: Containers::default(),
         printed: 0,
