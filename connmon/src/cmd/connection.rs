@@ -1,62 +1,177 @@
 //! One line about one connection: what `trace` and `list` print, as an
 //! aligned table or as JSON, from the same struct.
 
+use std::io::Write;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use connmon_common::state;
-use connmon_core::event::Tuple;
-use connmon_core::fold::Direction;
+use connmon_core::event::{Cookie, NetnsId, Owner, Socket, Traffic, Tuple};
+use connmon_core::fold::{Direction, PortLabel};
+use connmon_core::geo::Country;
 use connmon_core::text::{comm_bytes, process_name};
+use jiff::{Timestamp, tz::TimeZone};
 use serde::Serialize;
 
 use super::columns::{self, Column, left};
+use super::containers::Containers;
+use super::follow::{Happening, Occurrence};
+use crate::cli::Output;
+
+/// A connection and its owner.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Connection {
+    /// Socket cookie, or 0.
+    pub cookie: Cookie,
+    /// Namespace inode, or 0.
+    pub netns: NetnsId,
+    /// Endpoints.
+    pub tuple: Tuple,
+    /// Direction, as far as it is known.
+    pub direction: Direction,
+    /// Owner; pid 0 when unknown.
+    pub owner: Owner,
+}
+
+impl Connection {
+    /// That of a socket.
+    pub fn new(socket: Socket, tuple: Tuple, direction: Direction, owner: Owner) -> Self {
+        Self {
+            cookie: socket.cookie,
+            netns: socket.netns,
+            tuple,
+            direction,
+            owner,
+        }
+    }
+
+    /// The service port, where the direction shows which end that is.
+    pub fn service_port(&self) -> Option<u16> {
+        match self.direction {
+            Direction::Inbound => Some(self.tuple.local_port),
+            Direction::Outbound => Some(self.tuple.remote_port),
+            Direction::Unknown => None,
+        }
+    }
+
+    /// The service port as groups name it.
+    pub fn port_name(&self) -> String {
+        let port = self.service_port();
+        port.map_or(PortLabel::Other, PortLabel::Port).to_string()
+    }
+
+    /// The process as groups name it.
+    pub fn process_name(&self) -> String {
+        process_name(&self.owner.comm).unwrap_or_else(|| "unknown".to_owned())
+    }
+
+    /// Payload bytes received and sent.
+    pub fn bytes(&self, traffic: Traffic) -> (u64, u64) {
+        let sent = traffic.sent_payload(self.direction == Direction::Outbound);
+        (traffic.received_bytes, sent)
+    }
+}
+
+/// Prints connections, one a line.
+pub struct Printer<W> {
+    out: W,
+    output: Output,
+    containers: Containers,
+}
+
+impl<W: Write> Printer<W> {
+    /// Prints the heading of a table at once.
+    pub fn new(mut out: W, output: Output) -> std::io::Result<Self> {
+        if output == Output::Table {
+            writeln!(out, "{}", columns::heading(&COLUMNS))?;
+            out.flush()?;
+        }
+        let containers = Containers::default();
+        Ok(Self {
+            out,
+            output,
+            containers,
+        })
+    }
+
+    /// Prints one line about what happened at `at`.
+    pub fn print(
+        &mut self,
+        at: Timestamp,
+        occurrence: &Occurrence,
+        country: Country,
+    ) -> std::io::Result<()> {
+        let container = self.containers.of(&occurrence.connection.owner);
+        let record = ConnectionRecord::new(at, occurrence, country, container);
+        match self.output {
+            Output::Table => {
+                let local = at.to_zoned(TimeZone::system());
+                let clock = local.strftime("%H:%M:%S%.3f").to_string();
+                writeln!(self.out, "{}", record.line(&clock))
+            }
+            Output::Json => super::print_json(&mut self.out, &record),
+        }
+    }
+
+    /// Passes on what was printed.
+    pub fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// The moment of a kernel timestamp, given `now_ns` of the same clock.
+pub fn wall_clock(at_ns: u64, now_ns: u64) -> Timestamp {
+    let now = Timestamp::now();
+    let ago = Duration::from_nanos(now_ns.saturating_sub(at_ns));
+    now.checked_sub(ago).unwrap_or(now)
+}
 
 /// One connection event, or one connection of a snapshot. Fields that do not
 /// apply are absent from the JSON and `-` in the table.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct ConnectionRecord {
+struct ConnectionRecord {
     /// RFC 3339, UTC, milliseconds.
-    pub time: String,
+    time: String,
     /// `open`, `close`, `fail`; `live` in a snapshot.
-    pub event: &'static str,
+    event: &'static str,
     /// `inbound`, `outbound` or `unknown`.
-    pub direction: &'static str,
+    direction: &'static str,
     /// Process name, made printable.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub process: Option<String>,
+    process: Option<String>,
     /// Process id in the initial pid namespace.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub pid: Option<u32>,
+    pid: Option<u32>,
     /// Container id from the process's cgroup, first 12 digits.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub container: Option<String>,
+    container: Option<String>,
     /// Network namespace inode.
-    pub netns: u32,
+    netns: u32,
     /// Local endpoint.
-    pub local: SocketAddr,
+    local: SocketAddr,
     /// Remote endpoint.
-    pub remote: SocketAddr,
+    remote: SocketAddr,
     /// The `country` label value.
-    pub country: &'static str,
+    country: &'static str,
     /// Service port: inbound the local one, outbound the remote one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub port: Option<u16>,
+    port: Option<u16>,
     /// TCP state, in a snapshot.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub state: Option<&'static str>,
+    state: Option<&'static str>,
     /// Seconds: of the connection for `close`, of the attempt for `fail`, of
     /// the handshake for an outbound `open`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub duration_seconds: Option<f64>,
+    duration_seconds: Option<f64>,
     /// Payload bytes received.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub received_bytes: Option<u64>,
+    received_bytes: Option<u64>,
     /// Payload bytes sent.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub sent_bytes: Option<u64>,
+    sent_bytes: Option<u64>,
     /// Why an attempt failed.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<&'static str>,
+    reason: Option<&'static str>,
 }
 
 const COLUMNS: [Column; 13] = [
@@ -75,14 +190,50 @@ const COLUMNS: [Column; 13] = [
     left("REASON", 0),
 ];
 
-/// The heading of the table.
-pub fn heading() -> String {
-    columns::heading(&COLUMNS)
-}
-
 impl ConnectionRecord {
+    fn new(
+        at: Timestamp,
+        occurrence: &Occurrence,
+        country: Country,
+        container: Option<String>,
+    ) -> Self {
+        let Occurrence {
+            happening,
+            connection,
+            duration_ns,
+            traffic,
+            ..
+        } = occurrence;
+        let (event, state, reason) = match happening {
+            Happening::Live(number) => ("live", Some(state_name(*number)), None),
+            Happening::Open => ("open", None, None),
+            Happening::Close => ("close", None, None),
+            Happening::Fail(reason) => ("fail", None, Some(reason.label())),
+        };
+        let bytes = traffic.map(|traffic| connection.bytes(traffic));
+        let owner = &connection.owner;
+        Self {
+            time: format!("{at:.3}"),
+            event,
+            direction: connection.direction.label(),
+            process: process_name(&owner.comm),
+            pid: (owner.pid != 0).then_some(owner.pid),
+            container,
+            netns: connection.netns,
+            local: connection.tuple.local_endpoint(),
+            remote: connection.tuple.remote_endpoint(),
+            country: country.code(),
+            port: connection.service_port(),
+            state,
+            duration_seconds: duration_ns.map(|ns| ns as f64 / 1e9),
+            received_bytes: bytes.map(|(received, _)| received),
+            sent_bytes: bytes.map(|(_, sent)| sent),
+            reason,
+        }
+    }
+
     /// One aligned line, no line feed. `clock` is the local time of day.
-    pub fn line(&self, clock: &str) -> String {
+    fn line(&self, clock: &str) -> String {
         let last = self.reason.or(self.state).map(str::to_owned);
         let cells: [String; COLUMNS.len()] = [
             clock.to_owned(),
@@ -103,18 +254,8 @@ impl ConnectionRecord {
     }
 }
 
-/// The service port of a connection, where its direction tells which end
-/// that is.
-pub fn service_port(direction: Direction, tuple: &Tuple) -> Option<u16> {
-    match direction {
-        Direction::Inbound => Some(tuple.local_port),
-        Direction::Outbound => Some(tuple.remote_port),
-        Direction::Unknown => None,
-    }
-}
-
 /// A TCP state as `ss` names it.
-pub fn state_name(number: u8) -> &'static str {
+fn state_name(number: u8) -> &'static str {
     match number {
         state::ESTABLISHED => "established",
         state::SYN_SENT => "syn-sent",
@@ -142,7 +283,7 @@ pub fn is_named(comm: &[u8; 16], asked: &str) -> bool {
 const NAME_BYTES: usize = 15;
 
 /// Seconds with the unit that keeps three digits.
-pub fn seconds(value: f64) -> String {
+fn seconds(value: f64) -> String {
     if value < 0.001 {
         format!("{:.0}us", value * 1e6)
     } else if value < 1.0 {
@@ -173,7 +314,8 @@ pub fn bytes(value: u64) -> String {
     format!("{scaled:.1}{unit}")
 }
 
-fn or_dash(value: Option<String>) -> String {
+/// The cell of what may be unknown or not apply.
+pub fn or_dash(value: Option<String>) -> String {
     value.unwrap_or_else(|| "-".to_owned())
 }
 
@@ -241,7 +383,7 @@ mod tests {
             sent_bytes: None,
             reason: Some("refused"),
         };
-        let heading = heading();
+        let heading = columns::heading(&COLUMNS);
         let line = record.line("00:00:00.000");
         assert_eq!(heading.find("REMOTE"), line.find("10.0.0.2:80"));
         assert_eq!(heading.find("REASON"), line.find("refused"));

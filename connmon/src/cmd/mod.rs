@@ -12,14 +12,22 @@ mod samples;
 mod snapshot;
 mod stop;
 mod terminal;
-mod time;
 pub mod top;
 pub mod trace;
 
+use std::io::Write;
+
 use connmon_host::kernel::TracerOptions;
 use connmon_host::reconcile::netns::Roots;
+use serde::Serialize;
 
 use crate::config::Config;
+
+/// Prints a value as one line of JSON.
+fn print_json(out: &mut impl Write, value: &impl Serialize) -> std::io::Result<()> {
+    serde_json::to_writer(&mut *out, value)?;
+    writeln!(out)
+}
 
 /// How the tools trace: as the agent would, with every owner.
 ///

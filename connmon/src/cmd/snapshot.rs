@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use connmon_common::state;
-use connmon_core::event::{NetnsId, Owner};
+use connmon_core::event::{NetnsId, Owner, Traffic};
 use connmon_core::fold::country_of;
 use connmon_core::fold::{self, Direction, Filter};
 use connmon_core::geo::{Country, Database, Locator};
@@ -17,18 +17,21 @@ use connmon_host::reconcile::netns::Roots;
 use connmon_host::reconcile::{Walker, WalkerOptions, owners};
 use connmon_host::sandbox::Plan;
 
+use super::connection::Connection;
 use crate::config::Config;
 use crate::database;
 
 /// One connection of the kernel's tables.
 #[derive(Clone, Debug)]
 pub struct Live {
-    /// Namespace inode.
-    pub netns: NetnsId,
-    /// The row, its owner filled in.
-    pub row: Row,
-    /// As far as the tables tell.
-    pub direction: Direction,
+    /// Endpoints, direction and owner.
+    pub connection: Connection,
+    /// TCP state.
+    pub state: u8,
+    /// Inode of the socket, or 0.
+    inode: u32,
+    /// What it moved, where the kernel reports it.
+    pub traffic: Option<Traffic>,
     /// Country of the remote.
     pub country: Country,
 }
@@ -55,11 +58,11 @@ pub struct Tables {
     pub listening: Vec<Listening>,
     /// Connections that the filters hide.
     pub hidden: usize,
-    /// What could not be read, in words.
-    pub gap: Option<String>,
+    /// Why some namespaces could not be read.
+    pub unread: Option<String>,
 }
 
-/// Reads the tables of the watched namespaces again and again.
+/// Reads the tables of the watched namespaces.
 pub struct Reader {
     walker: Walker,
     messages: connmon_host::reconcile::WalkMessages,
@@ -156,7 +159,7 @@ impl Reader {
                 WalkMessage::NamespaceEnd { .. } => namespace.finish(&mut tables),
                 WalkMessage::End(summary) => {
                     if summary.unaudited > 0 {
-                        tables.gap = summary.reason;
+                        tables.unread = summary.reason;
                     }
                     break;
                 }
@@ -182,9 +185,16 @@ impl Reader {
                 state::SYN_SENT | state::SYN_RECV => {}
                 _ if self.filter.hides(&row.tuple).is_some() => tables.hidden += 1,
                 _ => namespace.connections.push(Live {
-                    netns: namespace.netns,
-                    row: *row,
-                    direction: Direction::Unknown,
+                    connection: Connection {
+                        cookie: row.cookie,
+                        netns: namespace.netns,
+                        tuple: row.tuple,
+                        direction: Direction::Unknown,
+                        owner: row.owner,
+                    },
+                    state: row.state,
+                    inode: row.inode,
+                    traffic: row.traffic,
                     country: country_of(&row.tuple, &mut self.locator),
                 }),
             }
@@ -192,16 +202,12 @@ impl Reader {
     }
 
     fn owners(&self, tables: &mut Tables) {
-        let wanted: HashSet<u32> = tables
-            .connections
-            .iter()
-            .map(|live| live.row.inode)
-            .filter(|&inode| inode != 0)
-            .collect();
+        let inodes = tables.connections.iter().map(|live| live.inode);
+        let wanted: HashSet<u32> = inodes.filter(|&inode| inode != 0).collect();
         let found = owners::find(&self.roots, &wanted);
         for live in &mut tables.connections {
-            if let Some(owner) = found.get(&live.row.inode) {
-                live.row.owner = *owner;
+            if let Some(owner) = found.get(&live.inode) {
+                live.connection.owner = *owner;
             }
         }
     }
@@ -220,7 +226,9 @@ impl Namespace {
     /// Directions need the whole namespace: a listener may come last.
     fn finish(&mut self, tables: &mut Tables) {
         for mut live in self.connections.drain(..) {
-            live.direction = self.listening.direction(&live.row.tuple, self.ephemeral);
+            live.connection.direction = self
+                .listening
+                .direction(&live.connection.tuple, self.ephemeral);
             tables.connections.push(live);
         }
     }
