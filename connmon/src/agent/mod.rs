@@ -80,7 +80,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         plan.also_readable(file);
     }
     let plan = Arc::new(plan);
-    logging::close_in({
+    logging::enter_sandbox({
         let plan = Arc::clone(&plan);
         // With --sandbox strict what is missing here ends the others, which
         // are to have the same and more.
