@@ -74,8 +74,8 @@ fn run(cli: Cli, loaded: Loaded, is_dumb: bool) -> anyhow::Result<ExitCode> {
         let mut remarks = config::check(&loaded)?;
         let warned = unknown
             .iter()
-            .filter(|unknown| unknown.level == log::Level::Warn);
-        remarks.extend(warned.map(|unknown| unknown.message.clone()));
+            .filter(|(level, _)| *level == log::Level::Warn);
+        remarks.extend(warned.map(|(_, message)| message.clone()));
         for remark in remarks {
             let _ = writeln!(std::io::stderr(), "connmon: {}", text::printable(remark));
         }
@@ -83,8 +83,8 @@ fn run(cli: Cli, loaded: Loaded, is_dumb: bool) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     logging::init(loaded.config.log_level, loaded.config.log_format);
-    for variable in unknown {
-        log::log!(variable.level, "{}", variable.message);
+    for (level, message) in unknown {
+        log::log!(*level, "{message}");
     }
     let config = loaded.config;
     let done = |()| ExitCode::SUCCESS;

@@ -7,7 +7,7 @@ mod normalize;
 pub use args::{By, CheckArgs, EventKind, ListArgs, Output, TraceArgs};
 pub use normalize::normalize;
 
-use clap::parser::ValueSource;
+use clap::builder::Resettable;
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, value_parser};
 
 use crate::config;
@@ -62,7 +62,7 @@ pub enum Command {
 
 impl Cli {
     /// All settings typed, in order; a command's own beat those before it.
-    pub fn typed(&self) -> Vec<(String, String)> {
+    pub fn typed(&self) -> Vec<(&'static str, String)> {
         let own = match &self.command {
             None => &[][..],
             Some(Command::Run { flags }) => &flags.0,
@@ -93,7 +93,7 @@ const TOOL_SETTINGS: [&str; 11] = [
 /// Settings as typed, key and text: those in [`TOOL_SETTINGS`], or all.
 /// [`crate::config`] validates them.
 #[derive(Clone, Debug, Default)]
-pub struct Typed<const TOOL: bool>(Vec<(String, String)>);
+pub struct Typed<const TOOL: bool>(Vec<(&'static str, String)>);
 
 /// Every setting of the agent.
 pub type AgentFlags = Typed<false>;
@@ -102,23 +102,22 @@ pub type AgentFlags = Typed<false>;
 pub type ToolFlags = Typed<true>;
 
 impl<const TOOL: bool> Typed<TOOL> {
-    fn settings() -> impl Iterator<Item = Arg> {
-        let settings = config::settings().into_iter();
+    fn settings() -> impl Iterator<Item = &'static Arg> {
+        let settings = config::settings().iter();
         settings.filter(|setting| !TOOL || TOOL_SETTINGS.contains(&config::key(setting)))
     }
 }
 
 impl<const TOOL: bool> FromArgMatches for Typed<TOOL> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let mut typed = Vec::new();
-        for setting in Self::settings() {
-            let id = setting.get_id().as_str();
-            if matches.value_source(id) == Some(ValueSource::CommandLine) {
-                let texts = matches.get_many::<String>(id).unwrap_or_default();
-                typed.extend(texts.map(|text| (config::key(&setting).to_owned(), text.clone())));
-            }
-        }
-        Ok(Self(typed))
+        let texts = |setting: &'static Arg| {
+            let texts = matches.get_many::<String>(setting.get_id().as_str());
+            let key = config::key(setting);
+            texts
+                .unwrap_or_default()
+                .map(move |text| (key, text.clone()))
+        };
+        Ok(Self(Self::settings().flat_map(texts).collect()))
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -130,22 +129,21 @@ impl<const TOOL: bool> FromArgMatches for Typed<TOOL> {
 impl<const TOOL: bool> Args for Typed<TOOL> {
     fn augment_args(command: clap::Command) -> clap::Command {
         command.args(Self::settings().map(|setting| {
-            let default = setting
-                .get_default_values()
-                .first()
-                .and_then(|text| text.to_str());
-            let shown = default.filter(|_| !setting.is_hide_default_value_set());
-            // Behind the help text; clap would give it a paragraph.
-            let help = shown
-                .zip(setting.get_help())
-                .map(|(default, help)| format!("{help} [default: {default}]"));
-            let setting = setting
-                .value_parser(value_parser!(String))
-                .hide_default_value(true);
-            match help {
-                Some(help) => setting.help(help),
-                None => setting,
+            let default = setting.get_default_values().first();
+            let default = default.filter(|_| !setting.is_hide_default_value_set());
+            let mut help = setting
+                .get_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            if let Some(default) = default {
+                // Behind the help text; clap would give it a paragraph.
+                help += &format!(" [default: {}]", default.display());
             }
+            let typed = setting
+                .clone()
+                .value_parser(value_parser!(String))
+                .help(help);
+            typed.default_value(Resettable::Reset)
         }))
     }
 
@@ -188,7 +186,7 @@ mod tests {
                 ("ebpf.stats", "true"),
                 ("config.check", "false"),
             ] {
-                let pair = (pair.0.to_owned(), pair.1.to_owned());
+                let pair = (pair.0, pair.1.to_owned());
                 assert!(typed.contains(&pair), "{line}: {typed:?}");
             }
         }

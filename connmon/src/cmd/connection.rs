@@ -2,7 +2,6 @@
 //! aligned table or as JSON, from the same struct.
 
 use std::io::Write;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use connmon_common::state;
@@ -11,7 +10,8 @@ use connmon_core::fold::{Direction, PortLabel};
 use connmon_core::geo::Country;
 use connmon_core::text::{comm_bytes, process_name};
 use jiff::{Timestamp, tz::TimeZone};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
+use serde_json::Value;
 
 use super::columns::{self, Column, left};
 use super::containers::Containers;
@@ -102,14 +102,15 @@ impl<W: Write> Printer<W> {
         country: Country,
     ) -> std::io::Result<()> {
         let container = self.containers.of(&occurrence.connection.owner);
-        let record = ConnectionRecord::new(at, occurrence, country, container);
         match self.output {
             Output::Table => {
-                let local = at.to_zoned(TimeZone::system());
-                let clock = local.strftime("%H:%M:%S%.3f").to_string();
-                writeln!(self.out, "{}", record.line(&clock))
+                let cells = cells(at, occurrence, country, container);
+                writeln!(self.out, "{}", columns::row(&COLUMNS, cells))
             }
-            Output::Json => super::print_json(&mut self.out, &record),
+            Output::Json => {
+                let fields = fields(at, occurrence, country, container);
+                super::print_json(&mut self.out, &Fields(&fields))
+            }
         }
     }
 
@@ -124,54 +125,6 @@ pub fn wall_clock(at_ns: u64, now_ns: u64) -> Timestamp {
     let now = Timestamp::now();
     let ago = Duration::from_nanos(now_ns.saturating_sub(at_ns));
     now.checked_sub(ago).unwrap_or(now)
-}
-
-/// One connection event, or one connection of a snapshot. Fields that do not
-/// apply are absent from the JSON and `-` in the table.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-struct ConnectionRecord {
-    /// RFC 3339, UTC, milliseconds.
-    time: String,
-    /// `open`, `close`, `fail`; `live` in a snapshot.
-    event: &'static str,
-    /// `inbound`, `outbound` or `unknown`.
-    direction: &'static str,
-    /// Process name, made printable.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    process: Option<String>,
-    /// Process id in the initial pid namespace.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pid: Option<u32>,
-    /// Container id from the process's cgroup, first 12 digits.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    container: Option<String>,
-    /// Network namespace inode.
-    netns: u32,
-    /// Local endpoint.
-    local: SocketAddr,
-    /// Remote endpoint.
-    remote: SocketAddr,
-    /// The `country` label value.
-    country: &'static str,
-    /// Service port: inbound the local one, outbound the remote one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    port: Option<u16>,
-    /// TCP state, in a snapshot.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    state: Option<&'static str>,
-    /// Seconds: of the connection for `close`, of the attempt for `fail`, of
-    /// the handshake for an outbound `open`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    duration_seconds: Option<f64>,
-    /// Payload bytes received.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    received_bytes: Option<u64>,
-    /// Payload bytes sent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    sent_bytes: Option<u64>,
-    /// Why an attempt failed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<&'static str>,
 }
 
 const COLUMNS: [Column; 13] = [
@@ -190,67 +143,98 @@ const COLUMNS: [Column; 13] = [
     left("REASON", 0),
 ];
 
-impl ConnectionRecord {
-    fn new(
-        at: Timestamp,
-        occurrence: &Occurrence,
-        country: Country,
-        container: Option<String>,
-    ) -> Self {
-        let Occurrence {
-            happening,
-            connection,
-            duration_ns,
-            traffic,
-            ..
-        } = occurrence;
-        let (event, state, reason) = match happening {
-            Happening::Live(number) => ("live", Some(state_name(*number)), None),
-            Happening::Open => ("open", None, None),
-            Happening::Close => ("close", None, None),
-            Happening::Fail(reason) => ("fail", None, Some(reason.label())),
-        };
-        let bytes = traffic.map(|traffic| connection.bytes(traffic));
-        let owner = &connection.owner;
-        Self {
-            time: format!("{at:.3}"),
-            event,
-            direction: connection.direction.label(),
-            process: process_name(&owner.comm),
-            pid: (owner.pid != 0).then_some(owner.pid),
-            container,
-            netns: connection.netns,
-            local: connection.tuple.local_endpoint(),
-            remote: connection.tuple.remote_endpoint(),
-            country: country.code(),
-            port: connection.service_port(),
-            state,
-            duration_seconds: duration_ns.map(|ns| ns as f64 / 1e9),
-            received_bytes: bytes.map(|(received, _)| received),
-            sent_bytes: bytes.map(|(_, sent)| sent),
-            reason,
-        }
+/// The name of an event, and why it is one or the state it left.
+fn event(happening: Happening) -> (&'static str, Option<&'static str>, Option<&'static str>) {
+    match happening {
+        Happening::Live(number) => ("live", Some(state_name(number)), None),
+        Happening::Open => ("open", None, None),
+        Happening::Close => ("close", None, None),
+        Happening::Fail(reason) => ("fail", None, Some(reason.label())),
     }
+}
 
-    /// One aligned line, no line feed. `clock` is the local time of day.
-    fn line(&self, clock: &str) -> String {
-        let last = self.reason.or(self.state).map(str::to_owned);
-        let cells: [String; COLUMNS.len()] = [
-            clock.to_owned(),
-            self.event.to_owned(),
-            self.direction.to_owned(),
-            or_dash(self.process.clone()),
-            or_dash(self.pid.map(|pid| pid.to_string())),
-            or_dash(self.container.clone()),
-            self.local.to_string(),
-            self.remote.to_string(),
-            self.country.to_owned(),
-            or_dash(self.duration_seconds.map(seconds)),
-            or_dash(self.received_bytes.map(bytes)),
-            or_dash(self.sent_bytes.map(bytes)),
-            or_dash(last),
-        ];
-        columns::row(&COLUMNS, cells)
+/// The cells of [`COLUMNS`]; the time is local.
+fn cells(
+    at: Timestamp,
+    occurrence: &Occurrence,
+    country: Country,
+    container: Option<String>,
+) -> [String; COLUMNS.len()] {
+    let Connection {
+        tuple,
+        direction,
+        owner,
+        ..
+    } = &occurrence.connection;
+    let (event, state, reason) = event(occurrence.happening);
+    let moved = occurrence
+        .traffic
+        .map(|traffic| occurrence.connection.bytes(traffic));
+    let local = at.to_zoned(TimeZone::system());
+    [
+        local.strftime("%H:%M:%S%.3f").to_string(),
+        event.to_owned(),
+        direction.label().to_owned(),
+        or_dash(process_name(&owner.comm)),
+        or_dash((owner.pid != 0).then(|| owner.pid.to_string())),
+        or_dash(container),
+        tuple.local_endpoint().to_string(),
+        tuple.remote_endpoint().to_string(),
+        country.code().to_owned(),
+        or_dash(occurrence.duration_seconds().map(seconds)),
+        or_dash(moved.map(|(received, _)| bytes(received))),
+        or_dash(moved.map(|(_, sent)| bytes(sent))),
+        or_dash(reason.or(state).map(str::to_owned)),
+    ]
+}
+
+/// The fields of the JSON object; null ones are left out.
+fn fields(
+    at: Timestamp,
+    occurrence: &Occurrence,
+    country: Country,
+    container: Option<String>,
+) -> [(&'static str, Value); 16] {
+    let connection = &occurrence.connection;
+    let Connection {
+        netns,
+        tuple,
+        direction,
+        owner,
+        ..
+    } = connection;
+    let (event, state, reason) = event(occurrence.happening);
+    let moved = occurrence.traffic.map(|traffic| connection.bytes(traffic));
+    [
+        // RFC 3339, UTC.
+        ("time", format!("{at:.3}").into()),
+        ("event", event.into()),
+        ("direction", direction.label().into()),
+        ("process", process_name(&owner.comm).into()),
+        // In the initial pid namespace.
+        ("pid", (owner.pid != 0).then_some(owner.pid).into()),
+        // The first 12 digits of its id.
+        ("container", container.into()),
+        ("netns", (*netns).into()),
+        ("local", tuple.local_endpoint().to_string().into()),
+        ("remote", tuple.remote_endpoint().to_string().into()),
+        ("country", country.code().into()),
+        ("port", connection.service_port().into()),
+        ("state", state.into()),
+        ("duration_seconds", occurrence.duration_seconds().into()),
+        ("received_bytes", moved.map(|(received, _)| received).into()),
+        ("sent_bytes", moved.map(|(_, sent)| sent).into()),
+        ("reason", reason.into()),
+    ]
+}
+
+/// A JSON object of named values, in their order, without null ones.
+pub struct Fields<'a>(pub &'a [(&'static str, Value)]);
+
+impl Serialize for Fields<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let known = self.0.iter().filter(|(_, value)| !value.is_null());
+        serializer.collect_map(known.map(|(name, value)| (name, value)))
     }
 }
 
@@ -321,6 +305,7 @@ pub fn or_dash(value: Option<String>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use connmon_core::fold::FailureReason;
     use unicode_width::UnicodeWidthStr as _;
 
     use super::*;
@@ -365,39 +350,40 @@ mod tests {
 
     #[test]
     fn a_line_lies_under_its_heading() {
-        let record = ConnectionRecord {
-            time: "2026-01-01T00:00:00.000Z".into(),
-            event: "fail",
-            direction: "outbound",
-            process: None,
-            pid: Some(12),
-            container: None,
+        let mut connection = Connection {
+            cookie: 0,
             netns: 1,
-            local: "10.0.0.1:1".parse().unwrap(),
-            remote: "10.0.0.2:80".parse().unwrap(),
-            country: "private",
-            port: Some(80),
-            state: None,
-            duration_seconds: Some(1.0),
-            received_bytes: None,
-            sent_bytes: None,
-            reason: Some("refused"),
+            tuple: Tuple {
+                local: "10.0.0.1".parse().unwrap(),
+                local_port: 1,
+                remote: "10.0.0.2".parse().unwrap(),
+                remote_port: 80,
+            },
+            direction: Direction::Outbound,
+            owner: Owner::default(),
         };
+        let failed = |connection| Occurrence {
+            happening: Happening::Fail(FailureReason::Refused),
+            at_ns: 0,
+            connection,
+            duration_ns: Some(1_000_000_000),
+            traffic: None,
+        };
+        let (now, country) = (Timestamp::now(), Country::PRIVATE);
         let heading = columns::heading(&COLUMNS);
-        let line = record.line("00:00:00.000");
-        assert_eq!(heading.find("REMOTE"), line.find("10.0.0.2:80"));
-        assert_eq!(heading.find("REASON"), line.find("refused"));
-        for name in ["curl", "日本語", "e\u{301}"] {
-            let named = ConnectionRecord {
-                process: Some(name.into()),
-                ..record.clone()
-            };
-            let named = named.line("00:00:00.000");
-            let before = named.split("10.0.0.2:80").next().unwrap();
-            assert_eq!(Some(before.width()), heading.find("REMOTE"), "{named}");
+        for name in ["", "curl", "日本語", "e\u{301}"] {
+            connection.owner.comm = comm(name);
+            let cells = cells(now, &failed(connection), country, None);
+            let line = columns::row(&COLUMNS, cells);
+            for (cell, name) in [("10.0.0.2:80", "REMOTE"), ("refused", "REASON")] {
+                let before = line.split(cell).next().unwrap();
+                assert_eq!(Some(before.width()), heading.find(name), "{line}");
+            }
         }
-        let json = serde_json::to_value(&record).unwrap();
+        let fields = fields(now, &failed(connection), country, None);
+        let json = serde_json::to_value(Fields(&fields)).unwrap();
         assert_eq!(json["reason"], "refused");
-        assert!(json.get("process").is_none());
+        assert_eq!(json["duration_seconds"], 1.0);
+        assert!(json.get("pid").is_none());
     }
 }

@@ -38,10 +38,18 @@ pub struct Occurrence {
     pub at_ns: u64,
     /// Which.
     pub connection: Connection,
-    /// See `ConnectionRecord::duration_seconds`.
+    /// Of the connection at its close, of the attempt at its failure, of the
+    /// handshake when an outbound one opens.
     pub duration_ns: Option<u64>,
     /// Bytes and segments of its whole life, at a close.
     pub traffic: Option<Traffic>,
+}
+
+impl Occurrence {
+    /// [`Self::duration_ns`] in seconds.
+    pub fn duration_seconds(&self) -> Option<f64> {
+        self.duration_ns.map(|ns| ns as f64 / 1e9)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +60,14 @@ struct Followed {
 }
 
 impl Followed {
+    fn open(connection: Connection, since_ns: Option<u64>) -> Self {
+        Self {
+            connection,
+            since_ns,
+            open: true,
+        }
+    }
+
     /// Whether an event of this socket, with these endpoints, is about it.
     fn is_of(&self, socket: &Socket, tuple: &Tuple) -> bool {
         let known = &self.connection.tuple;
@@ -182,11 +198,7 @@ impl Follower {
         if seeds.is_empty() {
             self.seeds.remove(tuple);
         }
-        Some(Followed {
-            connection,
-            since_ns: None,
-            open: true,
-        })
+        Some(Followed::open(connection, None))
     }
 
     /// Applies one event. Returns what happened to a connection, if anything.
@@ -288,14 +300,7 @@ impl Follower {
         let pending = self.pending(&socket, &tuple);
         let owner = pending.map_or_else(Owner::default, |entry| entry.connection.owner);
         let connection = Connection::new(socket, tuple, direction, owner);
-        self.insert(
-            socket.id,
-            Followed {
-                connection,
-                since_ns: None,
-                open: true,
-            },
-        );
+        self.insert(socket.id, Followed::open(connection, None));
     }
 
     /// Forgets the connection that reached CLOSE and returns what was known
@@ -323,14 +328,7 @@ impl Follower {
             }
         };
         let connection = Connection::new(socket, tuple, direction, owner);
-        self.insert(
-            socket.id,
-            Followed {
-                connection,
-                since_ns: Some(at_ns),
-                open: true,
-            },
-        );
+        self.insert(socket.id, Followed::open(connection, Some(at_ns)));
         Occurrence {
             happening: Happening::Open,
             at_ns,

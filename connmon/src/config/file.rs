@@ -10,8 +10,8 @@ use connmon_http::yaml::{self, Booleans, Located, Problem};
 use connmon_http::{ConfigError, is_state_of_host};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::load::{Layer, lists};
-use super::{key, parse};
+use super::load::{Layer, is_list};
+use super::{key, parse, settings};
 
 /// Largest configuration file that is read, bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -35,47 +35,25 @@ fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
     // Keys sort by their lines, so that the first error is reported.
     let entries: Option<BTreeMap<Located<String>, Located<Value>>> =
         yaml::parse(text, Booleans::Yaml12).map_err(|problem| problem.of(path))?;
-    let settings = super::settings();
-    let known: Vec<&str> = settings.iter().map(key).collect();
-    let lists = lists();
     let mut layer = Layer::new();
-    for (key, value) in entries.unwrap_or_default() {
-        let Located { line, value: key } = key;
-        let problem =
-            |line, text: &str| Err(Problem::new(line, format_args!("{key}: {text}")).of(path));
-        if !known.contains(&key.as_str()) {
-            return Err(Problem::new(line, unknown_key(&key, &known)).of(path));
-        }
-        if matches!(key.as_str(), "config.file" | "config.check") {
-            return problem(line, "can only be a flag or a variable; remove the line");
-        }
-        let origin = |line| format!("{}:{line}: {key}", path.display());
-        // One value that is itself a list of ports.
-        let is_joined = matches!(key.as_str(), "ports.allow" | "metrics.country-port");
-        let is_list = lists.contains(&key);
-        let items = match value.value {
-            Value::List(items) if is_list || is_joined => items,
-            _ => vec![value],
+    for (written, value) in entries.unwrap_or_default() {
+        let (line, written) = (written.line, written.value);
+        let refuse = |line, text: String| Err(Problem::new(line, text).of(path));
+        let Some(key) = settings().iter().map(key).find(|known| *known == written) else {
+            return refuse(line, unknown_key(&written));
         };
-        let mut values = Vec::new();
-        for item in items {
-            let text = match item.value {
-                Value::One(text) if !text.is_empty() => text,
-                Value::One(_) => {
-                    return problem(item.line, "has no value; give one or remove the line");
-                }
-                Value::List(_) if is_list || is_joined => {
-                    return problem(item.line, "must be a list of plain values");
-                }
-                Value::List(_) => return problem(item.line, "takes one value, not a list"),
-                Value::Mapping => {
-                    let text = "takes a value, not a mapping; keys are flat, like `ports.max: 64`";
-                    return problem(item.line, text);
-                }
-            };
-            values.push((text, origin(item.line)));
+        if matches!(key, "config.file" | "config.check") {
+            let text = format!("{key}: can only be a flag or a variable; remove the line");
+            return refuse(line, text);
         }
-        if is_joined && values.len() > 1 {
+        let values = values(key, value)
+            .map_err(|(line, text)| Problem::new(line, format_args!("{key}: {text}")).of(path))?;
+        let origin = |line| format!("{}:{line}: {key}", path.display());
+        let mut values: Vec<_> = values
+            .into_iter()
+            .map(|(line, text)| (text, origin(line)))
+            .collect();
+        if is_joined(key) && values.len() > 1 {
             // Each alone, so that an invalid one is named with its own line.
             for (text, origin) in &values {
                 parse::port_list(text).map_err(|problem| ConfigError::at(origin, problem))?;
@@ -85,11 +63,37 @@ fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
         }
         // Without a default, an empty list is its value.
         if values.is_empty() && key != "filter.exclude" {
-            return problem(line, "the list is empty; give a value or remove the key");
+            let text = format!("{key}: the list is empty; give a value or remove the key");
+            return refuse(line, text);
         }
         layer.insert(key, values);
     }
     Ok(layer)
+}
+
+/// Whether a setting is one value that is itself a list of ports.
+fn is_joined(key: &str) -> bool {
+    matches!(key, "ports.allow" | "metrics.country-port")
+}
+
+/// The values of a key with their lines, or what is wrong on which line.
+fn values(key: &str, value: Located<Value>) -> Result<Vec<(usize, String)>, (usize, &'static str)> {
+    let takes_list = is_list(key) || is_joined(key);
+    let items = match value.value {
+        Value::List(items) if takes_list => items,
+        _ => vec![value],
+    };
+    let texts = items.into_iter().map(|item| match item.value {
+        Value::One(text) if !text.is_empty() => Ok((item.line, text)),
+        Value::One(_) => Err((item.line, "has no value; give one or remove the line")),
+        Value::List(_) if takes_list => Err((item.line, "must be a list of plain values")),
+        Value::List(_) => Err((item.line, "takes one value, not a list")),
+        Value::Mapping => {
+            let text = "takes a value, not a mapping; keys are flat, like `ports.max: 64`";
+            Err((item.line, text))
+        }
+    });
+    texts.collect()
 }
 
 /// The value of a key, whatever the key takes. A number or boolean is its
@@ -154,13 +158,12 @@ impl<'de> Visitor<'de> for ValueVisitor {
     }
 }
 
-fn unknown_key(key: &str, known: &[&str]) -> String {
-    let distances = known
-        .iter()
-        .map(|known| (strsim::levenshtein(known, key), known));
+fn unknown_key(written: &str) -> String {
+    let known = settings().iter().map(key);
+    let distances = known.map(|known| (strsim::levenshtein(known, written), known));
     match distances.min().filter(|(distance, _)| *distance <= 3) {
-        Some((_, nearest)) => format!("unknown key {key:?}; did you mean {nearest}?"),
-        None => format!("unknown key {key:?}; keys are the agent's flags without dashes"),
+        Some((_, nearest)) => format!("unknown key {written:?}; did you mean {nearest}?"),
+        None => format!("unknown key {written:?}; keys are the agent's flags without dashes"),
     }
 }
 
@@ -168,7 +171,7 @@ fn unknown_key(key: &str, known: &[&str]) -> String {
 mod tests {
     use super::*;
 
-    fn parsed(text: &str) -> Result<BTreeMap<String, Vec<String>>, String> {
+    fn parsed(text: &str) -> Result<BTreeMap<&'static str, Vec<String>>, String> {
         let layer = parse(Path::new("c.yml"), text).map_err(|error| error.to_string())?;
         let texts = |(key, values): (_, Vec<(String, _)>)| {
             (key, values.into_iter().map(|(text, _)| text).collect())
@@ -188,7 +191,7 @@ mod tests {
             ("filter.exclude", &["10.0.0.0/8"]),
         ];
         let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
-        let expected = expected.map(|(key, values)| (key.to_owned(), texts(values)));
+        let expected = expected.map(|(key, values)| (key, texts(values)));
         assert_eq!(parsed(text), Ok(BTreeMap::from(expected)));
         // Numbers and words stay as they are written.
         let text = "ports.max:\t010\nlisteners: off\nproc.interval: 1_0\nsandbox: yes\n";

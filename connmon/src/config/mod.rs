@@ -12,8 +12,8 @@ pub use check::{check, check_serving};
 pub use connmon_http::ConfigError;
 pub use load::{Loaded, load, log_format};
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use clap::{Arg, ArgAction, Args, Command};
@@ -165,9 +165,9 @@ pub struct Config {
     /// `CONNMON_DEMO=1`, set by `cargo xtask run --demo`; marks every output.
     #[arg(skip)]
     pub demo: bool,
-    /// Where each setting that was written stands, by key.
+    /// What was written for each setting, and where.
     #[arg(skip)]
-    origins: BTreeMap<String, String>,
+    written: load::Layer,
 }
 
 impl Config {
@@ -201,22 +201,26 @@ impl Config {
     /// The error for a value of `key` that only turned out bad when it was
     /// used, like a file that cannot be read: it names where the value stands.
     pub fn refused(&self, key: &str, error: impl Into<ConfigError>) -> ConfigError {
-        let origin = self.origins.get(key).cloned();
-        error.into().under(origin.unwrap_or(format!("--{key}")))
+        let written = self.written.get(key).and_then(|values| values.first());
+        let error = error.into();
+        match written {
+            Some((_, origin)) => error.under(origin),
+            None => error.under(format_args!("--{key}")),
+        }
     }
 }
 
 /// The settings as a command line of their own.
 fn command() -> Command {
-    let command = Command::new("connmon")
-        .no_binary_name(true)
-        .disable_help_flag(true);
-    Config::augment_args(command)
+    let command = Command::new("connmon").no_binary_name(true);
+    Config::augment_args(command.disable_help_flag(true))
 }
 
-/// Every setting, as clap knows it: its key is the long flag.
-pub fn settings() -> Vec<Arg> {
-    command().get_arguments().cloned().collect()
+/// Every setting, as clap knows it.
+pub fn settings() -> &'static [Arg] {
+    static SETTINGS: LazyLock<Vec<Arg>> =
+        LazyLock::new(|| command().get_arguments().cloned().collect());
+    &SETTINGS
 }
 
 /// The flag of a setting without its dashes, which is its key in the file.
@@ -227,10 +231,8 @@ pub fn key(setting: &Arg) -> &str {
 /// The environment variable of a setting: `web.listen-address` is
 /// `CONNMON_WEB_LISTEN_ADDRESS`.
 fn variable(key: &str) -> String {
-    format!(
-        "{VARIABLE_PREFIX}{}",
-        key.replace(['.', '-'], "_").to_uppercase()
-    )
+    let name = key.replace(['.', '-'], "_").to_uppercase();
+    format!("{VARIABLE_PREFIX}{name}")
 }
 
 /// What all of connmon's environment variables start with.
