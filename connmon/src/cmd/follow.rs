@@ -60,14 +60,6 @@ struct Followed {
 }
 
 impl Followed {
-    fn open(connection: Connection, since_ns: Option<u64>) -> Self {
-        Self {
-            connection,
-            since_ns,
-            open: true,
-        }
-    }
-
     /// Whether an event of this socket, with these endpoints, is about it.
     fn is_of(&self, socket: &Socket, tuple: &Tuple) -> bool {
         let known = &self.connection.tuple;
@@ -198,7 +190,11 @@ impl Follower {
         if seeds.is_empty() {
             self.seeds.remove(tuple);
         }
-        Some(Followed::open(connection, None))
+        Some(Followed {
+            connection,
+            since_ns: None,
+            open: true,
+        })
     }
 
     /// Applies one event. Returns what happened to a connection, if anything.
@@ -211,14 +207,7 @@ impl Follower {
                 owner,
             } => {
                 let connection = Connection::new(socket, tuple, Direction::Outbound, owner);
-                self.insert(
-                    socket.id,
-                    Followed {
-                        connection,
-                        since_ns: Some(at_ns),
-                        open: false,
-                    },
-                );
+                self.insert(socket.id, connection, Some(at_ns), false);
             }
             Event::ConnectSent { id, at_ns, .. } => {
                 if let Some(pending) = self.by_id.get_mut(&id).filter(|entry| !entry.open) {
@@ -300,7 +289,7 @@ impl Follower {
         let pending = self.pending(&socket, &tuple);
         let owner = pending.map_or_else(Owner::default, |entry| entry.connection.owner);
         let connection = Connection::new(socket, tuple, direction, owner);
-        self.insert(socket.id, Followed::open(connection, None));
+        self.insert(socket.id, connection, None, true);
     }
 
     /// Forgets the connection that reached CLOSE and returns what was known
@@ -328,7 +317,7 @@ impl Follower {
             }
         };
         let connection = Connection::new(socket, tuple, direction, owner);
-        self.insert(socket.id, Followed::open(connection, Some(at_ns)));
+        self.insert(socket.id, connection, Some(at_ns), true);
         Occurrence {
             happening: Happening::Open,
             at_ns,
@@ -338,9 +327,14 @@ impl Follower {
         }
     }
 
-    fn insert(&mut self, id: SocketId, entry: Followed) {
+    fn insert(&mut self, id: SocketId, connection: Connection, since_ns: Option<u64>, open: bool) {
+        let followed = Followed {
+            connection,
+            since_ns,
+            open,
+        };
         if self.by_id.len() < MAX_FOLLOWED || self.by_id.contains_key(&id) {
-            self.by_id.insert(id, entry);
+            self.by_id.insert(id, followed);
         }
     }
 }

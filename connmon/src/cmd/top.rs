@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -180,7 +181,7 @@ impl Top {
         let reader = Reader::new(config)?;
         let now_ns = monotonic_ns();
         Ok(Self {
-            locator: Locator::new(reader.database()),
+            locator: Locator::new(Arc::clone(reader.locator.database())),
             reader: Some(reader),
             reading: None,
             due_ns: now_ns,

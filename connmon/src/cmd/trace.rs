@@ -68,13 +68,13 @@ pub fn run(config: &Config, args: &TraceArgs) -> anyhow::Result<()> {
         let drained = tracer.drain(DRAIN_BUDGET, |event| {
             let occurrence = follower.apply(&event);
             occurrences.extend(
-                occurrence.filter(|it| reader.filter().hides(&it.connection.tuple).is_none()),
+                occurrence.filter(|it| reader.filter.hides(&it.connection.tuple).is_none()),
             );
         });
         undecodable += drained.undecodable;
         let now_ns = monotonic_ns();
         for occurrence in occurrences.drain(..) {
-            let country = country_of(&occurrence.connection.tuple, reader.locator());
+            let country = country_of(&occurrence.connection.tuple, &mut reader.locator);
             if is_wanted(args, &occurrence, country) {
                 printer.print(wall_clock(occurrence.at_ns, now_ns), &occurrence, country)?;
                 end.printed += 1;
