@@ -1,4 +1,4 @@
-//! Reads the country database, and again when its file changes.
+//! Reads the country database, and reloads it when its file changes.
 //!
 //! The file's identity is compared once a second instead of using inotify:
 //! that finds a rename, a rewrite in place and the double symlink swap of a
@@ -59,8 +59,7 @@ pub struct Reloader {
     seen: Identity,
     /// A change found at the last poll, to be read once it stays the same.
     pending: Option<Identity>,
-    /// Whether the last read ran out of descriptors or memory, which says
-    /// nothing about the file: it is retried at every poll.
+    /// Whether the last read ran out of descriptors or memory: it is then retried at every poll.
     retry: bool,
     ok: u64,
     failed: u64,
@@ -166,8 +165,8 @@ pub struct DatabaseError {
 }
 
 impl DatabaseError {
-    /// Whether the agent ran out of descriptors or memory, which says nothing
-    /// about the file.
+    /// Whether the agent ran out of descriptors or memory: the file may be
+    /// valid.
     pub fn is_resource_exhausted(&self) -> bool {
         let error = self.os_error.map(io::Error::from_raw_os_error);
         error.is_some_and(|error| is_resource_exhausted(&error))

@@ -133,7 +133,7 @@ fn every_metric_is_in_the_readme() {
     let readme = readme();
     for family in FAMILIES {
         let whole = format!("`{}", family.name);
-        // A shared beginning stands for its families: `connmon_geoip_*`.
+        // A shared beginning covers its families: `connmon_geoip_*`.
         let mut ends = family.name.match_indices('_').map(|(at, _)| at + 1);
         let covered = readme.contains(&whole)
             || ends.any(|end| {

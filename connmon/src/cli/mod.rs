@@ -12,8 +12,8 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 
 use crate::config;
 
-/// Traces this machine's TCP connections and tells Prometheus who it talks
-/// to, by country and by port.
+/// Traces this machine's TCP connections and serves Prometheus metrics about
+/// them, by country and by port.
 ///
 /// Every agent flag is also an environment variable (--ports.max is
 /// CONNMON_PORTS_MAX) and a key of --config.file; flags beat variables beat
@@ -46,7 +46,7 @@ pub enum Command {
         #[command(flatten)]
         flags: AgentFlags,
     },
-    /// Say what works on this host, and what to do about the rest
+    /// Show what works on this host, and what helps where something does not
     Check(CheckArgs),
     /// Print connection events as they happen
     Trace(TraceArgs),

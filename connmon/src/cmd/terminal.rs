@@ -70,7 +70,7 @@ impl Keyboard {
         let mut waited = [PollFd::new(&self.0, PollFlags::IN)];
         match poll(&mut waited, Some(&timeout)) {
             Ok(ready) => Ok(ready > 0),
-            // The signal that ends us, say: the caller looks.
+            // The caller checks whether a signal ends the program.
             Err(rustix::io::Errno::INTR) => Ok(false),
             Err(error) => Err(error.into()),
         }

@@ -249,8 +249,8 @@ pub fn cross_families(text: &str) -> Result<CrossFamilies, String> {
     }
 }
 
-/// Paths that the server answers itself. Those that end with `/` stand for
-/// all that begin so.
+/// Paths that the server answers itself. One that ends with `/`
+/// covers all that begin with it.
 const RESERVED_PATHS: [&str; 5] = [
     "/-/healthy",
     "/-/ready",

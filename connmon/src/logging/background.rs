@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn no_line_comes_between_dropped_ones_and_their_number() {
+    fn no_line_comes_between_dropped_ones_and_count() {
         let queue = queue();
         for line in ["first\n", "too long a line\n", "a\n"] {
             queue.push(line.to_owned(), 10);

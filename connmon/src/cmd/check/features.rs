@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_capability_degrades_what_is_asked_for_alone() {
+    fn a_missing_capability_degrades_what_needs_it() {
         use Outcome::{Degraded, Info, Ok};
         let mut findings = good();
         findings.facts.capabilities = CapabilitySet::BPF | CapabilitySet::PERFMON;
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_kernel_needs_a_limit_or_a_capability_for_the_ring() {
+    fn an_old_kernel_charges_the_ring_to_a_limit() {
         let mut findings = good();
         findings.facts.capabilities = CapabilitySet::empty();
         findings.facts.release = "5.10.0-32-cloud-amd64".into();

@@ -83,7 +83,7 @@ fn a_full_host_exits_0() {
 }
 
 #[test]
-fn a_state_program_that_does_not_load_is_no_matter_of_kprobes() {
+fn a_refused_state_program_asks_for_a_report() {
     let failures = [failure(Method::TpBtf, Stage::Load, 22)];
     let mut findings = good();
     findings.tracing.as_mut().ok().unwrap().rungs[0] =
@@ -177,7 +177,7 @@ fn no_tracing_polls_or_fails() {
 
 /// Each of these ends the agent, however well it could trace.
 #[test]
-fn without_a_walk_or_a_strict_sandbox_the_agent_cannot_run() {
+fn no_socket_tables_or_strict_sandbox_is_failed() {
     let mut findings = good();
     findings.walk = Err("no /proc".into());
     assert_eq!(exit_code(&judge(&findings)), ExitCode::FAILURE);
@@ -197,7 +197,7 @@ fn without_a_walk_or_a_strict_sandbox_the_agent_cannot_run() {
 }
 
 #[test]
-fn polling_that_is_asked_for_is_degraded_and_says_what_it_lacks() {
+fn source_proc_is_degraded_with_what_it_lacks() {
     let mut findings = good();
     findings.config.source = SourceChoice::Proc;
     findings.tracing = trace(&findings.config);

@@ -107,7 +107,7 @@ fn a_failed_connect_has_a_reason_and_no_traffic() {
 }
 
 #[test]
-fn a_fast_open_connect_that_is_never_written_is_nothing() {
+fn an_unwritten_fast_open_connect_is_no_event() {
     for shut_down in [true, false] {
         let mut follower = Follower::default();
         follower.apply(&connect(0));
@@ -128,7 +128,7 @@ fn a_fast_open_connect_that_is_never_written_is_nothing() {
 }
 
 #[test]
-fn an_accepted_connection_belongs_to_the_listener_then_to_the_acceptor() {
+fn an_accept_moves_the_owner_from_the_listener() {
     let mut follower = Follower::default();
     follower.listeners(&[listening(ANY, 1)]);
     let opened = follower.apply(&open(0, state::SYN_RECV)).unwrap();
@@ -213,7 +213,7 @@ fn a_passive_open_that_never_completed_is_nothing() {
 }
 
 #[test]
-fn who_had_a_socket_address_before_is_not_who_closes_now() {
+fn a_close_never_takes_an_earlier_sockets_owner() {
     let elsewhere = Tuple {
         remote_port: 81,
         ..TUPLE
@@ -248,7 +248,7 @@ fn who_had_a_socket_address_before_is_not_who_closes_now() {
 }
 
 #[test]
-fn a_seed_closes_under_an_address_that_another_connection_had() {
+fn a_seed_closes_at_a_reused_socket_address() {
     let seeded = Tuple {
         local_port: 22,
         remote_port: 50_000,
@@ -272,7 +272,7 @@ fn a_seed_closes_under_an_address_that_another_connection_had() {
 }
 
 #[test]
-fn a_pending_open_of_who_had_the_address_does_not_open_now() {
+fn an_open_ignores_an_earlier_sockets_connect() {
     let mut follower = Follower::default();
     follower.apply(&connect(100));
     let opened = follower
@@ -328,7 +328,7 @@ fn events_without_a_namespace_match_by_endpoints() {
 }
 
 #[test]
-fn the_same_endpoints_in_another_namespace_are_another_connection() {
+fn equal_endpoints_in_two_namespaces_stay_apart() {
     let mut follower = Follower::default();
     for _ in 0..2 {
         follower.seed(seed(7, TUPLE, Direction::Inbound));

@@ -249,7 +249,7 @@ fn an_empty_list_is_named_with_its_line() {
 }
 
 #[test]
-fn what_is_overridden_is_checked_by_config_check_alone() {
+fn config_check_alone_checks_overridden_values() {
     let file = Scratch::new("overridden", "\nports.max: many\n");
     let flags = [
         ("config.file", file.0.to_str().unwrap()),
