@@ -75,7 +75,7 @@ fn help_names_every_setting() {
         let (code, out, _) = run(args);
         assert_eq!(code, 0);
         for setting in connmon::config::settings() {
-            let flag = format!("--{}", connmon::config::key(&setting));
+            let flag = format!("--{}", connmon::config::key(setting));
             assert!(out.contains(&flag), "{flag}");
         }
     }

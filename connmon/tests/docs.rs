@@ -115,7 +115,7 @@ fn every_flag_in_the_readme_exists() {
 fn every_setting_and_its_default_is_in_the_readme() {
     let readme = readme();
     for setting in settings() {
-        let flag = format!("--{}", key(&setting));
+        let flag = format!("--{}", key(setting));
         let row = readme
             .lines()
             .find(|line| line.starts_with("| `--") && line.contains(&flag))

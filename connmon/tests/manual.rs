@@ -14,7 +14,7 @@ fn the_man_page_names_every_flag_and_command() {
     // roff escapes hyphens.
     let page = String::from_utf8(page).unwrap().replace("\\-", "-");
     for setting in settings() {
-        let flag = format!("--{}", key(&setting));
+        let flag = format!("--{}", key(setting));
         assert!(page.contains(&flag), "{flag}");
     }
     for command in Cli::command().get_subcommands() {
@@ -34,7 +34,7 @@ fn completions_name_every_flag() {
         clap_complete::generate(shell, &mut Cli::command(), "connmon", &mut script);
         let script = String::from_utf8(script).unwrap();
         for setting in settings() {
-            let key = key(&setting);
+            let key = key(setting);
             assert!(script.contains(key), "{shell}: {key}");
         }
     }

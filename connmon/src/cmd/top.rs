@@ -138,12 +138,15 @@ pub fn run(config: &Config, plain: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A thread that reads the tables and returns the reader with them.
+type Reading = JoinHandle<(Reader, anyhow::Result<Tables>)>;
+
 struct Top {
     /// Away while it reads.
     reader: Option<Reader>,
     /// The reading that runs, since when (`CLOCK_MONOTONIC`, as all times
     /// here). It has a thread of its own: keys do not wait for it.
-    reading: Option<(u64, JoinHandle<(Reader, anyhow::Result<Tables>)>)>,
+    reading: Option<(u64, Reading)>,
     /// When the next one begins.
     due_ns: u64,
     /// When the last one began.

@@ -186,7 +186,7 @@ pub fn log_format(words: &[OsString], environment: &[(OsString, OsString)]) -> L
                 rest => rest.strip_prefix('='),
             }
         };
-        (0..words.len()).filter_map(value).last()
+        (0..words.len()).rev().find_map(value)
     };
     let variable = |key: &str| {
         let mut set = environment.iter().filter(|(_, value)| !value.is_empty());
