@@ -5,7 +5,7 @@
 //! [`connmon_host::kernel`] (probes, ring buffer) → [`connmon_core::event`] (bytes → events) → [`connmon_core::fold`]
 //! (events → state) → [`connmon_core::report`] → [`expose`] (state → text, JSON, page).
 //! [`connmon_host::reconcile`] (the kernel's own tables) and [`connmon_core::geo`] (address → country)
-//! are side rooms of the fold.
+//! feed the fold.
 
 #![forbid(unsafe_code)]
 

@@ -1,15 +1,13 @@
 //! Log lines on stderr, logfmt or JSON, behind the `log` facade.
 //!
-//! One line is one `write`; a line can never forge another, since
-//! unprintable characters are escaped. Each place in the sources logs a
-//! bounded number of lines; the next one says how many were left out.
-//!
-//! The agent writes them in a thread of its own ([`write_in_background`]):
-//! whoever reads stderr may stop reading, and nothing else waits for that.
+//! Unprintable characters are escaped, so that a message cannot forge another
+//! line. The lines of each place in the sources are limited; the next line
+//! after the limit has the number of those left out. The agent writes them in
+//! a thread of its own, so that nothing else waits for a reader of stderr.
 
 mod background;
 
-pub use background::{close_in, write_in_background};
+pub use background::{enter_sandbox, write_in_background};
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -30,63 +28,10 @@ pub fn init(level: LevelFilter, format: LogFormat) {
 
 static FORMAT: OnceLock<LogFormat> = OnceLock::new();
 
-/// Logs an error that ends the process, behind all other lines. It gives up
-/// after a second when nobody reads stderr.
+/// Logs an error that ends the process, after all other lines. Gives up after
+/// a second when nobody reads stderr.
 pub fn last_error(target: &str, message: &str) {
     background::last_line(line_now(Level::Error, target, message));
-}
-
-/// Most lines of one place in the sources within [`LIMIT_PERIOD`]: traffic can
-/// cause some of them.
-const LIMIT_LINES: u64 = 10;
-
-/// See [`LIMIT_LINES`].
-const LIMIT_PERIOD: Duration = Duration::from_secs(10);
-
-/// The lines of each place in the sources, which bound the table.
-#[derive(Debug, Default)]
-struct Limiter(HashMap<(&'static str, u32), Place>);
-
-#[derive(Debug)]
-struct Place {
-    since: Instant,
-    lines: u64,
-}
-
-impl Limiter {
-    /// Whether a line may be logged, and after how many that were not.
-    fn admit(&mut self, place: (&'static str, u32), now: Instant) -> Option<u64> {
-        let place = self.0.entry(place).or_insert(Place {
-            since: now,
-            lines: 0,
-        });
-        let mut left_out = 0;
-        if now.duration_since(place.since) >= LIMIT_PERIOD {
-            left_out = place.lines.saturating_sub(LIMIT_LINES);
-            *place = Place {
-                since: now,
-                lines: 0,
-            };
-        }
-        place.lines += 1;
-        (place.lines <= LIMIT_LINES).then_some(left_out)
-    }
-}
-
-/// Whether a record may be logged, and after how many of its place that were
-/// not. Lines below info are for whoever asked for them, and all come.
-fn admit(record: &Record<'_>) -> Option<u64> {
-    static LIMITER: LazyLock<Mutex<Limiter>> = LazyLock::new(Mutex::default);
-    let (Some(file), Some(line)) = (record.file_static(), record.line()) else {
-        return Some(0);
-    };
-    if record.level() > Level::Info {
-        return Some(0);
-    }
-    LIMITER
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .admit((file, line), Instant::now())
 }
 
 /// Writes the last line of a process that failed: one for people, or a log
@@ -100,6 +45,46 @@ pub fn last_line(format: LogFormat, message: &str) {
         LogFormat::Json => line(format, SystemTime::now(), Level::Error, "connmon", message),
     };
     background::last_line(line);
+}
+
+/// Most lines of one place in the sources within [`LIMIT_PERIOD`]: traffic can
+/// cause some of them.
+const LIMIT_LINES: u64 = 10;
+
+/// See [`LIMIT_LINES`].
+const LIMIT_PERIOD: Duration = Duration::from_secs(10);
+
+/// Since when lines of each place in the sources are counted, and how many.
+/// The places bound the table.
+#[derive(Debug, Default)]
+struct Limiter(HashMap<(&'static str, u32), (Instant, u64)>);
+
+impl Limiter {
+    /// How many lines of this place were left out before this one; `None` where
+    /// this one is left out.
+    fn admit(&mut self, place: (&'static str, u32), now: Instant) -> Option<u64> {
+        let (since, lines) = self.0.entry(place).or_insert((now, 0));
+        let mut left_out = 0;
+        if now.duration_since(*since) >= LIMIT_PERIOD {
+            left_out = lines.saturating_sub(LIMIT_LINES);
+            (*since, *lines) = (now, 0);
+        }
+        *lines += 1;
+        (*lines <= LIMIT_LINES).then_some(left_out)
+    }
+}
+
+/// As [`Limiter::admit`]; debug and trace lines are not limited.
+fn admit(record: &Record<'_>) -> Option<u64> {
+    static LIMITER: LazyLock<Mutex<Limiter>> = LazyLock::new(Mutex::default);
+    let (Some(file), Some(line)) = (record.file_static(), record.line()) else {
+        return Some(0);
+    };
+    if record.level() > Level::Info {
+        return Some(0);
+    }
+    let mut limiter = LIMITER.lock().unwrap_or_else(PoisonError::into_inner);
+    limiter.admit((file, line), Instant::now())
 }
 
 #[derive(Debug)]
@@ -133,71 +118,56 @@ fn line_now(level: Level, target: &str, message: &str) -> String {
 }
 
 fn line(format: LogFormat, now: SystemTime, level: Level, target: &str, message: &str) -> String {
-    let mut line = String::with_capacity(96 + message.len());
     let ts = humantime::format_rfc3339_millis(now);
-    let level = match level {
-        Level::Error => "error",
-        Level::Warn => "warn",
-        Level::Info => "info",
-        Level::Debug => "debug",
-        Level::Trace => "trace",
-    };
+    let level = level.as_str().to_ascii_lowercase();
+    let message = quoted(message);
     match format {
+        LogFormat::Logfmt if !target.is_empty() && target.bytes().all(is_bare) => {
+            format!("ts={ts} level={level} target={target} msg={message}\n")
+        }
         LogFormat::Logfmt => {
-            let _ = write!(line, "ts={ts} level={level} target=");
-            if target.bytes().all(is_bare) && !target.is_empty() {
-                line.push_str(target);
-            } else {
-                quote(&mut line, target);
-            }
-            line.push_str(" msg=");
+            format!(
+                "ts={ts} level={level} target={} msg={message}\n",
+                quoted(target)
+            )
         }
         LogFormat::Json => {
-            let _ = write!(line, r#"{{"ts":"{ts}","level":"{level}","target":"#);
-            quote(&mut line, target);
-            line.push_str(r#","msg":"#);
+            let target = quoted(target);
+            format!(
+                "{{\"ts\":\"{ts}\",\"level\":\"{level}\",\"target\":{target},\"msg\":{message}}}\n"
+            )
         }
     }
-    quote(&mut line, message);
-    line.push_str(match format {
-        LogFormat::Logfmt => "\n",
-        LogFormat::Json => "}\n",
-    });
-    line
 }
 
 fn is_bare(byte: u8) -> bool {
     byte.is_ascii_graphic() && !matches!(byte, b'"' | b'=' | b'\\')
 }
 
-/// A JSON string, which is also what logfmt readers take between quotes.
-/// Escaped beyond JSON's needs: everything that [`is_unprintable`] names.
-fn quote(line: &mut String, text: &str) {
-    line.push('"');
-    for c in text.chars() {
-        match c {
-            '"' => line.push_str("\\\""),
-            '\\' => line.push_str("\\\\"),
-            '\n' => line.push_str("\\n"),
-            '\r' => line.push_str("\\r"),
-            '\t' => line.push_str("\\t"),
-            c if is_unprintable(c) => {
-                let _ = write!(line, "\\u{:04x}", u32::from(c));
+/// A JSON string, which logfmt readers take between quotes too. Escaped beyond
+/// JSON's needs: everything that [`is_unprintable`] names.
+fn quoted(text: &str) -> String {
+    let mut quoted = String::with_capacity(text.len() + 2);
+    for c in serde_json::Value::from(text).to_string().chars() {
+        if is_unprintable(c) {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(quoted, "\\u{unit:04x}");
             }
-            c => line.push(c),
+        } else {
+            quoted.push(c);
         }
     }
-    line.push('"');
+    quoted
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const HOSTILE: &str = "a \"b\" \\ \n\r\t\u{1b}[31m\u{7f}\u{85}\u{2028}\u{202e}é";
+    const HOSTILE: &str = "a \"b\" \\ \n\r\t\u{1b}[31m\u{7f}\u{85}\u{2028}\u{202e}\u{e0001}é";
 
     #[test]
-    fn a_line_is_a_line() {
+    fn a_message_stays_on_one_line() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
         assert_eq!(
             line(LogFormat::Logfmt, now, Level::Info, "connmon::agent", "up"),

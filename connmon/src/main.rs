@@ -1,4 +1,4 @@
-//! Parse, run, exit code.
+//! Parses the command line, runs the command, maps the result to an exit code.
 
 use std::ffi::OsString;
 use std::io::{ErrorKind, Write};
@@ -16,34 +16,36 @@ const USAGE: u8 = 2;
 fn main() -> ExitCode {
     let words = cli::normalize(std::env::args_os());
     let environment: Vec<(OsString, OsString)> = std::env::vars_os().collect();
+    let refused_format = || config::log_format(&words, &environment);
     let cli = match Cli::try_parse_from(&words) {
         Ok(cli) => cli,
         Err(error) => {
-            let typed = cli::typed_among(&words);
-            match config::log_format(&typed, &environment) {
-                LogFormat::Json if error.use_stderr() => {
-                    let text = error.to_string();
-                    // Without the usage that follows.
-                    let problem = text.split("\n\n").next().unwrap_or_default();
-                    logging::last_line(LogFormat::Json, problem.trim_start_matches("error: "));
-                }
-                // Help goes to stdout and is no failure; a closed pipe is no
-                // failure either.
-                _ => drop(error.print()),
+            if error.use_stderr() && refused_format() == LogFormat::Json {
+                let text = error.to_string();
+                // Without the usage that follows.
+                let problem = text.split("\n\n").next().unwrap_or_default();
+                logging::last_line(LogFormat::Json, problem.trim_start_matches("error: "));
+            } else {
+                // A closed pipe is no failure.
+                let _ = error.print();
             }
             return ExitCode::from(error.exit_code() as u8);
         }
     };
     if cli.version {
-        return finish(LogFormat::Logfmt, print_version());
+        let written = std::io::stdout().write_all(version::text().as_bytes());
+        return finish(
+            LogFormat::Logfmt,
+            written.map(|()| ExitCode::SUCCESS).map_err(Into::into),
+        );
     }
-    let typed = cli.typed();
-    match config::load(&typed, environment.iter().cloned()) {
-        Ok(loaded) => finish(
-            loaded.config.log_format,
-            run(cli, loaded, is_dumb(&environment)),
-        ),
-        Err(error) => finish(config::log_format(&typed, &environment), Err(error.into())),
+    match config::load(&cli.typed(), environment.iter().cloned()) {
+        Ok(loaded) => {
+            let is_dumb =
+                std::env::var_os("TERM").is_some_and(|term| term == "dumb" || term == "unknown");
+            finish(loaded.config.log_format, run(cli, loaded, is_dumb))
+        }
+        Err(error) => finish(refused_format(), Err(error.into())),
     }
 }
 
@@ -65,50 +67,40 @@ fn finish(format: LogFormat, result: anyhow::Result<ExitCode>) -> ExitCode {
     }
 }
 
-fn print_version() -> anyhow::Result<ExitCode> {
-    std::io::stdout().write_all(version::text().as_bytes())?;
-    Ok(ExitCode::SUCCESS)
-}
-
+/// Runs the command; `is_dumb` for a terminal without escape sequences.
 fn run(cli: Cli, loaded: Loaded, is_dumb: bool) -> anyhow::Result<ExitCode> {
-    if loaded.check_only {
-        for remark in config::check(&loaded)? {
+    let unknown = &loaded.unknown_variables;
+    if loaded.config.check_only {
+        let mut remarks = config::check(&loaded)?;
+        let warned = unknown
+            .iter()
+            .filter(|(level, _)| *level == log::Level::Warn);
+        remarks.extend(warned.map(|(_, message)| message.clone()));
+        for remark in remarks {
             let _ = writeln!(std::io::stderr(), "connmon: {}", text::printable(remark));
         }
-        std::io::stdout().write_all(b"configuration is good\n")?;
+        std::io::stdout().write_all(b"the configuration is valid\n")?;
         return Ok(ExitCode::SUCCESS);
     }
-    let Loaded {
-        config,
-        unknown_variables,
-        ..
-    } = loaded;
-    logging::init(config.log_level, config.log_format);
-    for name in unknown_variables {
-        log::debug!("environment variable {name} names no setting and is ignored");
+    logging::init(loaded.config.log_level, loaded.config.log_format);
+    for (level, message) in unknown {
+        log::log!(*level, "{message}");
     }
+    let config = loaded.config;
     let done = |()| ExitCode::SUCCESS;
     match cli.command {
         None | Some(Command::Run { .. }) => agent::run(config).map(done),
         Some(Command::Check(args)) => cmd::check::run(&config, args.output),
-        Some(Command::Trace(args)) => cmd::trace::run(config, args).map(done),
-        Some(Command::List(args)) => cmd::list::run(config, args).map(done),
-        Some(Command::Top(args)) => cmd::top::run(config, args, is_dumb).map(done),
+        Some(Command::Trace(args)) => cmd::trace::run(&config, &args).map(done),
+        Some(Command::List(args)) => cmd::list::run(&config, &args).map(done),
+        Some(Command::Top { .. }) => cmd::top::run(&config, is_dumb).map(done),
     }
 }
 
-/// Whether the terminal knows no escape sequences.
-fn is_dumb(environment: &[(OsString, OsString)]) -> bool {
-    environment
-        .iter()
-        .any(|(name, value)| name == "TERM" && (value == "dumb" || value == "unknown"))
-}
-
-/// Whoever read our output has enough of it.
+/// Whether the reader of our output has closed it.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        cause
-            .downcast_ref::<std::io::Error>()
-            .is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
+        let error = cause.downcast_ref::<std::io::Error>();
+        error.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
     })
 }

@@ -1,9 +1,9 @@
-//! sd_notify(3): tells systemd when the agent is ready, alive and stopping.
+//! sd_notify(3): reports to systemd when the agent is ready, alive and
+//! stopping.
 //!
 //! The socket is opened once, at start: the serving thread may not open one
-//! later (see [`connmon_host::sandbox`]). With [`crate::config`], the only place
-//! that reads the environment; `NOTIFY_SOCKET` and `WATCHDOG_*` are
-//! systemd's words, not the user's.
+//! later (see [`connmon_host::sandbox`]). The variables that systemd sets for
+//! it are read here; `main` reads the rest of the environment.
 
 use std::ffi::OsStr;
 use std::io;
@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
-/// The line to the service manager; mute when there is none.
+/// The connection to the service manager; does nothing where there is none.
 #[derive(Debug, Default)]
 pub struct Notify {
     socket: Option<UnixDatagram>,
@@ -21,7 +21,7 @@ pub struct Notify {
 
 impl Notify {
     /// From `NOTIFY_SOCKET`, `WATCHDOG_USEC` and `WATCHDOG_PID`. A socket
-    /// that cannot be reached is logged and left alone: monitoring goes on.
+    /// that cannot be reached is logged, and the agent runs without it.
     pub fn from_env() -> Self {
         let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
             return Self::default();
@@ -39,7 +39,8 @@ impl Notify {
             },
             Err(error) => {
                 log::warn!(
-                    "notify socket {}: {error}: systemd will not learn that the agent is ready",
+                    "cannot connect to NOTIFY_SOCKET {}: {error}: systemd is not notified that the \
+                     agent is ready; use Type=exec, or let the agent reach the socket",
                     path.display()
                 );
                 Self::default()
@@ -47,14 +48,15 @@ impl Notify {
         }
     }
 
-    /// How often [`Notify::alive`] must be called: half the watchdog's
-    /// patience, as sd_watchdog_enabled(3) recommends.
+    /// How often [`Notify::alive`] must be called: in half the watchdog's time,
+    /// as sd_watchdog_enabled(3) recommends.
     pub fn interval(&self) -> Option<Duration> {
-        self.watchdog.map(|patience| patience / 2)
+        self.watchdog.map(|timeout| timeout / 2)
     }
 
-    /// The first merge is folded, or took so long that the agent serves without
-    /// it (`connmon_up 0`); `status` is what `systemctl status` shows.
+    /// The agent serves: the initial scan is folded, or took so long that the
+    /// agent serves without it (`connmon_up 0`). `systemctl status` shows
+    /// `status`.
     pub fn ready(&self, status: &str) {
         self.send(&format!("READY=1\nSTATUS={}", one_line(status)));
     }
@@ -64,12 +66,12 @@ impl Notify {
         self.send(&format!("STATUS={}", one_line(status)));
     }
 
-    /// The fold answered: feed the watchdog.
+    /// The fold answered: restarts the watchdog's time.
     pub fn alive(&self) {
         self.send("WATCHDOG=1");
     }
 
-    /// The agent is ending on its own accord.
+    /// The agent begins to stop.
     pub fn stopping(&self) {
         self.send("STOPPING=1");
     }
@@ -77,7 +79,7 @@ impl Notify {
     fn send(&self, state: &str) {
         let Some(socket) = &self.socket else { return };
         if let Err(error) = socket.send(state.as_bytes()) {
-            log::debug!("notify socket: {error}: {state:?} not sent");
+            log::debug!("cannot send {state:?} to NOTIFY_SOCKET: {error}");
         }
     }
 }
@@ -96,12 +98,12 @@ fn connect(path: &OsStr) -> io::Result<UnixDatagram> {
     };
     let socket = UnixDatagram::unbound()?;
     socket.connect_addr(&address)?;
-    // A manager that does not read must not stop the agent.
+    // The agent must not wait for a manager that does not read.
     socket.set_nonblocking(true)?;
     Ok(socket)
 }
 
-/// The watchdog's patience, if it is meant for this process.
+/// The watchdog's time, if it is meant for this process.
 fn watchdog(usec: Option<u64>, pid: Option<u64>, own_pid: u32) -> Option<Duration> {
     let meant = pid.is_none_or(|pid| pid == u64::from(own_pid));
     let usec = usec.filter(|&usec| usec > 0 && meant)?;
@@ -117,8 +119,8 @@ mod tests {
     use super::*;
 
     fn receive(manager: &UnixDatagram) -> String {
-        let patience = Some(Duration::from_secs(10));
-        manager.set_read_timeout(patience).unwrap();
+        let timeout = Some(Duration::from_secs(10));
+        manager.set_read_timeout(timeout).unwrap();
         let mut buffer = [0; 512];
         let length = manager.recv(&mut buffer).unwrap();
         String::from_utf8_lossy(&buffer[..length]).into_owned()
@@ -130,7 +132,7 @@ mod tests {
             watchdog: watchdog(Some(30_000_000), None, 1),
         };
         assert_eq!(notify.interval(), Some(Duration::from_secs(15)));
-        // Also from behind the walls of the serving thread.
+        // From within the sandbox of the serving thread.
         let plan = connmon_host::sandbox::Plan::new(
             connmon_host::sandbox::SandboxChoice::Auto,
             true,
@@ -150,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_manager_on_a_path_hears_the_whole_life() {
+    fn a_socket_path_receives_every_state() {
         let path = std::env::temp_dir().join(format!("connmon-notify-{}", std::process::id()));
         let manager = UnixDatagram::bind(&path).unwrap();
         converse(path.as_os_str(), &manager);
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_manager_on_an_abstract_name_hears_it_too() {
+    fn an_abstract_socket_receives_every_state() {
         let name = format!("connmon-notify-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(&name).unwrap();
         let manager = UnixDatagram::bind_addr(&address).unwrap();
@@ -166,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_manager_everything_is_silent() {
+    fn without_a_manager_nothing_is_sent() {
         let notify = Notify::default();
         notify.ready("");
         notify.alive();
@@ -176,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn the_watchdog_of_another_process_is_not_ours() {
+    fn the_watchdog_of_another_process_is_ignored() {
         assert_eq!(watchdog(Some(0), None, 7), None);
         assert_eq!(watchdog(Some(1_000), Some(8), 7), None);
         assert_eq!(watchdog(None, Some(7), 7), None);

@@ -74,12 +74,9 @@ fn help_names_every_setting() {
     for args in [&["--help"][..], &["-help"], &["run", "--help"]] {
         let (code, out, _) = run(args);
         assert_eq!(code, 0);
-        for setting in connmon::config::settings::SETTINGS {
-            assert!(
-                out.contains(&format!("--{}", setting.key)),
-                "{}",
-                setting.key
-            );
+        for setting in connmon::config::settings() {
+            let flag = format!("--{}", connmon::config::key(setting));
+            assert!(out.contains(&flag), "{flag}");
         }
     }
 }
@@ -171,7 +168,7 @@ fn wrong_usage_and_bad_configuration_end_with_2() {
 }
 
 /// Files on a mount, names of a resolver and interfaces may come after the
-/// agent; what manages it starts it again for 1.
+/// agent; the service manager restarts it after exit code 1.
 #[test]
 fn what_is_not_there_yet_ends_with_1() {
     let scratch = Scratch::new();
@@ -273,7 +270,7 @@ fn the_unit_starts_again_for_1_and_not_for_2() {
 }
 
 #[test]
-fn the_commands_tell_a_missing_database_from_a_broken_one() {
+fn a_missing_database_exits_1_and_a_broken_one_2() {
     let scratch = Scratch::new();
     let broken = scratch.file("broken.mmdb", b"no database");
     for (database, expected) in [("/no/such.mmdb", 1), (broken.as_str(), 2)] {
@@ -284,7 +281,7 @@ fn the_commands_tell_a_missing_database_from_a_broken_one() {
             err.contains(&format!("--geoip.database: country database {database}")),
             "{err}"
         );
-        // A check says either in its lines, and that the agent cannot run.
+        // A check reports either in its lines, and that the agent cannot run.
         let args = [
             "check",
             "--source=proc",
@@ -579,7 +576,7 @@ fn an_interface_is_named_in_a_listen_address() {
 
 /// What no other command minds is wrong usage of this one.
 #[test]
-fn a_trace_by_polling_is_refused_with_where_it_was_asked_for() {
+fn trace_refuses_polling_and_names_its_origin() {
     let scratch = Scratch::new();
     let config = scratch.file("agent.yml", b"ports.max: 1\nsource: proc\n");
     for (flag, variable, origin) in [
@@ -601,7 +598,7 @@ fn a_trace_by_polling_is_refused_with_where_it_was_asked_for() {
 }
 
 /// A file that cannot be used is found when it is opened; the message still
-/// says who named it.
+/// names where it was written.
 #[test]
 fn a_bad_file_is_reported_with_where_it_was_named() {
     let scratch = Scratch::new();
@@ -671,7 +668,7 @@ fn a_good_configuration_checks_out() {
     command.env("CONNMON_PORT_19910_TCP_ADDR", "10.0.0.1");
     let (code, out, err) = said(command.output().unwrap());
     assert_eq!((code, err.as_str()), (0, ""));
-    assert!(out.contains("good"));
+    assert_eq!(out, "the configuration is valid\n");
 }
 
 /// What keeps the agent from running is one line and the right exit code.
@@ -702,7 +699,7 @@ fn the_agent_says_in_one_line_why_it_cannot_run() {
 
 /// What a Kubernetes service called connmon injects, and a format for machines.
 #[test]
-fn unknown_variables_are_a_debug_line_and_logs_are_json_when_asked() {
+fn an_unknown_variable_is_a_debug_line_in_json() {
     let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = holder.local_addr().unwrap().to_string();
     for (level, lines) in [("debug", 1), ("info", 0)] {

@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::CommandFactory;
-use connmon::config::settings::{Kind, SETTINGS, Setting};
+use clap::{Arg, CommandFactory};
+use connmon::config::{key, settings, variable};
 use connmon::expose::families::FAMILIES;
 
 fn root() -> PathBuf {
@@ -120,9 +120,21 @@ fn flags_in_the_readme_have_their_defaults() {
         .collect();
     assert_eq!(rows.len(), 10);
     for row in rows {
-        let key = row.split(['`', ' ']).nth(2).unwrap();
-        let setting = Setting::find(&key[2..]).unwrap_or_else(|| panic!("no setting {key}"));
-        assert!(row.contains(setting.default), "{row}");
+        let flag = row.split(['`', ' ']).nth(2).unwrap();
+        let setting = settings().iter().find(|arg| key(arg) == &flag[2..]);
+        let setting = setting.unwrap_or_else(|| panic!("no setting {flag}"));
+        assert!(row.contains(&default(setting)), "{row}");
+    }
+}
+
+/// What the table says of a setting's default.
+fn default(setting: &Arg) -> String {
+    let shown = !setting.is_hide_default_value_set();
+    let values = setting.get_default_values().iter().filter(|_| shown);
+    let values: Vec<_> = values.map(|value| value.to_str().unwrap()).collect();
+    match values.join(",") {
+        none if none.is_empty() => "none".to_owned(),
+        values => format!("`{values}`"),
     }
 }
 
@@ -161,25 +173,23 @@ fn the_list_of_metrics_is_the_table_of_families() {
 }
 
 #[test]
-fn the_list_of_flags_is_the_table_of_settings() {
+fn the_list_of_flags_is_what_clap_knows() {
     let mut text = String::from(
         "# Flags\n\n\
-         Generated from `connmon/src/config/settings.rs`; do not edit.\n\n\
+         Generated from `connmon/src/config/mod.rs`; do not edit.\n\n\
          Each flag is also an environment variable (lists comma-separated) and a flat key, the flag \
          without its dashes, in the YAML of `--config.file`. A flag beats the environment, which \
          beats the file. `connmon --help` prints the same.\n\n\
          | flag | variable | default | meaning |\n|---|---|---|---|\n",
     );
-    for setting in SETTINGS {
-        let flag = match setting.kind {
-            Kind::Switch => format!("--{}", setting.key),
-            _ => format!("--{} {}", setting.key, cell(setting.placeholder)),
-        };
-        let default = match setting.default {
-            "" => "none".to_owned(),
-            default => format!("`{default}`"),
-        };
-        let (variable, help) = (setting.variable(), cell(setting.help));
+    for setting in settings() {
+        let mut flag = format!("--{}", key(setting));
+        if setting.get_action().takes_values() {
+            let names = setting.get_value_names().unwrap_or_default();
+            flag = format!("{flag} {}", cell(names.first().unwrap()));
+        }
+        let (variable, default) = (variable(key(setting)), default(setting));
+        let help = cell(&setting.get_help().unwrap().to_string());
         text += &format!("| `{flag}` | `{variable}` | {default} | {help} |\n");
     }
     generated("docs/flags.md", &text);

@@ -84,7 +84,7 @@ fn database(scratch: &tempfile::TempDir) -> PathBuf {
 }
 
 #[test]
-fn excluded_networks_are_in_no_figure_from_either_source() {
+fn excluded_networks_are_in_no_metric_or_summary() {
     if !namespaces::may_run("filters in a running agent") {
         return;
     }

@@ -72,7 +72,7 @@ fn the_embedded_database_is_sound() {
 }
 
 #[test]
-fn special_ranges_come_before_records_that_merely_span_them() {
+fn special_ranges_come_before_wider_records() {
     let mut locator = locator(database(&[
         ("::/1", flat("FR")),
         ("8000::/1", flat("FR")),
@@ -273,7 +273,7 @@ fn two_largest_databases_fit_the_shipped_limit() {
     let mib: u64 = memory.split("Mi").next().unwrap().parse().unwrap();
     // One in use, one under check with a bit for each of its bytes.
     let databases = 2 * MAX_DATABASE_BYTES + MAX_DATABASE_BYTES / 8;
-    // What the comment there says of a full table, and the ring.
+    // A full table by the comment there, and the ring buffer.
     let rest = 100_000_000 + (8 << 20);
     assert!(databases + rest < mib << 20, "{databases} and {rest} bytes");
 }
@@ -327,7 +327,7 @@ fn every_kind_of_change_is_seen_and_bad_files_keep_the_old() {
     assert!(reloader.poll(false).is_none());
     assert_eq!(country_of(expect_replaced(reloader.poll(false))), "SE");
 
-    // Broken in place: refused once, not again and again.
+    // Broken in place: refused once, not at every poll.
     std::fs::write(&path, b"broken").unwrap();
     assert!(reloader.poll(false).is_none());
     assert!(matches!(reloader.poll(false), Some(Outcome::Refused(_))));
@@ -342,7 +342,7 @@ fn every_kind_of_change_is_seen_and_bad_files_keep_the_old() {
     assert!(reloader.poll(false).is_none());
     assert_eq!(country_of(expect_replaced(reloader.poll(false))), "JP");
 
-    // SIGHUP reads it again without any change.
+    // SIGHUP reads it without any change.
     assert_eq!(country_of(expect_replaced(reloader.poll(true))), "JP");
     assert_eq!(reloader.counts(), (4, 2));
 }
@@ -369,7 +369,7 @@ fn a_kubernetes_symlink_swap_is_seen() {
 
 /// In a process of its own, since the limit is the process's.
 #[test]
-fn a_file_that_descriptors_were_short_for_is_read_later() {
+fn a_read_without_descriptors_is_retried_later() {
     let status = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "short_of_descriptors", "--ignored"])
         .env("CONNMON_SHORT", "")
@@ -379,7 +379,7 @@ fn a_file_that_descriptors_were_short_for_is_read_later() {
 }
 
 #[test]
-#[ignore = "the child of a_file_that_descriptors_were_short_for_is_read_later"]
+#[ignore = "the child of a_read_without_descriptors_is_retried_later"]
 fn short_of_descriptors() {
     if std::env::var_os("CONNMON_SHORT").is_none() {
         println!("not applicable: its parent runs it, in a process of its own");
@@ -399,10 +399,10 @@ fn short_of_descriptors() {
     };
     setrlimit(Resource::Nofile, none).unwrap();
     let refused = reloader.poll(false);
-    let silent = reloader.poll(false);
+    let repeated = reloader.poll(false);
     setrlimit(Resource::Nofile, before).unwrap();
     assert!(matches!(refused, Some(Outcome::Refused(error)) if error.is_resource_exhausted()));
-    assert!(silent.is_none());
+    assert!(repeated.is_none());
     assert_eq!(reloader.counts(), (0, 1));
     let database = expect_replaced(reloader.poll(false));
     assert_eq!(country_of(database), "FR");

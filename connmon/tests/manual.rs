@@ -3,7 +3,7 @@
 
 use clap::CommandFactory as _;
 use connmon::cli::Cli;
-use connmon::config::settings::SETTINGS;
+use connmon::config::{key, settings};
 
 #[test]
 fn the_man_page_names_every_flag_and_command() {
@@ -13,8 +13,8 @@ fn the_man_page_names_every_flag_and_command() {
         .unwrap();
     // roff escapes hyphens.
     let page = String::from_utf8(page).unwrap().replace("\\-", "-");
-    for setting in SETTINGS {
-        let flag = format!("--{}", setting.key);
+    for setting in settings() {
+        let flag = format!("--{}", key(setting));
         assert!(page.contains(&flag), "{flag}");
     }
     for command in Cli::command().get_subcommands() {
@@ -33,8 +33,9 @@ fn completions_name_every_flag() {
         let mut script = Vec::new();
         clap_complete::generate(shell, &mut Cli::command(), "connmon", &mut script);
         let script = String::from_utf8(script).unwrap();
-        for setting in SETTINGS {
-            assert!(script.contains(setting.key), "{shell}: {}", setting.key);
+        for setting in settings() {
+            let key = key(setting);
+            assert!(script.contains(key), "{shell}: {key}");
         }
     }
 }

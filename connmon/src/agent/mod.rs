@@ -133,7 +133,7 @@ fn sandbox_plan(config: &Config, server: &Server) -> Arc<Plan> {
         plan.also_readable(file);
     }
     let plan = Arc::new(plan);
-    logging::close_in({
+    logging::enter_sandbox({
         let plan = Arc::clone(&plan);
         // With --sandbox strict the threads after it fail for the same reason
         // and end the agent.

@@ -1,4 +1,4 @@
-//! Arguments of `check`, `trace`, `list` and `top`.
+//! Arguments of `check`, `trace` and `list`.
 
 use std::time::Duration;
 
@@ -75,7 +75,7 @@ pub struct TraceArgs {
     #[arg(long, value_name = "NAME")]
     pub process: Vec<String>,
     /// Only this direction: inbound or outbound
-    #[arg(long, value_parser = direction)]
+    #[arg(long, value_parser = parse::choice(DIRECTIONS))]
     pub direction: Option<Direction>,
     /// Only this kind of event, repeatable
     #[arg(long, value_enum, ignore_case = true, value_delimiter = ',')]
@@ -105,14 +105,6 @@ pub struct ListArgs {
     pub flags: ToolFlags,
 }
 
-/// `connmon top`.
-#[derive(Debug, Args)]
-pub struct TopArgs {
-    /// Agent settings.
-    #[command(flatten)]
-    pub flags: ToolFlags,
-}
-
 fn country(text: &str) -> Result<Country, String> {
     match text.to_ascii_lowercase().as_str() {
         "private" => Ok(Country::PRIVATE),
@@ -126,15 +118,10 @@ fn country(text: &str) -> Result<Country, String> {
     }
 }
 
-fn direction(text: &str) -> Result<Direction, String> {
-    parse::choice(
-        text,
-        &[
-            ("inbound", Direction::Inbound),
-            ("outbound", Direction::Outbound),
-        ],
-    )
-}
+const DIRECTIONS: &[(&str, Direction)] = &[
+    ("inbound", Direction::Inbound),
+    ("outbound", Direction::Outbound),
+];
 
 /// Seconds, fractions allowed, or a Prometheus duration; more than zero, at
 /// most [`LONGEST`].

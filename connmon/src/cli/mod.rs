@@ -4,17 +4,16 @@
 mod args;
 mod normalize;
 
-pub use args::{By, CheckArgs, EventKind, ListArgs, Output, TopArgs, TraceArgs};
+pub use args::{By, CheckArgs, EventKind, ListArgs, Output, TraceArgs};
 pub use normalize::normalize;
 
-use std::ffi::OsString;
+use clap::builder::Resettable;
+use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, value_parser};
 
-use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
+use crate::config;
 
-use crate::config::settings::{Kind, SETTINGS, Setting};
-
-/// Traces this machine's TCP connections and tells Prometheus who it talks
-/// to, by country and by port.
+/// Traces this machine's TCP connections and serves Prometheus metrics about
+/// them, by country and by port.
 ///
 /// Every agent flag is also an environment variable (--ports.max is
 /// CONNMON_PORTS_MAX) and a key of --config.file; flags beat variables beat
@@ -47,14 +46,18 @@ pub enum Command {
         #[command(flatten)]
         flags: AgentFlags,
     },
-    /// Say what works on this host, and what to do about the rest
+    /// Show what works on this host, and what helps where something does not
     Check(CheckArgs),
     /// Print connection events as they happen
     Trace(TraceArgs),
     /// Print what is connected now
     List(ListArgs),
     /// Show what is connected now, refreshing
-    Top(TopArgs),
+    Top {
+        /// Agent settings.
+        #[command(flatten)]
+        flags: ToolFlags,
+    },
 }
 
 impl Cli {
@@ -66,41 +69,11 @@ impl Cli {
             Some(Command::Check(args)) => &args.flags.0,
             Some(Command::Trace(args)) => &args.flags.0,
             Some(Command::List(args)) => &args.flags.0,
-            Some(Command::Top(args)) => &args.flags.0,
+            Some(Command::Top { flags }) => &flags.0,
         };
         self.flags.0.iter().chain(own).cloned().collect()
     }
 }
-
-/// The settings typed in a command line that is refused: every known flag
-/// with a value. For the format of the message about it.
-pub fn typed_among(words: &[OsString]) -> Vec<(&'static str, String)> {
-    let mut words = words.iter().skip(1).filter_map(|word| word.to_str());
-    let mut typed = Vec::new();
-    while let Some(word) = words.next() {
-        let Some(flag) = word.strip_prefix("--") else {
-            continue;
-        };
-        let (flag, value) = match flag.split_once('=') {
-            Some((flag, value)) => (flag, Some(value)),
-            None => (flag, None),
-        };
-        if let Some(setting) = Setting::find(flag)
-            && let Some(value) = value.or_else(|| words.next())
-        {
-            typed.push((setting.key, value.to_owned()));
-        }
-    }
-    typed
-}
-
-/// Every setting of the agent, as typed: key and text.
-#[derive(Clone, Debug, Default)]
-pub struct AgentFlags(Vec<(&'static str, String)>);
-
-/// The settings that matter to `trace`, `list` and `top`, as typed.
-#[derive(Clone, Debug, Default)]
-pub struct ToolFlags(Vec<(&'static str, String)>);
 
 /// Settings that `trace`, `list` and `top` take.
 const TOOL_SETTINGS: [&str; 11] = [
@@ -117,52 +90,34 @@ const TOOL_SETTINGS: [&str; 11] = [
     "log.format",
 ];
 
-fn is_tool_setting(setting: &&Setting) -> bool {
-    TOOL_SETTINGS.contains(&setting.key)
-}
+/// Settings as typed, key and text: those in [`TOOL_SETTINGS`], or all.
+/// [`crate::config`] validates them.
+#[derive(Clone, Debug, Default)]
+pub struct Typed<const TOOL: bool>(Vec<(&'static str, String)>);
 
-fn add_settings(
-    command: clap::Command,
-    settings: impl Iterator<Item = &'static Setting>,
-) -> clap::Command {
-    settings.fold(command, |command, setting| command.arg(flag(setting)))
-}
+/// Every setting of the agent.
+pub type AgentFlags = Typed<false>;
 
-fn flag(setting: &'static Setting) -> Arg {
-    let mut help = setting.help.to_owned();
-    if !setting.default.is_empty() && setting.kind != Kind::Switch {
-        help = format!("{help} [default: {}]", setting.default);
-    }
-    let arg = Arg::new(setting.key)
-        .long(setting.key)
-        .value_name(setting.placeholder)
-        .help(help)
-        .help_heading("Agent flags");
-    match setting.kind {
-        Kind::List => arg.action(ArgAction::Append),
-        Kind::Switch => arg
-            .num_args(0..=1)
-            .require_equals(true)
-            .default_missing_value("true"),
-        Kind::Value | Kind::Joined => arg,
+/// The settings that matter to `trace`, `list` and `top`.
+pub type ToolFlags = Typed<true>;
+
+impl<const TOOL: bool> Typed<TOOL> {
+    fn settings() -> impl Iterator<Item = &'static Arg> {
+        let settings = config::settings().iter();
+        settings.filter(|setting| !TOOL || TOOL_SETTINGS.contains(&config::key(setting)))
     }
 }
 
-fn collect(
-    matches: &ArgMatches,
-    settings: impl Iterator<Item = &'static Setting>,
-) -> Vec<(&'static str, String)> {
-    settings
-        .flat_map(|setting| {
-            let values = matches.get_many::<String>(setting.key).unwrap_or_default();
-            values.map(|text| (setting.key, text.clone()))
-        })
-        .collect()
-}
-
-impl FromArgMatches for AgentFlags {
+impl<const TOOL: bool> FromArgMatches for Typed<TOOL> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        Ok(Self(collect(matches, SETTINGS.iter())))
+        let texts = |setting: &'static Arg| {
+            let texts = matches.get_many::<String>(setting.get_id().as_str());
+            let key = config::key(setting);
+            texts
+                .unwrap_or_default()
+                .map(move |text| (key, text.clone()))
+        };
+        Ok(Self(Self::settings().flat_map(texts).collect()))
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -171,33 +126,25 @@ impl FromArgMatches for AgentFlags {
     }
 }
 
-impl Args for AgentFlags {
+impl<const TOOL: bool> Args for Typed<TOOL> {
     fn augment_args(command: clap::Command) -> clap::Command {
-        add_settings(command, SETTINGS.iter())
-    }
-
-    fn augment_args_for_update(command: clap::Command) -> clap::Command {
-        Self::augment_args(command)
-    }
-}
-
-impl FromArgMatches for ToolFlags {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        Ok(Self(collect(
-            matches,
-            SETTINGS.iter().filter(is_tool_setting),
-        )))
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Self::from_arg_matches(matches)?;
-        Ok(())
-    }
-}
-
-impl Args for ToolFlags {
-    fn augment_args(command: clap::Command) -> clap::Command {
-        add_settings(command, SETTINGS.iter().filter(is_tool_setting))
+        command.args(Self::settings().map(|setting| {
+            let default = setting.get_default_values().first();
+            let default = default.filter(|_| !setting.is_hide_default_value_set());
+            let mut help = setting
+                .get_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            if let Some(default) = default {
+                // Behind the help text; clap would give it a paragraph.
+                help += &format!(" [default: {}]", default.display());
+            }
+            let typed = setting
+                .clone()
+                .value_parser(value_parser!(String))
+                .help(help);
+            typed.default_value(Resettable::Reset)
+        }))
     }
 
     fn augment_args_for_update(command: clap::Command) -> clap::Command {
@@ -221,7 +168,7 @@ mod tests {
     #[test]
     fn the_table_is_a_valid_command() {
         <Cli as clap::CommandFactory>::command().debug_assert();
-        assert!(TOOL_SETTINGS.iter().all(|key| Setting::find(key).is_some()));
+        assert_eq!(ToolFlags::settings().count(), TOOL_SETTINGS.len());
     }
 
     #[test]
@@ -234,11 +181,12 @@ mod tests {
         ] {
             let typed = parsed(line).unwrap().typed();
             for pair in [
-                ("web.listen-address", ":1".to_owned()),
-                ("web.listen-address", ":2".to_owned()),
-                ("ebpf.stats", "true".to_owned()),
-                ("config.check", "false".to_owned()),
+                ("web.listen-address", ":1"),
+                ("web.listen-address", ":2"),
+                ("ebpf.stats", "true"),
+                ("config.check", "false"),
             ] {
+                let pair = (pair.0, pair.1.to_owned());
                 assert!(typed.contains(&pair), "{line}: {typed:?}");
             }
         }
@@ -301,21 +249,6 @@ mod tests {
             "connmon check --output Table",
         ] {
             assert!(parsed(line).is_ok(), "{line}");
-        }
-    }
-
-    #[test]
-    fn flags_of_a_refused_line_are_found() {
-        let words = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
-        for (line, format) in [
-            ("connmon --no.such --log.format=json", Some("json")),
-            ("connmon run --log.format json --no.such", Some("json")),
-            ("connmon --log.format", None),
-            ("connmon --log.formats=json json", None),
-        ] {
-            let typed = typed_among(&normalize(words(line)));
-            let found = typed.iter().find(|(key, _)| *key == "log.format");
-            assert_eq!(found.map(|(_, text)| text.as_str()), format, "{line}");
         }
     }
 

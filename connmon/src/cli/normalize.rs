@@ -2,7 +2,6 @@
 //! so do we.
 
 use std::ffi::OsString;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use clap::CommandFactory;
 
@@ -10,42 +9,27 @@ use clap::CommandFactory;
 /// `-web.listen-address=:1` becomes `--web.listen-address=:1`. Everything
 /// else, and everything after `--`, stays as it is.
 pub fn normalize(words: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
-    let known = long_flags();
-    let mut literal = false;
-    words
-        .into_iter()
-        .map(|word| {
-            literal |= word == "--";
-            if literal || !is_one_dash_flag(word.as_bytes(), &known) {
-                return word;
-            }
-            let mut bytes = b"-".to_vec();
-            bytes.extend_from_slice(word.as_bytes());
-            OsString::from_vec(bytes)
-        })
-        .collect()
-}
-
-fn is_one_dash_flag(word: &[u8], known: &[String]) -> bool {
-    let Some(name) = word.strip_prefix(b"-") else {
-        return false;
-    };
-    let end = name.iter().position(|b| *b == b'=').unwrap_or(name.len());
-    end > 1 && known.iter().any(|flag| flag.as_bytes() == &name[..end])
-}
-
-/// Long flags of every command.
-fn long_flags() -> Vec<String> {
     let command = super::Cli::command();
-    let mut flags: Vec<String> = std::iter::once(&command)
-        .chain(command.get_subcommands())
-        .flat_map(|command| command.get_arguments())
-        .filter_map(|arg| arg.get_long().map(str::to_owned))
-        .collect();
-    flags.push("help".to_owned());
-    flags.sort();
-    flags.dedup();
-    flags
+    let commands = std::iter::once(&command).chain(command.get_subcommands());
+    let flags = commands.flat_map(|command| command.get_arguments());
+    let mut known: Vec<&str> = flags.filter_map(|flag| flag.get_long()).collect();
+    known.push("help");
+    let mut literal = false;
+    let normalize = |word: OsString| {
+        literal |= word == "--";
+        let name = word
+            .to_str()
+            .and_then(|word| word.strip_prefix('-')?.split('=').next());
+        match name {
+            Some(name) if !literal && known.contains(&name) => {
+                let mut normal = OsString::from("-");
+                normal.push(word);
+                normal
+            }
+            _ => word,
+        }
+    };
+    words.into_iter().map(normalize).collect()
 }
 
 #[cfg(test)]

@@ -1,62 +1,130 @@
 //! One line about one connection: what `trace` and `list` print, as an
 //! aligned table or as JSON, from the same struct.
 
-use std::net::SocketAddr;
+use std::io::Write;
+use std::time::Duration;
 
 use connmon_common::state;
-use connmon_core::event::Tuple;
-use connmon_core::fold::Direction;
+use connmon_core::event::{Cookie, NetnsId, Owner, Socket, Traffic, Tuple};
+use connmon_core::fold::{Direction, PortLabel};
+use connmon_core::geo::Country;
 use connmon_core::text::{comm_bytes, process_name};
-use serde::Serialize;
+use jiff::{Timestamp, tz::TimeZone};
+use serde::{Serialize, Serializer};
+use serde_json::Value;
 
 use super::columns::{self, Column, left};
+use super::containers::Containers;
+use super::follow::{Happening, Occurrence};
+use crate::cli::Output;
 
-/// One connection event, or one connection of a snapshot. Fields that do not
-/// apply are absent from the JSON and `-` in the table.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct ConnectionRecord {
-    /// RFC 3339, UTC, milliseconds.
-    pub time: String,
-    /// `open`, `close`, `fail`; `live` in a snapshot.
-    pub event: &'static str,
-    /// `inbound`, `outbound` or `unknown`.
-    pub direction: &'static str,
-    /// Process name, made printable.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub process: Option<String>,
-    /// Process id in the initial pid namespace.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pid: Option<u32>,
-    /// Container id from the process's cgroup, first 12 digits.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub container: Option<String>,
-    /// Network namespace inode.
-    pub netns: u32,
-    /// Local endpoint.
-    pub local: SocketAddr,
-    /// Remote endpoint.
-    pub remote: SocketAddr,
-    /// The `country` label value.
-    pub country: &'static str,
-    /// Service port: inbound the local one, outbound the remote one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub port: Option<u16>,
-    /// TCP state, in a snapshot.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub state: Option<&'static str>,
-    /// Seconds: of the connection for `close`, of the attempt for `fail`, of
-    /// the handshake for an outbound `open`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub duration_seconds: Option<f64>,
-    /// Payload bytes received.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub received_bytes: Option<u64>,
-    /// Payload bytes sent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sent_bytes: Option<u64>,
-    /// Why an attempt failed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<&'static str>,
+/// A connection and its owner.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Connection {
+    /// Socket cookie, or 0.
+    pub cookie: Cookie,
+    /// Namespace inode, or 0.
+    pub netns: NetnsId,
+    /// Endpoints.
+    pub tuple: Tuple,
+    /// Direction, as far as it is known.
+    pub direction: Direction,
+    /// Owner; pid 0 when unknown.
+    pub owner: Owner,
+}
+
+impl Connection {
+    /// That of a socket.
+    pub fn new(socket: Socket, tuple: Tuple, direction: Direction, owner: Owner) -> Self {
+        Self {
+            cookie: socket.cookie,
+            netns: socket.netns,
+            tuple,
+            direction,
+            owner,
+        }
+    }
+
+    /// The service port, where the direction shows which end that is.
+    pub fn service_port(&self) -> Option<u16> {
+        match self.direction {
+            Direction::Inbound => Some(self.tuple.local_port),
+            Direction::Outbound => Some(self.tuple.remote_port),
+            Direction::Unknown => None,
+        }
+    }
+
+    /// The service port as groups name it.
+    pub fn port_name(&self) -> String {
+        let port = self.service_port();
+        port.map_or(PortLabel::Other, PortLabel::Port).to_string()
+    }
+
+    /// The process as groups name it.
+    pub fn process_name(&self) -> String {
+        process_name(&self.owner.comm).unwrap_or_else(|| "unknown".to_owned())
+    }
+
+    /// Payload bytes received and sent.
+    pub fn bytes(&self, traffic: Traffic) -> (u64, u64) {
+        let sent = traffic.sent_payload(self.direction == Direction::Outbound);
+        (traffic.received_bytes, sent)
+    }
+}
+
+/// Prints connections, one a line.
+pub struct Printer<W> {
+    out: W,
+    output: Output,
+    containers: Containers,
+}
+
+impl<W: Write> Printer<W> {
+    /// Prints the heading of a table at once.
+    pub fn new(mut out: W, output: Output) -> std::io::Result<Self> {
+        if output == Output::Table {
+            writeln!(out, "{}", columns::heading(&COLUMNS))?;
+            out.flush()?;
+        }
+        let containers = Containers::default();
+        Ok(Self {
+            out,
+            output,
+            containers,
+        })
+    }
+
+    /// Prints one line about what happened at `at`.
+    pub fn print(
+        &mut self,
+        at: Timestamp,
+        occurrence: &Occurrence,
+        country: Country,
+    ) -> std::io::Result<()> {
+        let container = self.containers.of(&occurrence.connection.owner);
+        match self.output {
+            Output::Table => {
+                let cells = cells(at, occurrence, country, container);
+                writeln!(self.out, "{}", columns::row(&COLUMNS, cells))
+            }
+            Output::Json => {
+                let fields = fields(at, occurrence, country, container);
+                super::print_json(&mut self.out, &Fields(&fields))
+            }
+        }
+    }
+
+    /// Passes on what was printed.
+    pub fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// The moment of a kernel timestamp, given `now_ns` of the same clock.
+pub fn wall_clock(at_ns: u64, now_ns: u64) -> Timestamp {
+    let now = Timestamp::now();
+    let ago = Duration::from_nanos(now_ns.saturating_sub(at_ns));
+    now.checked_sub(ago).unwrap_or(now)
 }
 
 const COLUMNS: [Column; 13] = [
@@ -75,46 +143,103 @@ const COLUMNS: [Column; 13] = [
     left("REASON", 0),
 ];
 
-/// The heading of the table.
-pub fn heading() -> String {
-    columns::heading(&COLUMNS)
-}
-
-impl ConnectionRecord {
-    /// One aligned line, no line feed. `clock` is the local time of day.
-    pub fn line(&self, clock: &str) -> String {
-        let last = self.reason.or(self.state).map(str::to_owned);
-        let cells: [String; COLUMNS.len()] = [
-            clock.to_owned(),
-            self.event.to_owned(),
-            self.direction.to_owned(),
-            or_dash(self.process.clone()),
-            or_dash(self.pid.map(|pid| pid.to_string())),
-            or_dash(self.container.clone()),
-            self.local.to_string(),
-            self.remote.to_string(),
-            self.country.to_owned(),
-            or_dash(self.duration_seconds.map(seconds)),
-            or_dash(self.received_bytes.map(bytes)),
-            or_dash(self.sent_bytes.map(bytes)),
-            or_dash(last),
-        ];
-        columns::row(&COLUMNS, cells)
+/// The name of an event, and why it is one or the state it left.
+fn event(happening: Happening) -> (&'static str, Option<&'static str>, Option<&'static str>) {
+    match happening {
+        Happening::Live(number) => ("live", Some(state_name(number)), None),
+        Happening::Open => ("open", None, None),
+        Happening::Close => ("close", None, None),
+        Happening::Fail(reason) => ("fail", None, Some(reason.label())),
     }
 }
 
-/// The service port of a connection, where its direction tells which end
-/// that is.
-pub fn service_port(direction: Direction, tuple: &Tuple) -> Option<u16> {
-    match direction {
-        Direction::Inbound => Some(tuple.local_port),
-        Direction::Outbound => Some(tuple.remote_port),
-        Direction::Unknown => None,
+/// The cells of [`COLUMNS`]; the time is local.
+fn cells(
+    at: Timestamp,
+    occurrence: &Occurrence,
+    country: Country,
+    container: Option<String>,
+) -> [String; COLUMNS.len()] {
+    let Connection {
+        tuple,
+        direction,
+        owner,
+        ..
+    } = &occurrence.connection;
+    let (event, state, reason) = event(occurrence.happening);
+    let moved = occurrence
+        .traffic
+        .map(|traffic| occurrence.connection.bytes(traffic));
+    let local = at.to_zoned(TimeZone::system());
+    [
+        local.strftime("%H:%M:%S%.3f").to_string(),
+        event.to_owned(),
+        direction.label().to_owned(),
+        or_dash(process_name(&owner.comm)),
+        or_dash((owner.pid != 0).then(|| owner.pid.to_string())),
+        or_dash(container),
+        tuple.local_endpoint().to_string(),
+        tuple.remote_endpoint().to_string(),
+        country.code().to_owned(),
+        or_dash(occurrence.duration_seconds().map(seconds)),
+        or_dash(moved.map(|(received, _)| bytes(received))),
+        or_dash(moved.map(|(_, sent)| bytes(sent))),
+        or_dash(reason.or(state).map(str::to_owned)),
+    ]
+}
+
+/// The fields of the JSON object; null ones are left out.
+fn fields(
+    at: Timestamp,
+    occurrence: &Occurrence,
+    country: Country,
+    container: Option<String>,
+) -> [(&'static str, Value); 16] {
+    let connection = &occurrence.connection;
+    let Connection {
+        netns,
+        tuple,
+        direction,
+        owner,
+        ..
+    } = connection;
+    let (event, state, reason) = event(occurrence.happening);
+    let moved = occurrence.traffic.map(|traffic| connection.bytes(traffic));
+    [
+        // RFC 3339, UTC.
+        ("time", format!("{at:.3}").into()),
+        ("event", event.into()),
+        ("direction", direction.label().into()),
+        ("process", process_name(&owner.comm).into()),
+        // In the initial pid namespace.
+        ("pid", (owner.pid != 0).then_some(owner.pid).into()),
+        // The first 12 digits of its id.
+        ("container", container.into()),
+        ("netns", (*netns).into()),
+        ("local", tuple.local_endpoint().to_string().into()),
+        ("remote", tuple.remote_endpoint().to_string().into()),
+        ("country", country.code().into()),
+        ("port", connection.service_port().into()),
+        ("state", state.into()),
+        ("duration_seconds", occurrence.duration_seconds().into()),
+        ("received_bytes", moved.map(|(received, _)| received).into()),
+        ("sent_bytes", moved.map(|(_, sent)| sent).into()),
+        ("reason", reason.into()),
+    ]
+}
+
+/// A JSON object of named values, in their order, without null ones.
+pub struct Fields<'a>(pub &'a [(&'static str, Value)]);
+
+impl Serialize for Fields<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let known = self.0.iter().filter(|(_, value)| !value.is_null());
+        serializer.collect_map(known.map(|(name, value)| (name, value)))
     }
 }
 
 /// A TCP state as `ss` names it.
-pub fn state_name(number: u8) -> &'static str {
+fn state_name(number: u8) -> &'static str {
     match number {
         state::ESTABLISHED => "established",
         state::SYN_SENT => "syn-sent",
@@ -142,7 +267,7 @@ pub fn is_named(comm: &[u8; 16], asked: &str) -> bool {
 const NAME_BYTES: usize = 15;
 
 /// Seconds with the unit that keeps three digits.
-pub fn seconds(value: f64) -> String {
+fn seconds(value: f64) -> String {
     if value < 0.001 {
         format!("{:.0}us", value * 1e6)
     } else if value < 1.0 {
@@ -173,12 +298,14 @@ pub fn bytes(value: u64) -> String {
     format!("{scaled:.1}{unit}")
 }
 
-fn or_dash(value: Option<String>) -> String {
+/// The cell of what may be unknown or not apply.
+pub fn or_dash(value: Option<String>) -> String {
     value.unwrap_or_else(|| "-".to_owned())
 }
 
 #[cfg(test)]
 mod tests {
+    use connmon_core::fold::FailureReason;
     use unicode_width::UnicodeWidthStr as _;
 
     use super::*;
@@ -223,39 +350,40 @@ mod tests {
 
     #[test]
     fn a_line_lies_under_its_heading() {
-        let record = ConnectionRecord {
-            time: "2026-01-01T00:00:00.000Z".into(),
-            event: "fail",
-            direction: "outbound",
-            process: None,
-            pid: Some(12),
-            container: None,
+        let mut connection = Connection {
+            cookie: 0,
             netns: 1,
-            local: "10.0.0.1:1".parse().unwrap(),
-            remote: "10.0.0.2:80".parse().unwrap(),
-            country: "private",
-            port: Some(80),
-            state: None,
-            duration_seconds: Some(1.0),
-            received_bytes: None,
-            sent_bytes: None,
-            reason: Some("refused"),
+            tuple: Tuple {
+                local: "10.0.0.1".parse().unwrap(),
+                local_port: 1,
+                remote: "10.0.0.2".parse().unwrap(),
+                remote_port: 80,
+            },
+            direction: Direction::Outbound,
+            owner: Owner::default(),
         };
-        let heading = heading();
-        let line = record.line("00:00:00.000");
-        assert_eq!(heading.find("REMOTE"), line.find("10.0.0.2:80"));
-        assert_eq!(heading.find("REASON"), line.find("refused"));
-        for name in ["curl", "日本語", "e\u{301}"] {
-            let named = ConnectionRecord {
-                process: Some(name.into()),
-                ..record.clone()
-            };
-            let named = named.line("00:00:00.000");
-            let before = named.split("10.0.0.2:80").next().unwrap();
-            assert_eq!(Some(before.width()), heading.find("REMOTE"), "{named}");
+        let failed = |connection| Occurrence {
+            happening: Happening::Fail(FailureReason::Refused),
+            at_ns: 0,
+            connection,
+            duration_ns: Some(1_000_000_000),
+            traffic: None,
+        };
+        let (now, country) = (Timestamp::now(), Country::PRIVATE);
+        let heading = columns::heading(&COLUMNS);
+        for name in ["", "curl", "日本語", "e\u{301}"] {
+            connection.owner.comm = comm(name);
+            let cells = cells(now, &failed(connection), country, None);
+            let line = columns::row(&COLUMNS, cells);
+            for (cell, name) in [("10.0.0.2:80", "REMOTE"), ("refused", "REASON")] {
+                let before = line.split(cell).next().unwrap();
+                assert_eq!(Some(before.width()), heading.find(name), "{line}");
+            }
         }
-        let json = serde_json::to_value(&record).unwrap();
+        let fields = fields(now, &failed(connection), country, None);
+        let json = serde_json::to_value(Fields(&fields)).unwrap();
         assert_eq!(json["reason"], "refused");
-        assert!(json.get("process").is_none());
+        assert_eq!(json["duration_seconds"], 1.0);
+        assert!(json.get("pid").is_none());
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::DirEntryExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use connmon_core::event::Owner;
@@ -15,25 +15,33 @@ const DIGITS: usize = 12;
 /// Most processes remembered.
 const PROCESSES_MAX: usize = 4096;
 
-/// Most directories of containers remembered, and most of all looked at in
-/// one pass.
+/// Most cgroups of containers remembered, and most cgroups read in one pass.
 const CGROUPS_MAX: usize = 16_384;
 
 /// Pause between two passes over the hierarchy.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Looks up containers by process, each once; by cgroup where the process has
-/// ended.
+/// Looks up containers by process, and by cgroup where the process has ended.
 #[derive(Debug)]
 pub struct Containers {
     proc: PathBuf,
+    /// Where version 2 is mounted: alone, or beside version 1.
+    root: Option<PathBuf>,
+    /// By pid and cgroup.
     processes: HashMap<(u32, u64), Option<String>>,
-    cgroups: Cgroups,
+    /// By id, which is the inode of the directory (`kernfs_node_id`,
+    /// `bpf_get_current_cgroup_id(9)`).
+    cgroups: HashMap<u64, String>,
+    /// The end of the last pass.
+    passed: Option<Instant>,
 }
 
 impl Default for Containers {
     fn default() -> Self {
-        Self::new("/proc".into(), unified_root())
+        let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(PathBuf::from);
+        let mut roots = roots.into_iter();
+        let root = roots.find(|root| root.join("cgroup.controllers").exists());
+        Self::new("/proc".into(), root)
     }
 }
 
@@ -41,29 +49,24 @@ impl Containers {
     fn new(proc: PathBuf, root: Option<PathBuf>) -> Self {
         Self {
             proc,
+            root,
             processes: HashMap::new(),
-            cgroups: Cgroups {
-                root,
-                known: HashMap::new(),
-                passed: None,
-            },
+            cgroups: HashMap::new(),
+            passed: None,
         }
     }
 
     /// The container of an owner, first 12 digits of its id.
     pub fn of(&mut self, owner: &Owner) -> Option<String> {
         let key = (owner.pid, owner.cgroup);
-        if key == (0, 0) {
-            return None;
-        }
         if let Some(known) = self.processes.get(&key) {
             return known.clone();
         }
-        // Its own words first: with version 1 hierarchies the id that the
-        // kernel side sends tells no container.
+        // The process first: in a version 1 hierarchy the id of its version 2
+        // cgroup shows no container.
         let path = self.proc.join(format!("{}/cgroup", owner.pid));
         let Ok(text) = fs::read_to_string(path) else {
-            return self.cgroups.container(owner.cgroup);
+            return self.by_cgroup(owner.cgroup);
         };
         let found = container_id(&text).map(short);
         if self.processes.len() >= PROCESSES_MAX {
@@ -72,72 +75,40 @@ impl Containers {
         self.processes.insert(key, found.clone());
         found
     }
-}
 
-fn short(id: &str) -> String {
-    id.chars().take(DIGITS).collect()
-}
-
-/// Where version 2 is mounted: alone, or beside version 1.
-fn unified_root() -> Option<PathBuf> {
-    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
-        .map(PathBuf::from)
-        .into_iter()
-        .find(|root| root.join("cgroup.controllers").exists())
-}
-
-/// cgroup id → container. The id of a version 2 cgroup is the inode of its
-/// directory (`kernfs_node_id`, `bpf_get_current_cgroup_id(9)`).
-#[derive(Debug)]
-struct Cgroups {
-    root: Option<PathBuf>,
-    known: HashMap<u64, String>,
-    passed: Option<Instant>,
-}
-
-impl Cgroups {
-    fn container(&mut self, id: u64) -> Option<String> {
-        if id == 0 {
-            return None;
-        }
+    fn by_cgroup(&mut self, id: u64) -> Option<String> {
         let due = self.passed.is_none_or(|passed| passed.elapsed() >= PAUSE);
-        if !self.known.contains_key(&id)
-            && due
-            && let Some(root) = self.root.clone()
-        {
-            self.pass(&root);
-            // After the pass: a huge hierarchy is read the more rarely.
+        if id != 0 && due && !self.cgroups.contains_key(&id) {
+            self.pass();
+            // After the pass: a large hierarchy is read less often.
             self.passed = Some(Instant::now());
         }
-        self.known.get(&id).cloned()
+        self.cgroups.get(&id).cloned()
     }
 
-    /// Adds the directories of containers below `root`. What is gone stays
-    /// known: its last connections may still be in the ring.
-    fn pass(&mut self, root: &Path) {
-        if self.known.len() >= CGROUPS_MAX {
-            self.known.clear();
+    /// Adds the cgroups of containers. What is gone stays known: its last
+    /// connections may still be in the ring buffer.
+    fn pass(&mut self) {
+        if self.cgroups.len() >= CGROUPS_MAX {
+            self.cgroups.clear();
         }
-        let mut waiting = vec![(root.to_owned(), None::<String>)];
-        let mut looked = 0;
+        let root = self.root.iter().map(|root| (root.clone(), None::<String>));
+        let mut waiting: Vec<_> = root.collect();
+        let mut read = 0;
         while let Some((directory, above)) = waiting.pop() {
-            let Ok(entries) = fs::read_dir(&directory) else {
-                continue;
-            };
-            for entry in entries.flatten() {
+            for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
                 if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                     continue;
                 }
-                looked += 1;
-                if looked > CGROUPS_MAX {
+                read += 1;
+                if read > CGROUPS_MAX {
                     return;
                 }
-                let name = entry.file_name();
-                let line = format!("0::/{}", name.to_string_lossy());
-                // The innermost container, for what lies below it too.
+                let line = format!("0::/{}", entry.file_name().display());
+                // The innermost container, also for what lies below it.
                 let container = container_id(&line).map(short).or_else(|| above.clone());
                 if let Some(container) = &container {
-                    self.known.insert(entry.ino(), container.clone());
+                    self.cgroups.insert(entry.ino(), container.clone());
                 }
                 waiting.push((entry.path(), container));
             }
@@ -145,9 +116,14 @@ impl Cgroups {
     }
 }
 
+fn short(id: &str) -> String {
+    id.chars().take(DIGITS).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt as _;
+    use std::path::Path;
 
     use super::*;
 
@@ -166,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_living_process_says_and_a_dead_ones_cgroup_does() {
+    fn a_process_that_ended_is_found_by_its_cgroup() {
         let tree = tempfile::tempdir().unwrap();
         let (proc, root) = (tree.path().join("proc"), tree.path().join("cgroup"));
         let scope = root.join(format!("system.slice/docker-{ID}.scope"));
@@ -189,13 +165,13 @@ mod tests {
         // Seen once, it is known when the container has ended too.
         let ended = inode(&scope);
         fs::remove_dir_all(&scope).unwrap();
-        containers.cgroups.passed = None;
+        containers.passed = None;
         assert_eq!(containers.of(&owner(9, u64::MAX)), None);
         assert_eq!(containers.of(&owner(11, ended)), expected);
     }
 
     #[test]
-    fn unknown_ids_do_not_read_the_hierarchy_again_and_again() {
+    fn unknown_ids_do_not_reread_the_hierarchy_at_once() {
         let tree = tempfile::tempdir().unwrap();
         let mut containers = Containers::new(tree.path().into(), Some(tree.path().into()));
         assert_eq!(containers.of(&owner(1, 1)), None);

@@ -3,24 +3,24 @@
 //! addresses and owners, which the agent's table does without.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher as _, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use connmon_common::state;
-use connmon_core::event::{Cookie, Event, NetnsId, Owner, Socket, SocketId, Traffic, Tuple};
+use connmon_core::event::{Event, NetnsId, Owner, Socket, SocketId, Traffic, Tuple};
 use connmon_core::fold::{Direction, FailureReason, failure_reason, is_unwritten};
-use connmon_core::scan::Row;
-use hashbrown::HashTable;
 
-use super::snapshot::Listening;
+use super::connection::Connection;
+use super::snapshot::{Listening, Tables};
 
-/// Most connections followed at once; beyond it a connection's close is
-/// reported without its owner and duration.
+/// Most connections, endpoints of older ones and listeners that are kept;
+/// beyond it a connection's close is reported without its owner and duration.
 const MAX_FOLLOWED: usize = 1 << 18;
 
 /// What happened to a connection.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Happening {
+    /// Nothing: it is in this TCP state.
+    Live(u8),
     /// Handshake done.
     Open,
     /// An open connection reached CLOSE.
@@ -36,29 +36,25 @@ pub struct Occurrence {
     pub happening: Happening,
     /// When, CLOCK_MONOTONIC.
     pub at_ns: u64,
-    /// Socket cookie, or 0.
-    pub cookie: Cookie,
-    /// Namespace inode.
-    pub netns: NetnsId,
-    /// Endpoints.
-    pub tuple: Tuple,
-    /// Direction.
-    pub direction: Direction,
-    /// Owner; pid 0 when unknown.
-    pub owner: Owner,
-    /// See `ConnectionRecord::duration_seconds`.
+    /// Which.
+    pub connection: Connection,
+    /// Of the connection at its close, of the attempt at its failure, of the
+    /// handshake when an outbound one opens.
     pub duration_ns: Option<u64>,
-    /// Final figures of a close.
+    /// Bytes and segments of its whole life, at a close.
     pub traffic: Option<Traffic>,
+}
+
+impl Occurrence {
+    /// [`Self::duration_ns`] in seconds.
+    pub fn duration_seconds(&self) -> Option<f64> {
+        self.duration_ns.map(|ns| ns as f64 / 1e9)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Followed {
-    cookie: Cookie,
-    netns: NetnsId,
-    tuple: Tuple,
-    direction: Direction,
-    owner: Owner,
+    connection: Connection,
     since_ns: Option<u64>,
     open: bool,
 }
@@ -66,18 +62,26 @@ struct Followed {
 impl Followed {
     /// Whether an event of this socket, with these endpoints, is about it.
     fn is_of(&self, socket: &Socket, tuple: &Tuple) -> bool {
+        let known = &self.connection.tuple;
         // A pending open may not have its local port yet.
         let local = !self.open
-            || self.tuple.local == tuple.local
-                && agree(self.tuple.local_port.into(), tuple.local_port.into());
-        local
-            && self.tuple.remote_endpoint() == tuple.remote_endpoint()
-            && agree(self.cookie, socket.cookie)
-            && agree(self.netns.into(), socket.netns.into())
+            || known.local == tuple.local
+                && agree(known.local_port.into(), tuple.local_port.into());
+        local && known.remote_endpoint() == tuple.remote_endpoint() && self.connection.is_of(socket)
+    }
+
+    fn age_ns(&self, at_ns: u64) -> Option<u64> {
+        self.since_ns.map(|since| at_ns.saturating_sub(since))
     }
 }
 
-/// Whether two figures do not contradict each other; 0 is an unknown one.
+impl Connection {
+    fn is_of(&self, socket: &Socket) -> bool {
+        agree(self.cookie, socket.cookie) && agree(self.netns.into(), socket.netns.into())
+    }
+}
+
+/// Whether two ids or ports may be the same; 0 is an unknown one.
 fn agree(a: u64, b: u64) -> bool {
     a == b || a == 0 || b == 0
 }
@@ -87,47 +91,15 @@ fn is_handshake(old: u8) -> bool {
     matches!(old, state::SYN_SENT | state::SYN_RECV)
 }
 
-/// Connections that existed before, found by their endpoints: events may not
-/// tell the namespace.
-#[derive(Debug, Default)]
-struct Seeds {
-    table: HashTable<Followed>,
-    hasher: RandomState,
-}
-
-impl Seeds {
-    /// Keeps it once: a row may come twice.
-    fn insert(&mut self, seed: Followed) {
-        let hash = self.hasher.hash_one(seed.tuple);
-        let same = |other: &Followed| other.tuple == seed.tuple && other.netns == seed.netns;
-        if let Some(known) = self.table.find_mut(hash, same) {
-            *known = seed;
-        } else if self.table.len() < MAX_FOLLOWED {
-            let hasher = &self.hasher;
-            self.table
-                .insert_unique(hash, seed, |other| hasher.hash_one(other.tuple));
-        }
-    }
-
-    fn take(&mut self, socket: &Socket, tuple: &Tuple) -> Option<Followed> {
-        let hash = self.hasher.hash_one(tuple);
-        let found = self
-            .table
-            .find_entry(hash, |seed| {
-                seed.tuple == *tuple && seed.is_of(socket, tuple)
-            })
-            .ok()?;
-        Some(found.remove().0)
-    }
-}
-
 /// Follows connections through the event stream.
 #[derive(Debug, Default)]
 pub struct Follower {
     by_id: HashMap<SocketId, Followed>,
-    seeds: Seeds,
+    /// Connections that existed before, by their endpoints: events may not
+    /// carry the namespace.
+    seeds: HashMap<Tuple, Vec<Connection>>,
     /// Under namespace 0 the last one on the endpoint in any: for events that
-    /// do not tell the namespace.
+    /// do not carry the namespace.
     listeners: HashMap<(NetnsId, IpAddr, u16), Listener>,
 }
 
@@ -140,9 +112,18 @@ struct Listener {
 }
 
 impl Follower {
-    /// All listening sockets there are, as the tables show them: the owner of
-    /// one stands for the accepting process until an accept tells that.
-    pub fn listeners(&mut self, all: &[Listening]) {
+    /// Takes over what existed before the events, so that later events about
+    /// it have a direction and an owner.
+    pub fn start(&mut self, tables: &Tables) {
+        self.listeners(&tables.listening);
+        for live in &tables.connections {
+            self.seed(live.connection);
+        }
+    }
+
+    /// All listening sockets that there are. Until an accept reports the
+    /// accepting process, a connection has the owner of its listener.
+    fn listeners(&mut self, all: &[Listening]) {
         self.listeners.clear();
         for one in all {
             self.listen(one.netns, one.address, one.port, one.owner);
@@ -192,20 +173,31 @@ impl Follower {
         found.next().map(|found| found.owner)
     }
 
-    /// A connection that existed before.
-    pub fn seed(&mut self, netns: NetnsId, row: &Row, direction: Direction) {
-        self.seeds.insert(Followed {
-            cookie: row.cookie,
-            netns,
-            tuple: row.tuple,
-            direction,
-            owner: row.owner,
-            since_ns: None,
-            open: true,
-        });
+    /// A connection that existed before. A row may come twice.
+    fn seed(&mut self, seed: Connection) {
+        if self.seeds.len() >= MAX_FOLLOWED && !self.seeds.contains_key(&seed.tuple) {
+            return;
+        }
+        let seeds = self.seeds.entry(seed.tuple).or_default();
+        seeds.retain(|other| other.netns != seed.netns);
+        seeds.push(seed);
     }
 
-    /// Takes one event; says what happened, if it is something to report.
+    fn take_seed(&mut self, socket: &Socket, tuple: &Tuple) -> Option<Followed> {
+        let seeds = self.seeds.get_mut(tuple)?;
+        let found = seeds.iter().position(|seed| seed.is_of(socket))?;
+        let connection = seeds.swap_remove(found);
+        if seeds.is_empty() {
+            self.seeds.remove(tuple);
+        }
+        Some(Followed {
+            connection,
+            since_ns: None,
+            open: true,
+        })
+    }
+
+    /// Applies one event. Returns what happened to a connection, if anything.
     pub fn apply(&mut self, event: &Event) -> Option<Occurrence> {
         match *event {
             Event::Connect {
@@ -214,25 +206,13 @@ impl Follower {
                 tuple,
                 owner,
             } => {
-                self.insert(
-                    socket.id,
-                    Followed {
-                        cookie: socket.cookie,
-                        netns: socket.netns,
-                        tuple,
-                        direction: Direction::Outbound,
-                        owner,
-                        since_ns: Some(at_ns),
-                        open: false,
-                    },
-                );
-                None
+                let connection = Connection::new(socket, tuple, Direction::Outbound, owner);
+                self.insert(socket.id, connection, Some(at_ns), false);
             }
             Event::ConnectSent { id, at_ns, .. } => {
                 if let Some(pending) = self.by_id.get_mut(&id).filter(|entry| !entry.open) {
                     pending.since_ns = Some(at_ns);
                 }
-                None
             }
             Event::Open {
                 socket,
@@ -240,11 +220,10 @@ impl Follower {
                 tuple,
                 old,
                 ..
-            } => Some(self.open(socket, at_ns, tuple, old)),
-            Event::Restore { socket, tuple } => {
-                self.restore(socket, tuple);
-                None
+            } => {
+                return Some(self.open(socket, at_ns, tuple, old));
             }
+            Event::Restore { socket, tuple } => self.restore(socket, tuple),
             Event::Close {
                 socket,
                 at_ns,
@@ -259,15 +238,20 @@ impl Follower {
                 if is_unwritten(error, segments_out, shut_down) {
                     return None;
                 }
-                close(socket, at_ns, tuple, old, known, traffic, || {
-                    failure_reason(error, segments_out)
-                })
+                let reason = || failure_reason(error, segments_out);
+                let (happening, connection) = close(&socket, tuple, old, known, reason)?;
+                return Some(Occurrence {
+                    happening,
+                    at_ns,
+                    connection,
+                    duration_ns: known.and_then(|entry| entry.age_ns(at_ns)),
+                    traffic: traffic.filter(|_| happening == Happening::Close),
+                });
             }
             Event::Accept { id, owner, .. } => {
                 if let Some(accepted) = self.by_id.get_mut(&id) {
-                    accepted.owner = owner;
+                    accepted.connection.owner = owner;
                 }
-                None
             }
             Event::Listen {
                 socket,
@@ -276,7 +260,6 @@ impl Follower {
                 owner,
             } => {
                 self.listen(socket.netns, address, port, owner);
-                None
             }
             Event::Unlisten {
                 socket,
@@ -284,98 +267,74 @@ impl Follower {
                 port,
             } => {
                 self.unlisten(socket.netns, address, port);
-                None
             }
-            Event::Change { .. } => None,
+            Event::Change { .. } => {}
         }
+        None
     }
 
-    /// A connection that was opened elsewhere: as one from before, inbound if
-    /// its port is known to listen.
+    /// The active open that this socket began.
+    fn pending(&self, socket: &Socket, tuple: &Tuple) -> Option<Followed> {
+        let known = self.by_id.get(&socket.id).copied();
+        known.filter(|entry| !entry.open && entry.is_of(socket, tuple))
+    }
+
+    /// A connection that was opened elsewhere (TCP_REPAIR): as one from
+    /// before, inbound if its port is known to listen.
     fn restore(&mut self, socket: Socket, tuple: Tuple) {
-        let pending = self.by_id.get(&socket.id).copied();
-        let listener = self.listener_of(socket.netns, &tuple);
-        self.insert(
-            socket.id,
-            Followed {
-                cookie: socket.cookie,
-                netns: socket.netns,
-                tuple,
-                direction: match listener {
-                    Some(_) => Direction::Inbound,
-                    None => Direction::Unknown,
-                },
-                owner: pending
-                    .filter(|entry| !entry.open && entry.is_of(&socket, &tuple))
-                    .map_or_else(Owner::default, |entry| entry.owner),
-                since_ns: None,
-                open: true,
-            },
-        );
+        let direction = match self.listener_of(socket.netns, &tuple) {
+            Some(_) => Direction::Inbound,
+            None => Direction::Unknown,
+        };
+        let pending = self.pending(&socket, &tuple);
+        let owner = pending.map_or_else(Owner::default, |entry| entry.connection.owner);
+        let connection = Connection::new(socket, tuple, direction, owner);
+        self.insert(socket.id, connection, None, true);
     }
 
-    /// Forgets the connection that reached CLOSE; what was known of it. Under
-    /// the socket's address there may be another one, whose close was missed:
-    /// it is forgotten and tells nothing of this one.
+    /// Forgets the connection that reached CLOSE and returns what was known
+    /// of it. Under the socket's address there may be another one, whose close
+    /// was missed: it is forgotten, and nothing of it is returned.
     fn take(&mut self, socket: &Socket, tuple: &Tuple, old: u8) -> Option<Followed> {
         let handshake = is_handshake(old);
-        let followed = self
-            .by_id
-            .remove(&socket.id)
-            .filter(|entry| entry.is_of(socket, tuple) && !(entry.open && handshake));
+        let is_it = |entry: &Followed| entry.is_of(socket, tuple) && !(entry.open && handshake);
+        let followed = self.by_id.remove(&socket.id).filter(is_it);
         if handshake {
             // Seeds are open.
             return followed;
         }
-        followed.or_else(|| self.seeds.take(socket, tuple))
+        followed.or_else(|| self.take_seed(socket, tuple))
     }
 
     fn open(&mut self, socket: Socket, at_ns: u64, tuple: Tuple, old: u8) -> Occurrence {
-        let pending = self
-            .by_id
-            .get(&socket.id)
-            .copied()
-            .filter(|entry| !entry.open && entry.is_of(&socket, &tuple));
-        let (direction, owner, duration_ns) = match pending {
-            Some(pending) => (
-                Direction::Outbound,
-                pending.owner,
-                pending.since_ns.map(|since| at_ns.saturating_sub(since)),
-            ),
-            None if old == state::SYN_SENT => (Direction::Outbound, Owner::default(), None),
+        let pending = self.pending(&socket, &tuple);
+        let (direction, owner) = match pending {
+            Some(pending) => (Direction::Outbound, pending.connection.owner),
+            None if old == state::SYN_SENT => (Direction::Outbound, Owner::default()),
             None => {
-                let owner = self.listener_of(socket.netns, &tuple).unwrap_or_default();
-                (Direction::Inbound, owner, None)
+                let owner = self.listener_of(socket.netns, &tuple);
+                (Direction::Inbound, owner.unwrap_or_default())
             }
         };
-        self.insert(
-            socket.id,
-            Followed {
-                cookie: socket.cookie,
-                netns: socket.netns,
-                tuple,
-                direction,
-                owner,
-                since_ns: Some(at_ns),
-                open: true,
-            },
-        );
+        let connection = Connection::new(socket, tuple, direction, owner);
+        self.insert(socket.id, connection, Some(at_ns), true);
         Occurrence {
             happening: Happening::Open,
             at_ns,
-            cookie: socket.cookie,
-            netns: socket.netns,
-            tuple,
-            direction,
-            owner,
-            duration_ns,
+            connection,
+            duration_ns: pending.and_then(|pending| pending.age_ns(at_ns)),
             traffic: None,
         }
     }
 
-    fn insert(&mut self, id: SocketId, entry: Followed) {
+    fn insert(&mut self, id: SocketId, connection: Connection, since_ns: Option<u64>, open: bool) {
+        let followed = Followed {
+            connection,
+            since_ns,
+            open,
+        };
         if self.by_id.len() < MAX_FOLLOWED || self.by_id.contains_key(&id) {
-            self.by_id.insert(id, entry);
+            self.by_id.insert(id, followed);
         }
     }
 }
@@ -385,49 +344,34 @@ fn namespaces(netns: NetnsId) -> impl Iterator<Item = NetnsId> {
     [netns, 0].into_iter().take(1 + usize::from(netns != 0))
 }
 
+/// What the end of a socket that left state `old` means for its connection.
 fn close(
-    socket: Socket,
-    at_ns: u64,
+    socket: &Socket,
     tuple: Tuple,
     old: u8,
     known: Option<Followed>,
-    traffic: Option<Traffic>,
     reason: impl FnOnce() -> FailureReason,
-) -> Option<Occurrence> {
-    let active = known.is_some_and(|entry| entry.direction == Direction::Outbound);
-    let happening = if !is_handshake(old) {
-        Happening::Close
+) -> Option<(Happening, Connection)> {
+    let known = known.map(|entry| entry.connection);
+    let active = known.is_some_and(|known| known.direction == Direction::Outbound);
+    let (happening, direction) = if !is_handshake(old) {
+        (Happening::Close, Direction::Unknown)
     } else if active || old == state::SYN_SENT {
-        Happening::Fail(reason())
+        (Happening::Fail(reason()), Direction::Outbound)
     } else {
         // A passive open that never completed is nobody's connection.
         return None;
     };
-    // An autobound socket has lost its local port when it reaches CLOSE.
-    let tuple = known.map_or(tuple, |entry| {
-        if tuple.local_port == 0 || entry.tuple.local_port != 0 {
-            entry.tuple
-        } else {
-            tuple
+    let mut connection = Connection::new(*socket, tuple, direction, Owner::default());
+    if let Some(known) = known {
+        connection.direction = known.direction;
+        connection.owner = known.owner;
+        // An autobound socket has lost its local port when it reaches CLOSE.
+        if tuple.local_port == 0 || known.tuple.local_port != 0 {
+            connection.tuple = known.tuple;
         }
-    });
-    let unknown = match happening {
-        Happening::Fail(_) => Direction::Outbound,
-        _ => Direction::Unknown,
-    };
-    Some(Occurrence {
-        happening,
-        at_ns,
-        cookie: socket.cookie,
-        netns: socket.netns,
-        tuple,
-        direction: known.map_or(unknown, |entry| entry.direction),
-        owner: known.map_or_else(Owner::default, |entry| entry.owner),
-        duration_ns: known
-            .and_then(|entry| entry.since_ns)
-            .map(|since| at_ns.saturating_sub(since)),
-        traffic: traffic.filter(|_| happening == Happening::Close),
-    })
+    }
+    Some((happening, connection))
 }
 
 #[cfg(test)]

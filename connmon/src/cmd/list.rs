@@ -3,66 +3,34 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use connmon_core::fold::{Direction, PortLabel};
-use connmon_core::text::process_name;
-use serde::Serialize;
+use connmon_core::fold::Direction;
+use jiff::Timestamp;
+use serde::{Serialize, Serializer};
 
 use crate::cli::{By, ListArgs, Output};
 use crate::config::Config;
 
 use super::columns::{self, Column, left, right};
-use super::connection::{ConnectionRecord, bytes, heading, service_port, state_name};
-use super::containers::Containers;
+use super::connection::{Printer, bytes, or_dash};
+use super::follow::{Happening, Occurrence};
 use super::snapshot::{Live, Reader, Tables};
-use super::time::Clock;
 
 /// Runs the command.
 ///
 /// # Errors
 /// When connections cannot be read or the output cannot be written.
-pub fn run(config: Config, args: ListArgs) -> anyhow::Result<()> {
-    let mut reader = Reader::new(&config)?;
+pub fn run(config: &Config, args: &ListArgs) -> anyhow::Result<()> {
+    let mut reader = Reader::new(config)?;
     let tables = reader.read()?;
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    match args.by {
-        By::Connection => connections(&mut out, &tables, args.output)?,
-        By::Country => groups(
-            &mut out,
-            args.output,
-            &[left("COUNTRY", 8)],
-            &tables,
-            |live| Key {
-                country: Some(live.country.code()),
-                ..Key::default()
-            },
-        )?,
-        By::Port => groups(
-            &mut out,
-            args.output,
-            &[left("PORT", 7), left("DIRECTION", 9)],
-            &tables,
-            |live| Key {
-                port: Some(
-                    service_port(live.direction, &live.row.tuple)
-                        .map_or(PortLabel::Other, PortLabel::Port)
-                        .to_string(),
-                ),
-                direction: Some(live.direction.label()),
-                ..Key::default()
-            },
-        )?,
-        By::Process => groups(
-            &mut out,
-            args.output,
-            &[left("PROCESS", 16)],
-            &tables,
-            |live| Key {
-                process: Some(
-                    process_name(&live.row.owner.comm).unwrap_or_else(|| "unknown".to_owned()),
-                ),
-                ..Key::default()
-            },
-        )?,
+    match (args.by, args.output) {
+        (By::Connection, output) => connections(&mut out, &tables, output)?,
+        (by, Output::Json) => {
+            for group in groups(by, &tables) {
+                super::print_json(&mut out, &group)?;
+            }
+        }
+        (by, Output::Table) => table(&mut out, by, &groups(by, &tables))?,
     }
     out.flush()?;
     if args.output == Output::Table {
@@ -71,7 +39,7 @@ pub fn run(config: Config, args: ListArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the table does not show goes to stderr, out of the way of pipes.
+/// Prints what the table leaves out to stderr, out of the way of pipes.
 fn notes(tables: &Tables) {
     let mut stderr = std::io::stderr();
     if tables.hidden > 0 {
@@ -81,83 +49,57 @@ fn notes(tables: &Tables) {
             tables.hidden
         );
     }
-    if let Some(gap) = &tables.gap {
-        let _ = writeln!(stderr, "some namespaces could not be read: {gap}");
+    if let Some(reason) = &tables.unread {
+        let _ = writeln!(
+            stderr,
+            "some network namespaces cannot be read: {reason}; `connmon check` shows what helps"
+        );
     }
 }
 
-fn connections(out: &mut impl Write, tables: &Tables, output: Output) -> anyhow::Result<()> {
-    let clock = Clock::now();
-    let (time, wall) = (clock.rfc3339(), clock.time_of_day());
-    let mut containers = Containers::default();
+fn connections(out: &mut impl Write, tables: &Tables, output: Output) -> std::io::Result<()> {
+    let now = Timestamp::now();
     let mut rows: Vec<&Live> = tables.connections.iter().collect();
-    rows.sort_by_key(|live| (live.netns, live.row.tuple.local_port, live.row.tuple.remote));
-    if output == Output::Table {
-        writeln!(out, "{}", heading())?;
-    }
+    rows.sort_by_key(|live| {
+        let tuple = &live.connection.tuple;
+        (live.connection.netns, tuple.local_port, tuple.remote)
+    });
+    let mut printer = Printer::new(out, output)?;
     for live in rows {
-        let record = record(live, &time, &mut containers);
-        match output {
-            Output::Table => writeln!(out, "{}", record.line(&wall))?,
-            Output::Json => writeln!(out, "{}", serde_json::to_string(&record)?)?,
-        }
+        let occurrence = Occurrence {
+            happening: Happening::Live(live.state),
+            at_ns: 0,
+            connection: live.connection,
+            duration_ns: None,
+            traffic: live.traffic,
+        };
+        printer.print(now, &occurrence, live.country)?;
     }
     Ok(())
 }
 
-fn record(live: &Live, time: &str, containers: &mut Containers) -> ConnectionRecord {
-    let Live {
-        netns,
-        row,
-        direction,
-        country,
-    } = live;
-    ConnectionRecord {
-        time: time.to_owned(),
-        event: "live",
-        direction: direction.label(),
-        process: process_name(&row.owner.comm),
-        pid: (row.owner.pid != 0).then_some(row.owner.pid),
-        container: containers.of(&row.owner),
-        netns: *netns,
-        local: row.tuple.local_endpoint(),
-        remote: row.tuple.remote_endpoint(),
-        country: country.code(),
-        port: service_port(*direction, &row.tuple),
-        state: Some(state_name(row.state)),
-        duration_seconds: None,
-        received_bytes: row.traffic.map(|traffic| traffic.received_bytes),
-        sent_bytes: row
-            .traffic
-            .map(|traffic| traffic.sent_payload(*direction == Direction::Outbound)),
-        reason: None,
+/// What a line of `--by` is about: names of fields and values.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Key(Vec<(&'static str, String)>);
+
+impl Key {
+    fn new(by: By, live: &Live) -> Self {
+        let connection = &live.connection;
+        Self(match by {
+            By::Connection => Vec::new(),
+            By::Country => vec![("country", live.country.code().to_owned())],
+            By::Port => vec![
+                ("port", connection.port_name()),
+                ("direction", connection.direction.label().to_owned()),
+            ],
+            By::Process => vec![("process", connection.process_name())],
+        })
     }
 }
 
-/// What a line of `--by` is about.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-struct Key {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    country: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    port: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    direction: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    process: Option<String>,
-}
-
-impl Key {
-    fn cells(&self) -> Vec<String> {
-        [
-            self.country.map(str::to_owned),
-            self.port.clone(),
-            self.direction.map(str::to_owned),
-            self.process.clone(),
-        ]
-        .into_iter()
-        .flatten()
-        .collect()
+impl Serialize for Key {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
     }
 }
 
@@ -181,22 +123,35 @@ struct Group {
 
 impl Group {
     fn add(&mut self, live: &Live) {
-        if live.row.state != connmon_common::state::ESTABLISHED {
-            self.closing += 1;
-        } else {
+        if live.state == connmon_common::state::ESTABLISHED {
             self.connections += 1;
-            match live.direction {
+            match live.connection.direction {
                 Direction::Inbound => self.inbound += 1,
                 Direction::Outbound => self.outbound += 1,
                 Direction::Unknown => self.unknown += 1,
             }
+        } else {
+            self.closing += 1;
         }
-        if let Some(traffic) = live.row.traffic {
-            *self.received_bytes.get_or_insert(0) += traffic.received_bytes;
-            *self.sent_bytes.get_or_insert(0) +=
-                traffic.sent_payload(live.direction == Direction::Outbound);
+        if let Some(traffic) = live.traffic {
+            let (received, sent) = live.connection.bytes(traffic);
+            *self.received_bytes.get_or_insert(0) += received;
+            *self.sent_bytes.get_or_insert(0) += sent;
         }
     }
+}
+
+fn groups(by: By, tables: &Tables) -> Vec<Group> {
+    let mut groups: BTreeMap<Key, Group> = BTreeMap::new();
+    for live in &tables.connections {
+        groups.entry(Key::new(by, live)).or_default().add(live);
+    }
+    let groups = groups
+        .into_iter()
+        .map(|(key, group)| Group { key, ..group });
+    let mut groups: Vec<Group> = groups.collect();
+    groups.sort_by_key(|group| std::cmp::Reverse(group.connections));
+    groups
 }
 
 /// What follows the key in a table of groups.
@@ -210,47 +165,27 @@ const COUNTS: [Column; 7] = [
     right("SENT", 9),
 ];
 
-fn groups(
-    out: &mut impl Write,
-    output: Output,
-    by: &[Column],
-    tables: &Tables,
-    key: impl Fn(&Live) -> Key,
-) -> anyhow::Result<()> {
-    let mut groups: BTreeMap<Key, Group> = BTreeMap::new();
-    for live in &tables.connections {
-        let key = key(live);
-        groups
-            .entry(key.clone())
-            .or_insert_with(|| Group {
-                key,
-                ..Group::default()
-            })
-            .add(live);
-    }
-    let mut groups: Vec<Group> = groups.into_values().collect();
-    groups.sort_by_key(|group| std::cmp::Reverse(group.connections));
-    if output == Output::Json {
-        for group in &groups {
-            writeln!(out, "{}", serde_json::to_string(group)?)?;
-        }
-        return Ok(());
-    }
-    let table = [by, &COUNTS].concat();
+fn table(out: &mut impl Write, by: By, groups: &[Group]) -> std::io::Result<()> {
+    let key: &[Column] = match by {
+        By::Connection => &[],
+        By::Country => &[left("COUNTRY", 8)],
+        By::Port => &[left("PORT", 7), left("DIRECTION", 9)],
+        By::Process => &[left("PROCESS", 16)],
+    };
+    let table = [key, &COUNTS].concat();
     writeln!(out, "{}", columns::heading(&table))?;
-    for group in &groups {
-        let amount = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), bytes);
-        let mut cells = group.key.cells();
-        cells.extend([
+    for group in groups {
+        let counts = [
             group.connections.to_string(),
             group.inbound.to_string(),
             group.outbound.to_string(),
             group.unknown.to_string(),
             group.closing.to_string(),
-            amount(group.received_bytes),
-            amount(group.sent_bytes),
-        ]);
-        writeln!(out, "{}", columns::row(&table, cells))?;
+            or_dash(group.received_bytes.map(bytes)),
+            or_dash(group.sent_bytes.map(bytes)),
+        ];
+        let key = group.key.0.iter().map(|(_, value)| value);
+        writeln!(out, "{}", columns::row(&table, key.chain(&counts)))?;
     }
     Ok(())
 }

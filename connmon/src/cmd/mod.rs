@@ -12,22 +12,21 @@ mod samples;
 mod snapshot;
 mod stop;
 mod terminal;
-mod time;
 pub mod top;
 pub mod trace;
 
-use connmon_core::fold::RemoteFilter;
+use std::io::Write;
+
 use connmon_host::kernel::TracerOptions;
 use connmon_host::reconcile::netns::Roots;
+use serde::Serialize;
 
 use crate::config::Config;
 
-/// The remote filter of a configuration.
-fn remote_filter(config: &Config) -> RemoteFilter {
-    RemoteFilter {
-        exclude_loopback: config.exclude_loopback,
-        exclude: config.exclude.clone(),
-    }
+/// Prints a value as one line of JSON.
+fn print_json(out: &mut impl Write, value: &impl Serialize) -> std::io::Result<()> {
+    serde_json::to_writer(&mut *out, value)?;
+    writeln!(out)
 }
 
 /// How the tools trace: as the agent would, with every owner.

@@ -5,19 +5,19 @@ use std::collections::HashMap;
 /// Payload bytes received and sent.
 pub type Bytes = (u64, u64);
 
-/// Connections whose figures are remembered between two readings.
+/// Most connections whose byte counts are kept between two readings.
 const SAMPLES_MAX: usize = 1 << 18;
 
-/// The figures of every connection at the last reading, by cookie.
+/// The byte counts of every connection at the last reading, by cookie.
 #[derive(Debug, Default)]
 pub struct Samples {
     latest: HashMap<u64, Bytes>,
     /// Of the reading under way.
     next: HashMap<u64, Bytes>,
     /// What the last reading found no more: it closed before its row was
-    /// read, and the event that says so is only drained afterwards.
+    /// read, and its event is only drained afterwards.
     gone: HashMap<u64, Bytes>,
-    /// Whether the last reading found room for every connection, so that one
+    /// Whether the last reading kept every connection, so that one
     /// unknown is new.
     complete: bool,
     full: bool,
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_close_between_drain_and_row_counts_from_its_sample() {
+    fn a_close_before_its_row_counts_from_its_sample() {
         let mut samples = Samples::default();
         samples.row(1, (1 << 40, 0));
         samples.turn();
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn what_found_no_room_counts_nothing_rather_than_its_total() {
+    fn connections_beyond_the_bound_count_nothing() {
         let mut samples = Samples::default();
         for _ in 0..3 {
             for cookie in 1..=SAMPLES_MAX as u64 + 1 {

@@ -7,27 +7,30 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use connmon_common::state;
-use connmon_core::event::{NetnsId, Owner};
+use connmon_core::event::{NetnsId, Owner, Traffic};
 use connmon_core::fold::country_of;
 use connmon_core::fold::{self, Direction, Filter};
 use connmon_core::geo::{Country, Database, Locator};
 use connmon_core::scan::{Row, Trigger, Walk, WalkMessage};
 use connmon_host::reconcile::netns::Roots;
-use connmon_host::reconcile::{Walker, WalkerOptions, owners};
+use connmon_host::reconcile::{WalkMessages, Walker, WalkerOptions, owners};
 use connmon_host::sandbox::{Plan, Role};
 
-use crate::config::Config;
+use super::connection::Connection;
+use crate::config::{Config, SourceChoice};
 use crate::database;
 
 /// One connection of the kernel's tables.
 #[derive(Clone, Debug)]
 pub struct Live {
-    /// Namespace inode.
-    pub netns: NetnsId,
-    /// The row, its owner filled in.
-    pub row: Row,
-    /// As far as the tables tell.
-    pub direction: Direction,
+    /// Endpoints, direction and owner.
+    pub connection: Connection,
+    /// TCP state.
+    pub state: u8,
+    /// Inode of the socket, or 0.
+    inode: u32,
+    /// What it moved, where the kernel reports it.
+    pub traffic: Option<Traffic>,
     /// Country of the remote.
     pub country: Country,
 }
@@ -54,40 +57,40 @@ pub struct Tables {
     pub listening: Vec<Listening>,
     /// Connections that the filters hide.
     pub hidden: usize,
-    /// What could not be read, in words.
-    pub gap: Option<String>,
+    /// Why some namespaces could not be read.
+    pub unread: Option<String>,
 }
 
-/// Reads the tables of the watched namespaces again and again.
+/// Reads the socket tables of the watched namespaces.
 pub struct Reader {
     walker: Walker,
-    messages: connmon_host::reconcile::WalkMessages,
+    messages: WalkMessages,
     roots: Roots,
-    filter: Filter,
-    locator: Locator,
+    /// Which connections are hidden.
+    pub filter: Filter,
+    /// Address → country.
+    pub locator: Locator,
 }
 
 impl Reader {
-    /// Starts the walker, closes both threads in (`--sandbox`) and opens the
-    /// country database. Whatever needs more privilege than reading the
-    /// tables comes before.
+    /// Starts the walker, enters the sandboxes of both threads (`--sandbox`)
+    /// and opens the country database. Whatever needs more privilege than that
+    /// comes before.
     ///
     /// # Errors
-    /// When either cannot be had, and with `--sandbox strict` when a thread
-    /// cannot be closed in.
+    /// When one of them fails.
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         let plan = Arc::new(Plan::new(config.sandbox, config.all_netns, true));
         let options = WalkerOptions {
             all_netns: config.all_netns,
             listeners: true,
-            force_proc: config.source == crate::config::SourceChoice::Proc,
+            force_proc: config.source == SourceChoice::Proc,
             ..WalkerOptions::default()
         };
-        let (walker, messages) = Walker::spawn_after(options, {
-            let plan = Arc::clone(&plan);
-            move || plan.enter(Role::Walker).map(drop)
-        })
-        .context("cannot start the reconcile thread")?;
+        let walker_plan = Arc::clone(&plan);
+        let enter = move || walker_plan.enter(Role::Walker).map(drop);
+        let (walker, messages) = Walker::spawn_after(options, enter)
+            .context("cannot start the thread that reads the socket tables")?;
         plan.enter(Role::Tool)?;
         let database = match &config.geoip_database {
             None => Database::embedded()?,
@@ -99,64 +102,57 @@ impl Reader {
             walker,
             messages,
             roots: Roots::default(),
-            filter: Filter::new(&super::remote_filter(config)),
+            filter: Filter::new(&config.remote_filter()),
             locator: Locator::new(database.into()),
         })
-    }
-
-    /// Address → country.
-    pub fn locator(&mut self) -> &mut Locator {
-        &mut self.locator
-    }
-
-    /// The country database.
-    pub fn database(&self) -> Arc<Database> {
-        Arc::clone(self.locator.database())
-    }
-
-    /// The remote filter.
-    pub fn filter(&self) -> &Filter {
-        &self.filter
     }
 
     /// Reads the tables once.
     ///
     /// # Errors
-    /// When the walker is gone.
+    /// When the walker has ended.
     pub fn read(&mut self) -> anyhow::Result<Tables> {
-        self.walker
-            .request(Walk {
-                trigger: Trigger::Interval,
-                traffic: true,
-                audit: true,
-            })
-            .map_err(|refused| {
-                anyhow::anyhow!("the reconcile thread takes no walk: {refused:?}")
-            })?;
+        let requested = self.walker.request(Walk {
+            trigger: Trigger::Interval,
+            traffic: true,
+            audit: true,
+        });
+        requested.map_err(|refused| {
+            anyhow::anyhow!("bug: the socket tables cannot be requested: {refused:?}")
+        })?;
         let mut tables = Tables::default();
-        let mut namespace = Namespace::default();
+        let mut netns = 0;
+        let mut ephemeral = (0, 0);
+        let mut listening = fold::Listening::default();
+        // Where the connections of this namespace begin.
+        let mut first = 0;
         loop {
-            let message = self
-                .messages
-                .blocking_next()
-                .context("the reconcile thread has ended")?;
-            match message {
+            let message = self.messages.blocking_next();
+            match message.context("bug: the thread that reads the socket tables has ended")? {
                 WalkMessage::Begin(_) => {}
                 WalkMessage::NamespaceBegin {
-                    netns, ephemeral, ..
+                    netns: id,
+                    ephemeral: ports,
+                    ..
                 } => {
-                    namespace = Namespace {
-                        netns,
-                        ephemeral,
-                        ..Namespace::default()
-                    };
+                    (netns, ephemeral) = (id, ports);
+                    listening = fold::Listening::default();
+                    first = tables.connections.len();
                 }
-                WalkMessage::Rows { rows, .. } => self.rows(&rows, &mut namespace, &mut tables),
-                WalkMessage::NamespaceEnd { .. } => namespace.finish(&mut tables),
-                WalkMessage::End(summary) => {
-                    if summary.unaudited > 0 {
-                        tables.gap = summary.reason;
+                WalkMessage::Rows { rows, .. } => {
+                    for row in &*rows {
+                        self.row(netns, row, &mut listening, &mut tables);
                     }
+                }
+                // Directions need the whole namespace: a listener may come last.
+                WalkMessage::NamespaceEnd { .. } => {
+                    for live in &mut tables.connections[first..] {
+                        let connection = &mut live.connection;
+                        connection.direction = listening.direction(&connection.tuple, ephemeral);
+                    }
+                }
+                WalkMessage::End(summary) => {
+                    tables.unread = summary.reason.filter(|_| summary.unaudited > 0);
                     break;
                 }
             }
@@ -165,62 +161,50 @@ impl Reader {
         Ok(tables)
     }
 
-    fn rows(&mut self, rows: &[Row], namespace: &mut Namespace, tables: &mut Tables) {
-        for row in rows {
-            match row.state {
-                state::LISTEN => {
-                    let (address, port) = (row.tuple.local, row.tuple.local_port);
-                    namespace.listening.insert(address, port);
-                    tables.listening.push(Listening {
-                        netns: namespace.netns,
-                        address,
-                        port,
-                        owner: row.owner,
-                    });
-                }
-                state::SYN_SENT | state::SYN_RECV => {}
-                _ if self.filter.hides(&row.tuple).is_some() => tables.hidden += 1,
-                _ => namespace.connections.push(Live {
-                    netns: namespace.netns,
-                    row: *row,
-                    direction: Direction::Unknown,
-                    country: country_of(&row.tuple, &mut self.locator),
-                }),
+    fn row(
+        &mut self,
+        netns: NetnsId,
+        row: &Row,
+        listening: &mut fold::Listening,
+        tables: &mut Tables,
+    ) {
+        match row.state {
+            state::LISTEN => {
+                let (address, port) = (row.tuple.local, row.tuple.local_port);
+                listening.insert(address, port);
+                tables.listening.push(Listening {
+                    netns,
+                    address,
+                    port,
+                    owner: row.owner,
+                });
             }
+            state::SYN_SENT | state::SYN_RECV => {}
+            _ if self.filter.hides(&row.tuple).is_some() => tables.hidden += 1,
+            _ => tables.connections.push(Live {
+                connection: Connection {
+                    cookie: row.cookie,
+                    netns,
+                    tuple: row.tuple,
+                    direction: Direction::Unknown,
+                    owner: row.owner,
+                },
+                state: row.state,
+                inode: row.inode,
+                traffic: row.traffic,
+                country: country_of(&row.tuple, &mut self.locator),
+            }),
         }
     }
 
     fn owners(&self, tables: &mut Tables) {
-        let wanted: HashSet<u32> = tables
-            .connections
-            .iter()
-            .map(|live| live.row.inode)
-            .filter(|&inode| inode != 0)
-            .collect();
+        let inodes = tables.connections.iter().map(|live| live.inode);
+        let wanted: HashSet<u32> = inodes.filter(|&inode| inode != 0).collect();
         let found = owners::find(&self.roots, &wanted);
         for live in &mut tables.connections {
-            if let Some(owner) = found.get(&live.row.inode) {
-                live.row.owner = *owner;
+            if let Some(owner) = found.get(&live.inode) {
+                live.connection.owner = *owner;
             }
-        }
-    }
-}
-
-/// What is known of the namespace whose rows arrive.
-#[derive(Default)]
-struct Namespace {
-    netns: NetnsId,
-    ephemeral: (u16, u16),
-    listening: fold::Listening,
-    connections: Vec<Live>,
-}
-
-impl Namespace {
-    /// Directions need the whole namespace: a listener may come last.
-    fn finish(&mut self, tables: &mut Tables) {
-        for mut live in self.connections.drain(..) {
-            live.direction = self.listening.direction(&live.row.tuple, self.ephemeral);
-            tables.connections.push(live);
         }
     }
 }

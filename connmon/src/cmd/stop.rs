@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM for the tools that run until told otherwise.
+//! Ctrl-C and SIGTERM for the tools that run until they are stopped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -17,22 +17,16 @@ use signal_hook::consts::SIGCONT;
 use super::columns::fit;
 use super::stop::Stop;
 
-/// A key that means something to a tool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Key {
-    /// A printable ASCII character.
-    Char(char),
-    /// Tab.
-    Tab,
-    /// Ctrl-Z.
-    Suspend,
-    /// Escape or Ctrl-C.
-    End,
-}
+/// Keys that are no letters, as a terminal in raw mode sends them.
+pub const CTRL_C: u8 = 3;
+/// See [`CTRL_C`].
+pub const CTRL_Z: u8 = 0x1a;
+/// See [`CTRL_C`].
+pub const ESCAPE: u8 = 0x1b;
 
-/// Reads key presses. Level-triggered: whatever is not read yet ends the next
-/// wait at once, however it came. (crossterm's event source is edge-triggered
-/// and lost the key that arrived together with a change of the window.)
+/// Reads key presses, level-triggered: input that is not read yet ends the next
+/// wait at once. (crossterm's event source is edge-triggered and loses a key
+/// that arrives together with a change of the window.)
 #[derive(Debug)]
 pub struct Keyboard(OwnedFd);
 
@@ -50,11 +44,12 @@ impl Keyboard {
         }))
     }
 
-    /// The keys that were pressed, waiting for the first one so long.
+    /// The keys that were pressed, after waiting for the first one for at most
+    /// `wait`.
     ///
     /// # Errors
     /// When the terminal is gone.
-    pub fn keys(&self, wait: Duration) -> io::Result<Vec<Key>> {
+    pub fn keys(&self, wait: Duration) -> io::Result<Vec<u8>> {
         let mut typed = [0; 64];
         if !self.readable(wait)? {
             return Ok(Vec::new());
@@ -75,42 +70,30 @@ impl Keyboard {
         let mut waited = [PollFd::new(&self.0, PollFlags::IN)];
         match poll(&mut waited, Some(&timeout)) {
             Ok(ready) => Ok(ready > 0),
-            // The signal that ends us, say: the caller looks.
+            // The caller checks whether a signal ends the program.
             Err(rustix::io::Errno::INTR) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
 }
 
-const CTRL_C: u8 = 3;
-const CTRL_Z: u8 = 0x1a;
-const ESCAPE: u8 = 0x1b;
-
 /// Between the bytes of one escape sequence, over a slow line.
 const SEQUENCE_WAIT: Duration = Duration::from_millis(50);
 
-/// What a terminal in raw mode sends → keys. Arrows and their like, escape
-/// sequences, mean nothing here.
-fn parse(typed: &[u8]) -> Vec<Key> {
+/// The keys in what a terminal in raw mode sends, without escape sequences
+/// (arrows and function keys).
+fn parse(typed: &[u8]) -> Vec<u8> {
     let mut keys = Vec::new();
     let mut rest = typed.iter().copied().peekable();
     while let Some(byte) = rest.next() {
-        match byte {
-            CTRL_C => keys.push(Key::End),
-            CTRL_Z => keys.push(Key::Suspend),
-            ESCAPE => match rest.next_if(|next| matches!(next, b'[' | b'O')) {
-                // ECMA-48: parameters, then one final byte.
-                Some(_) => {
-                    while rest
-                        .next()
-                        .is_some_and(|byte| !(0x40..=0x7e).contains(&byte))
-                    {}
-                }
-                None => keys.push(Key::End),
-            },
-            b'\t' => keys.push(Key::Tab),
-            b' '..=b'~' => keys.push(Key::Char(byte.into())),
-            _ => {}
+        if byte == ESCAPE && rest.next_if(|next| matches!(next, b'[' | b'O')).is_some() {
+            // ECMA-48: parameters, then one final byte.
+            while rest
+                .next()
+                .is_some_and(|byte| !(0x40..=0x7e).contains(&byte))
+            {}
+        } else {
+            keys.push(byte);
         }
     }
     keys
@@ -126,40 +109,32 @@ pub fn size() -> (u16, u16) {
 }
 
 fn usual_where_zero((columns, rows): (u16, u16)) -> (u16, u16) {
-    let (usual_columns, usual_rows) = USUAL_SIZE;
-    (
-        if columns == 0 { usual_columns } else { columns },
-        if rows == 0 { usual_rows } else { rows },
-    )
+    let usual = |reported, usual| if reported == 0 { usual } else { reported };
+    (usual(columns, USUAL_SIZE.0), usual(rows, USUAL_SIZE.1))
 }
 
-/// What is shown, left again however the program ends.
+/// What is shown: in raw mode on the alternate screen, or `plain`, one refresh
+/// below the other without escape sequences. Restores the terminal when dropped.
 #[derive(Debug)]
-pub enum Screen {
-    /// Raw mode and the alternate screen.
-    Full {
-        /// Whether the terminal is in that state.
-        entered: bool,
-        /// SIGCONT has come.
-        continued: Arc<AtomicBool>,
-    },
-    /// One refresh below the other, without escape sequences.
-    Plain,
+pub struct Screen {
+    plain: bool,
+    /// The terminal is in raw mode.
+    entered: bool,
+    /// SIGCONT has come.
+    continued: Arc<AtomicBool>,
 }
 
 impl Screen {
-    /// Enters; `plain` for a terminal without escape sequences.
+    /// Sets the terminal up.
     ///
     /// # Errors
     /// Without a terminal.
     pub fn enter(plain: bool) -> anyhow::Result<Self> {
-        if plain {
-            return Ok(Self::Plain);
-        }
         let continued = Arc::new(AtomicBool::new(false));
         signal_hook::flag::register(SIGCONT, Arc::clone(&continued))
             .context("cannot handle SIGCONT")?;
-        let mut screen = Self::Full {
+        let mut screen = Self {
+            plain,
             entered: false,
             continued,
         };
@@ -168,28 +143,26 @@ impl Screen {
     }
 
     fn set_up(&mut self) -> anyhow::Result<()> {
-        if let Self::Full { entered, continued } = self {
-            continued.store(false, Ordering::Relaxed);
+        self.continued.store(false, Ordering::Relaxed);
+        if !self.plain {
             terminal::enable_raw_mode().context("cannot set up the terminal")?;
-            *entered = true;
+            self.entered = true;
             execute!(stdout(), terminal::EnterAlternateScreen, cursor::Hide)?;
         }
         Ok(())
     }
 
     fn restore(&mut self) {
-        if let Self::Full { entered, .. } = self
-            && std::mem::take(entered)
-        {
+        if std::mem::take(&mut self.entered) {
             // Nothing better can be done for a terminal that is gone.
             let _ = execute!(stdout(), cursor::Show, terminal::LeaveAlternateScreen);
             let _ = terminal::disable_raw_mode();
         }
     }
 
-    /// Stops the job, as Ctrl-Z does where the terminal handles it, and comes
-    /// back when it is continued. In raw mode the key is a byte like others.
-    /// The kernel ignores SIGTSTP where no shell could continue the job.
+    /// Stops the job, as Ctrl-Z does where the terminal handles it, and returns
+    /// when it is continued. The kernel ignores SIGTSTP where no shell could
+    /// continue the job.
     ///
     /// # Errors
     /// When the terminal cannot be set up again.
@@ -199,16 +172,13 @@ impl Screen {
         self.resume(stop)
     }
 
-    /// Whether the process was continued after a stop that it did not see
-    /// coming (SIGSTOP): the shell has changed the terminal meanwhile.
+    /// Whether the process was continued after a SIGSTOP: the shell has changed
+    /// the terminal meanwhile.
     ///
     /// # Errors
     /// When the terminal cannot be set up again.
     pub fn was_continued(&mut self, stop: &Stop) -> anyhow::Result<bool> {
-        let continued = match self {
-            Self::Full { continued, .. } => continued.load(Ordering::Relaxed),
-            Self::Plain => false,
-        };
+        let continued = self.continued.load(Ordering::Relaxed);
         if continued {
             self.restore();
             self.resume(stop)?;
@@ -219,10 +189,10 @@ impl Screen {
     /// Sets up again, unless the program is to end: in the background that
     /// would stop it once more.
     fn resume(&mut self, stop: &Stop) -> anyhow::Result<()> {
-        if stop.requested() {
-            return Ok(());
+        match stop.requested() {
+            true => Ok(()),
+            false => self.set_up(),
         }
-        self.set_up()
     }
 
     /// Shows the lines, as many and as much of them as fit.
@@ -231,9 +201,9 @@ impl Screen {
     /// When the terminal is gone.
     pub fn show(&self, lines: &[String], size: (u16, u16)) -> io::Result<()> {
         let mut out = stdout().lock();
-        match self {
-            Self::Full { .. } => draw(&mut out, lines, size)?,
-            Self::Plain => print(&mut out, lines, size)?,
+        match self.plain {
+            true => print(&mut out, lines, size)?,
+            false => draw(&mut out, lines, size)?,
         }
         out.flush()
     }
@@ -276,13 +246,10 @@ mod tests {
 
     #[test]
     fn bytes_are_keys_and_sequences_are_none() {
-        let keys = [Key::Char('p'), Key::Tab, Key::Char(' '), Key::End];
-        assert_eq!(parse(b"p\t \x03"), keys);
-        assert_eq!(parse(b"\x1b"), [Key::End]);
-        assert_eq!(parse(b"\x1a"), [Key::Suspend]);
+        assert_eq!(parse(b"p\t \x03"), b"p\t \x03");
+        assert_eq!(parse(b"\x1b"), [ESCAPE]);
         // Up, F1, Shift-Right and a letter after them.
-        assert_eq!(parse(b"\x1b[A\x1bOP\x1b[1;2Cr"), [Key::Char('r')]);
-        assert_eq!(parse("ö\r\n".as_bytes()), []);
+        assert_eq!(parse(b"\x1b[A\x1bOP\x1b[1;2Cr"), b"r");
     }
 
     #[test]
@@ -330,11 +297,11 @@ mod tests {
     fn what_is_not_read_yet_ends_the_next_wait() {
         let (ours, mut theirs) = io::pipe().unwrap();
         let keyboard = Keyboard(ours.into());
-        assert_eq!(keyboard.keys(Duration::ZERO).unwrap(), []);
+        assert!(keyboard.keys(Duration::ZERO).unwrap().is_empty());
         theirs.write_all(&[b'x'; 65]).unwrap();
         let long = Duration::from_secs(60);
         assert_eq!(keyboard.keys(long).unwrap().len(), 64);
-        assert_eq!(keyboard.keys(long).unwrap(), [Key::Char('x')]);
+        assert_eq!(keyboard.keys(long).unwrap(), b"x");
         drop(theirs);
         let gone = keyboard.keys(long).unwrap_err();
         assert_eq!(gone.kind(), io::ErrorKind::UnexpectedEof);

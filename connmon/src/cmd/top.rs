@@ -2,40 +2,40 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use connmon_core::fold::{Direction, Filter, PortLabel, country_of};
-use connmon_core::geo::Locator;
-use connmon_core::text::process_name;
+use connmon_core::fold::{Direction, Filter, country_of};
+use connmon_core::geo::{Country, Locator};
 use connmon_host::kernel::{Tracer, monotonic_ns};
 
-use crate::cli::TopArgs;
 use crate::config::{Config, SourceChoice};
 
 use super::columns::{self, Column, left, right};
-use super::connection::{bytes, service_port};
+use super::connection::{Connection, bytes};
 use super::follow::{Follower, Happening, Occurrence};
 use super::samples::Samples;
 use super::snapshot::{Live, Reader, Tables};
-use super::terminal::{self, Key, Keyboard, Screen};
+use super::terminal::{self, CTRL_C, CTRL_Z, ESCAPE, Keyboard, Screen};
 
 /// How often the tables are read and the screen is drawn.
-const REFRESH: Duration = Duration::from_secs(2);
+const REFRESH_NS: u64 = 2_000_000_000;
 
-/// One part in so many of the time goes into reading the tables at most: a
-/// million connections take longer than [`REFRESH`].
-const READING_SHARE: u32 = 5;
+/// At most one part in so many of the time goes into reading the tables: a
+/// million connections take longer than [`REFRESH_NS`].
+const READING_SHARE: u64 = 5;
 
-/// Between two looks at the ring and at the window's size.
+/// Between two looks at the ring buffer and at the window's size.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Events taken between two looks at the keyboard.
+/// Most events taken between two looks at the keyboard.
 const DRAIN_BUDGET: usize = 16_384;
 
-/// How long a reading waits for the ring to be empty: under load it never is.
-const LATEST: Duration = Duration::from_secs(2);
+/// How long a reading waits for the ring buffer to be empty: under load it
+/// never is.
+const LATEST_NS: u64 = 2_000_000_000;
 
 /// What a line is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,22 +46,12 @@ enum View {
 }
 
 impl View {
-    const ALL: [Self; 3] = [Self::Country, Self::Port, Self::Process];
-
     fn name(self) -> &'static str {
-        match self {
-            Self::Country => "COUNTRY",
-            Self::Port => "PORT",
-            Self::Process => "PROCESS",
-        }
+        ["COUNTRY", "PORT", "PROCESS"][self as usize]
     }
 
     fn next(self) -> Self {
-        match self {
-            Self::Country => Self::Port,
-            Self::Port => Self::Process,
-            Self::Process => Self::Country,
-        }
+        [Self::Port, Self::Process, Self::Country][self as usize]
     }
 }
 
@@ -84,44 +74,40 @@ impl Tally {
     }
 }
 
-/// The lines of every view, between two refreshes.
+/// The lines of every [`View`], between two refreshes.
 #[derive(Debug, Default)]
 struct Tallies([HashMap<String, Tally>; 3]);
 
 impl Tallies {
-    fn add(&mut self, keys: &[String; 3], change: impl Fn(&mut Tally)) {
+    fn add(&mut self, connection: &Connection, country: Country, change: impl Fn(&mut Tally)) {
+        let arrow = match connection.direction {
+            Direction::Inbound => "in",
+            Direction::Outbound => "out",
+            Direction::Unknown => "?",
+        };
+        let keys = [
+            country.code().to_owned(),
+            format!("{} {arrow}", connection.port_name()),
+            connection.process_name(),
+        ];
         for (lines, key) in self.0.iter_mut().zip(keys) {
-            change(lines.entry(key.clone()).or_default());
+            change(lines.entry(key).or_default());
         }
     }
-}
-
-fn keys(country: &str, port: Option<u16>, direction: Direction, process: &[u8; 16]) -> [String; 3] {
-    let port = port.map_or(PortLabel::Other, PortLabel::Port);
-    let arrow = match direction {
-        Direction::Inbound => "in",
-        Direction::Outbound => "out",
-        Direction::Unknown => "?",
-    };
-    [
-        country.to_owned(),
-        format!("{port} {arrow}"),
-        process_name(process).unwrap_or_else(|| "unknown".to_owned()),
-    ]
 }
 
 /// Runs the command; `plain` for a terminal without escape sequences.
 ///
 /// # Errors
 /// Without a terminal, or when connections cannot be read.
-pub fn run(config: Config, _args: TopArgs, plain: bool) -> anyhow::Result<()> {
+pub fn run(config: &Config, plain: bool) -> anyhow::Result<()> {
     anyhow::ensure!(
         std::io::stdout().is_terminal(),
         "top needs a terminal; `connmon list --by country` prints one snapshot"
     );
     let stop = super::stop::on_signals()?;
     let keyboard = Keyboard::open().context("cannot read the keyboard")?;
-    let mut top = Top::new(&config)?;
+    let mut top = Top::new(config)?;
     let mut screen = Screen::enter(plain)?;
     let mut view = View::Country;
     let mut size = terminal::size();
@@ -131,13 +117,13 @@ pub fn run(config: Config, _args: TopArgs, plain: bool) -> anyhow::Result<()> {
         let wait = if idle { TICK } else { Duration::ZERO };
         for key in keyboard.keys(wait).context("cannot read the keyboard")? {
             match key {
-                Key::End | Key::Char('q') => return Ok(()),
-                Key::Suspend => screen.suspend(&stop)?,
-                Key::Char('c') => view = View::Country,
-                Key::Char('p') => view = View::Port,
-                Key::Char('r') => view = View::Process,
-                Key::Tab | Key::Char(' ') => view = view.next(),
-                Key::Char(_) => continue,
+                CTRL_C | ESCAPE | b'q' => return Ok(()),
+                CTRL_Z => screen.suspend(&stop)?,
+                b'c' => view = View::Country,
+                b'p' => view = View::Port,
+                b'r' => view = View::Process,
+                b'\t' | b' ' => view = view.next(),
+                _ => continue,
             }
             changed = true;
         }
@@ -152,48 +138,20 @@ pub fn run(config: Config, _args: TopArgs, plain: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Reads the tables on a thread of its own: keys do not wait for them.
-struct Readings {
-    ask: SyncSender<()>,
-    read: Receiver<anyhow::Result<Tables>>,
-}
-
-impl Readings {
-    fn start(mut reader: Reader) -> anyhow::Result<Self> {
-        let (ask, asked) = sync_channel(1);
-        let (send, read) = sync_channel(1);
-        std::thread::Builder::new()
-            .name("connmon-tables".into())
-            .spawn(move || {
-                while asked.recv().is_ok() {
-                    if send.send(reader.read()).is_err() {
-                        return;
-                    }
-                }
-            })
-            .context("cannot start the thread that reads the tables")?;
-        Ok(Self { ask, read })
-    }
-}
-
-/// A reading of the tables under way.
-#[derive(Clone, Copy)]
-struct Started {
-    at: Instant,
-    at_ns: u64,
-}
-
-impl Started {
-    fn now() -> Self {
-        Self {
-            at: Instant::now(),
-            at_ns: monotonic_ns(),
-        }
-    }
-}
+/// A thread that reads the tables and returns the reader with them.
+type Reading = JoinHandle<(Reader, anyhow::Result<Tables>)>;
 
 struct Top {
-    readings: Readings,
+    /// Away while it reads.
+    reader: Option<Reader>,
+    /// The reading that runs, since when (`CLOCK_MONOTONIC`, as all times
+    /// here). It has a thread of its own: keys do not wait for it.
+    reading: Option<(u64, Reading)>,
+    /// When the next one begins.
+    due_ns: u64,
+    /// When the last one began.
+    last_ns: Option<u64>,
+    attached_ns: u64,
     locator: Locator,
     filter: Filter,
     tracer: Option<Tracer>,
@@ -205,11 +163,7 @@ struct Top {
     shown: Tallies,
     seconds: f64,
     samples: Samples,
-    under_way: Option<Started>,
-    /// The last one, once there was one.
-    last: Option<Started>,
-    attached: Instant,
-    due: Instant,
+    /// Connections shown and hidden.
     totals: (usize, usize),
     lost: u64,
 }
@@ -228,10 +182,15 @@ impl Top {
             }
         };
         let reader = Reader::new(config)?;
+        let now_ns = monotonic_ns();
         Ok(Self {
-            locator: Locator::new(reader.database()),
-            filter: Filter::new(&super::remote_filter(config)),
-            readings: Readings::start(reader)?,
+            locator: Locator::new(Arc::clone(reader.locator.database())),
+            reader: Some(reader),
+            reading: None,
+            due_ns: now_ns,
+            last_ns: None,
+            attached_ns: now_ns,
+            filter: Filter::new(&config.remote_filter()),
             tracer,
             source,
             follower: Follower::default(),
@@ -239,58 +198,60 @@ impl Top {
             shown: Tallies::default(),
             seconds: 1.0,
             samples: Samples::default(),
-            under_way: None,
-            last: None,
-            attached: Instant::now(),
-            due: Instant::now(),
             totals: (0, 0),
             lost: 0,
         })
     }
 
-    /// Goes on with what is due. Whether there is something new to show, and
-    /// whether there is nothing to do until the next tick.
+    /// Drains the ring buffer, or waits for the tables. Returns whether there
+    /// is something new to show, and whether there is nothing to do until the
+    /// next tick.
     ///
-    /// Either the ring is drained or the tables are read: what closes while
-    /// they are is then told by an event after its row.
+    /// Never both at once: so the event of a connection that closes during a
+    /// reading comes after its row.
     fn advance(&mut self) -> anyhow::Result<(bool, bool)> {
-        let Some(started) = self.under_way else {
+        if let Some(mut reader) = self.reader.take() {
             let empty = self.drain();
-            let now = Instant::now();
-            if now >= self.due && (empty || now >= self.due + LATEST) {
-                self.under_way = Some(Started::now());
-                // Room for one, and one is asked for at a time.
-                let _ = self.readings.ask.try_send(());
+            let now_ns = monotonic_ns();
+            if now_ns < self.due_ns || !empty && now_ns < self.due_ns + LATEST_NS {
+                self.reader = Some(reader);
+                return Ok((false, empty));
             }
-            return Ok((false, empty));
-        };
-        match self.readings.read.try_recv() {
-            Ok(tables) => {
-                self.take(&tables?, started);
-                self.under_way = None;
-                self.due = started.at + REFRESH.max(started.at.elapsed() * READING_SHARE);
-                Ok((true, false))
-            }
-            Err(TryRecvError::Empty) => Ok((false, true)),
-            Err(TryRecvError::Disconnected) => {
-                anyhow::bail!("the thread that reads tables is gone")
-            }
+            let thread = std::thread::Builder::new().name("connmon-tables".into());
+            let read = move || {
+                let tables = reader.read();
+                (reader, tables)
+            };
+            let reading = thread
+                .spawn(read)
+                .context("cannot start the thread that reads the socket tables")?;
+            self.reading = Some((now_ns, reading));
         }
+        let Some((started_ns, reading)) =
+            self.reading.take_if(|(_, reading)| reading.is_finished())
+        else {
+            return Ok((false, true));
+        };
+        let ended = reading.join();
+        let (reader, tables) =
+            ended.map_err(|_| anyhow::anyhow!("bug: reading the socket tables panicked"))?;
+        self.reader = Some(reader);
+        self.take(&tables?, started_ns);
+        let took_ns = monotonic_ns() - started_ns;
+        self.due_ns = started_ns + REFRESH_NS.max(took_ns * READING_SHARE);
+        Ok((true, false))
     }
 
-    /// Whether the ring is empty now.
+    /// Whether the ring buffer is empty now.
     fn drain(&mut self) -> bool {
         let Some(tracer) = &mut self.tracer else {
             return true;
         };
         let mut occurrences: Vec<Occurrence> = Vec::new();
-        let (follower, filter) = (&mut self.follower, &self.filter);
         let drained = tracer.drain(DRAIN_BUDGET, |event| {
-            if let Some(occurrence) = follower.apply(&event)
-                && filter.hides(&occurrence.tuple).is_none()
-            {
-                occurrences.push(occurrence);
-            }
+            let occurrence = self.follower.apply(&event);
+            occurrences
+                .extend(occurrence.filter(|it| self.filter.hides(&it.connection.tuple).is_none()));
         });
         for occurrence in occurrences {
             self.count(&occurrence);
@@ -299,32 +260,21 @@ impl Top {
     }
 
     fn count(&mut self, occurrence: &Occurrence) {
-        let country = country_of(&occurrence.tuple, &mut self.locator);
-        let port = service_port(occurrence.direction, &occurrence.tuple);
-        let keys = keys(
-            country.code(),
-            port,
-            occurrence.direction,
-            &occurrence.owner.comm,
-        );
-        let (received, sent) = match (occurrence.traffic, self.last) {
-            (Some(traffic), Some(last)) => {
-                let opened = occurrence
-                    .duration_ns
-                    .map(|age| occurrence.at_ns.saturating_sub(age));
-                self.samples.close(
-                    occurrence.cookie,
-                    (
-                        traffic.received_bytes,
-                        traffic.sent_payload(occurrence.direction == Direction::Outbound),
-                    ),
-                    opened.is_some_and(|opened| opened >= last.at_ns),
-                )
+        let connection = &occurrence.connection;
+        let country = country_of(&connection.tuple, &mut self.locator);
+        let (received, sent) = match (occurrence.traffic, self.last_ns) {
+            (Some(traffic), Some(last_ns)) => {
+                let age_ns = occurrence.duration_ns;
+                let opened_ns = age_ns.map(|age_ns| occurrence.at_ns.saturating_sub(age_ns));
+                let is_new = opened_ns.is_some_and(|opened_ns| opened_ns >= last_ns);
+                self.samples
+                    .close(connection.cookie, connection.bytes(traffic), is_new)
             }
             _ => (0, 0),
         };
-        self.events.add(&keys, |tally| {
+        self.events.add(connection, country, |tally| {
             match occurrence.happening {
+                Happening::Live(_) => {}
                 Happening::Open => tally.opened += 1,
                 Happening::Close => tally.closed += 1,
                 Happening::Fail(_) => tally.failed += 1,
@@ -334,41 +284,31 @@ impl Top {
         });
     }
 
-    fn take(&mut self, tables: &Tables, started: Started) {
-        let mut shown = std::mem::take(&mut self.events);
+    fn take(&mut self, tables: &Tables, started_ns: u64) {
+        self.shown = std::mem::take(&mut self.events);
         for live in &tables.connections {
-            self.live(live, &mut shown);
+            self.live(live);
         }
         self.samples.turn();
-        if self.last.is_none() {
-            self.learn(tables);
+        if self.last_ns.is_none() {
+            self.follower.start(tables);
         }
-        let since = self.last.map_or(self.attached, |last| last.at);
-        self.seconds = (started.at - since).as_secs_f64().max(0.001);
-        self.last = Some(started);
-        self.shown = shown;
+        let since_ns = self.last_ns.unwrap_or(self.attached_ns);
+        self.seconds = (started_ns.saturating_sub(since_ns) as f64 / 1e9).max(0.001);
+        self.last_ns = Some(started_ns);
         self.totals = (tables.connections.len(), tables.hidden);
         if let Some(tracer) = &mut self.tracer {
             self.lost = tracer.counters().ring_full;
         }
     }
 
-    fn live(&mut self, live: &Live, shown: &mut Tallies) {
-        let port = service_port(live.direction, &live.row.tuple);
-        let keys = keys(
-            live.country.code(),
-            port,
-            live.direction,
-            &live.row.owner.comm,
-        );
-        let traffic = live.row.traffic.unwrap_or_default();
-        let active = live.direction == Direction::Outbound;
-        let total = (traffic.received_bytes, traffic.sent_payload(active));
-        let (received, sent) = self.samples.row(live.row.cookie, total);
-        let established = live.row.state == connmon_common::state::ESTABLISHED;
-        shown.add(&keys, |tally| {
-            if established {
-                match live.direction {
+    fn live(&mut self, live: &Live) {
+        let connection = &live.connection;
+        let total = connection.bytes(live.traffic.unwrap_or_default());
+        let (received, sent) = self.samples.row(connection.cookie, total);
+        self.shown.add(connection, live.country, |tally| {
+            if live.state == connmon_common::state::ESTABLISHED {
+                match connection.direction {
                     Direction::Inbound => tally.inbound += 1,
                     Direction::Outbound => tally.outbound += 1,
                     Direction::Unknown => tally.unknown += 1,
@@ -379,17 +319,9 @@ impl Top {
         });
     }
 
-    /// What existed before: so that its close has a direction and an owner.
-    fn learn(&mut self, tables: &Tables) {
-        self.follower.listeners(&tables.listening);
-        for live in &tables.connections {
-            self.follower.seed(live.netns, &live.row, live.direction);
-        }
-    }
-
     fn lines(&self, view: View, (_, rows): (u16, u16)) -> Vec<String> {
         let (connections, hidden) = self.totals;
-        let title = match self.last {
+        let title = match self.last_ns {
             Some(_) => format!(
                 "connmon top: {connections} connections, {hidden} hidden, by {}",
                 self.source
@@ -402,16 +334,12 @@ impl Top {
         };
         let keys = format!("c country  p port  r process  Tab next  q quit{lost}");
         let mut lines = head(title, keys, view, rows);
-        let room = usize::from(rows).saturating_sub(lines.len());
-        let index = View::ALL
-            .iter()
-            .position(|&other| other == view)
-            .unwrap_or(0);
-        let mut tallies: Vec<(&String, &Tally)> = self.shown.0[index].iter().collect();
+        let left = usize::from(rows).saturating_sub(lines.len());
+        let mut tallies: Vec<(&String, &Tally)> = self.shown.0[view as usize].iter().collect();
         tallies.sort_by(|(a_key, a), (b_key, b)| {
             (b.now(), b.opened, *a_key).cmp(&(a.now(), a.opened, *b_key))
         });
-        let shown = tallies.into_iter().take(room);
+        let shown = tallies.into_iter().take(left);
         lines.extend(shown.map(|(key, tally)| self.line(view, key, tally)));
         lines
     }

@@ -5,30 +5,31 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use connmon_core::fold::{Direction, country_of};
+use connmon_core::fold::country_of;
 use connmon_core::geo::Country;
 use connmon_core::probe::Method;
-use connmon_core::text::process_name;
 use connmon_host::kernel::{Tracer, monotonic_ns};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::cli::{EventKind, Output, TraceArgs};
+use crate::cli::{EventKind, TraceArgs};
 use crate::config::{Config, SourceChoice};
 
-use super::connection::{ConnectionRecord, heading, is_named, service_port};
-use super::containers::Containers;
+use super::connection::{Printer, is_named, wall_clock};
 use super::follow::{Follower, Happening, Occurrence};
 use super::snapshot::Reader;
-use super::time::Clock;
+use super::stop::Stop;
 
-/// Events wait in the ring for this at most.
-const TICK: Duration = Duration::from_millis(50);
+/// Longest time that an event waits in the ring buffer.
+const TICK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 50_000_000,
+};
 
-/// Events taken before anything is printed.
+/// Most events taken before anything is printed.
 const DRAIN_BUDGET: usize = 4096;
 
-/// What lies in the ring when the end comes still belongs to the trace, as
-/// far as this suffices: under load the ring never runs empty.
+/// How long events that are in the ring buffer at the end are still printed:
+/// under load it never runs empty.
 const LAST_DRAIN: Duration = Duration::from_secs(1);
 
 /// Runs the command.
@@ -36,31 +37,18 @@ const LAST_DRAIN: Duration = Duration::from_secs(1);
 /// # Errors
 /// When events cannot be traced or the output cannot be written; a
 /// [`ConfigError`](crate::config::ConfigError) with `--source proc`.
-pub fn run(config: Config, args: TraceArgs) -> anyhow::Result<()> {
+pub fn run(config: &Config, args: &TraceArgs) -> anyhow::Result<()> {
     if config.source == SourceChoice::Proc {
         let problem = "bad value \"proc\": trace needs eBPF; leave it out, or use `connmon list`";
         return Err(config.refused("source", problem).into());
     }
     let stop = super::stop::on_signals()?;
-    let mut tracer = Tracer::attach(&super::tracer_options(&config)?).context("cannot trace")?;
-    let mut reader = Reader::new(&config)?;
+    let mut tracer = Tracer::attach(&super::tracer_options(config)?).context("cannot trace")?;
+    let mut reader = Reader::new(config)?;
     let mut follower = Follower::default();
-    // What exists already: so that its close has a direction and an owner.
-    let tables = reader.read()?;
-    follower.listeners(&tables.listening);
-    for live in &tables.connections {
-        follower.seed(live.netns, &live.row, live.direction);
-    }
-    let mut printer = Printer {
-        args: &args,
-        out: std::io::BufWriter::new(std::io::stdout().lock()),
-        containers: Containers::default(),
-        printed: 0,
-    };
-    if args.output == Output::Table {
-        writeln!(printer.out, "{}", heading())?;
-        printer.out.flush()?;
-    }
+    follower.start(&reader.read()?);
+    let out = std::io::BufWriter::new(std::io::stdout().lock());
+    let mut printer = Printer::new(out, args.output)?;
     let attached = tracer.rungs().iter().map(|rung| rung.method);
     let methods: Vec<&str> = attached
         .filter(|&method| method != Method::None)
@@ -72,45 +60,38 @@ pub fn run(config: Config, args: TraceArgs) -> anyhow::Result<()> {
         "tracing by {}; Ctrl-C ends it",
         methods.join(", ")
     );
-    let until = args.duration.map(|duration| Instant::now() + duration);
-    let mut occurrences: Vec<Occurrence> = Vec::new();
+    let mut end = End::new(args, stop);
     let mut undecodable = 0;
-    let mut last: Option<Instant> = None;
-    let mut over = || {
-        let now = Instant::now();
-        if stop.requested() || until.is_some_and(|until| now >= until) {
-            last.get_or_insert(now + LAST_DRAIN);
-        }
-        (last.is_some(), last.is_some_and(|last| now >= last))
-    };
+    let mut occurrences: Vec<Occurrence> = Vec::new();
     loop {
-        let (ending, _) = over();
+        let ending = end.has_begun();
         let drained = tracer.drain(DRAIN_BUDGET, |event| {
-            if let Some(occurrence) = follower.apply(&event)
-                && reader.filter().hides(&occurrence.tuple).is_none()
-            {
-                occurrences.push(occurrence);
-            }
+            let occurrence = follower.apply(&event);
+            occurrences.extend(
+                occurrence.filter(|it| reader.filter.hides(&it.connection.tuple).is_none()),
+            );
         });
         undecodable += drained.undecodable;
         let now_ns = monotonic_ns();
         for occurrence in occurrences.drain(..) {
-            let country = country_of(&occurrence.tuple, reader.locator());
-            printer.print(now_ns, &occurrence, country)?;
-            if printer.full() || over().1 {
+            let country = country_of(&occurrence.connection.tuple, &mut reader.locator);
+            if is_wanted(args, &occurrence, country) {
+                printer.print(wall_clock(occurrence.at_ns, now_ns), &occurrence, country)?;
+                end.printed += 1;
+            }
+            if end.is_reached() {
                 break;
             }
         }
-        printer.out.flush()?;
-        if printer.full() || over().1 || (ending && drained.empty) {
+        printer.flush()?;
+        if end.is_reached() || (ending && drained.empty) {
             break;
         }
         if drained.empty {
-            let timeout = Timespec::try_from(TICK).context("tick")?;
             let ring = tracer.ring_fd();
             let mut waited = [PollFd::from_borrowed_fd(ring.as_fd(), PollFlags::IN)];
-            // Interrupted by the signal that ends us, or by nothing of note.
-            let _ = poll(&mut waited, Some(&timeout));
+            // A signal that ends the wait is seen at the next turn.
+            let _ = poll(&mut waited, Some(&TICK));
         }
     }
     let counters = tracer.counters();
@@ -118,101 +99,68 @@ pub fn run(config: Config, args: TraceArgs) -> anyhow::Result<()> {
     let _ = writeln!(
         std::io::stderr(),
         "{} events printed, {} lost (ring full {}, undecodable {undecodable}), {missed} program runs missed",
-        printer.printed,
+        end.printed,
         counters.ring_full + undecodable,
         counters.ring_full,
     );
     Ok(())
 }
 
-struct Printer<'a, W: Write> {
-    args: &'a TraceArgs,
-    out: W,
-    containers: Containers,
+/// When the trace ends: by a signal, `--duration` or `--count`.
+struct End {
+    stop: Stop,
+    until: Option<Instant>,
+    count: Option<u64>,
     printed: u64,
+    /// Until when the rest of the ring buffer is printed, once it has begun.
+    last: Option<Instant>,
 }
 
-impl<W: Write> Printer<'_, W> {
-    /// Whether `--count` is reached.
-    fn full(&self) -> bool {
-        self.args.count.is_some_and(|count| self.printed >= count)
+impl End {
+    fn new(args: &TraceArgs, stop: Stop) -> Self {
+        Self {
+            stop,
+            until: args.duration.map(|duration| Instant::now() + duration),
+            count: args.count,
+            printed: 0,
+            last: None,
+        }
     }
 
-    /// Prints what the filters let through.
-    fn print(
-        &mut self,
-        now_ns: u64,
-        occurrence: &Occurrence,
-        country: Country,
-    ) -> anyhow::Result<()> {
-        if !wanted(self.args, occurrence, country) {
-            return Ok(());
+    /// Whether only what is in the ring buffer now is still to be printed.
+    fn has_begun(&mut self) -> bool {
+        let now = Instant::now();
+        if self.stop.requested() || self.until.is_some_and(|until| now >= until) {
+            self.last.get_or_insert(now + LAST_DRAIN);
         }
-        let clock = Clock::of(occurrence.at_ns, now_ns);
-        let record = self.record(clock, occurrence, country.code());
-        match self.args.output {
-            Output::Table => writeln!(self.out, "{}", record.line(&clock.time_of_day()))?,
-            Output::Json => writeln!(self.out, "{}", serde_json::to_string(&record)?)?,
-        }
-        self.printed += 1;
-        Ok(())
+        self.last.is_some()
     }
 
-    fn record(
-        &mut self,
-        clock: Clock,
-        occurrence: &Occurrence,
-        country: &'static str,
-    ) -> ConnectionRecord {
-        let (event, reason) = match occurrence.happening {
-            Happening::Open => ("open", None),
-            Happening::Close => ("close", None),
-            Happening::Fail(reason) => ("fail", Some(reason.label())),
-        };
-        let owner = &occurrence.owner;
-        ConnectionRecord {
-            time: clock.rfc3339(),
-            event,
-            direction: occurrence.direction.label(),
-            process: process_name(&owner.comm),
-            pid: (owner.pid != 0).then_some(owner.pid),
-            container: self.containers.of(owner),
-            netns: occurrence.netns,
-            local: occurrence.tuple.local_endpoint(),
-            remote: occurrence.tuple.remote_endpoint(),
-            country,
-            port: service_port(occurrence.direction, &occurrence.tuple),
-            state: None,
-            duration_seconds: occurrence.duration_ns.map(|ns| ns as f64 / 1e9),
-            received_bytes: occurrence.traffic.map(|traffic| traffic.received_bytes),
-            sent_bytes: occurrence
-                .traffic
-                .map(|traffic| traffic.sent_payload(occurrence.direction == Direction::Outbound)),
-            reason,
-        }
+    fn is_reached(&mut self) -> bool {
+        self.count.is_some_and(|count| self.printed >= count)
+            || self.has_begun() && self.last.is_some_and(|last| Instant::now() >= last)
     }
 }
 
-/// Whether the command's filters let it through. Before anything is made of
-/// it: most of a busy machine's events are not asked for.
-fn wanted(args: &TraceArgs, occurrence: &Occurrence, country: Country) -> bool {
-    fn any<T>(asked: &[T], found: impl FnMut(&T) -> bool) -> bool {
-        asked.is_empty() || asked.iter().any(found)
+/// Whether the command's filters let it through. Checked before a line is
+/// made: most events of a busy machine are not wanted.
+fn is_wanted(args: &TraceArgs, occurrence: &Occurrence, country: Country) -> bool {
+    fn any<T>(wanted: &[T], found: impl FnMut(&T) -> bool) -> bool {
+        wanted.is_empty() || wanted.iter().any(found)
     }
     let kind = match occurrence.happening {
-        Happening::Open => EventKind::Open,
+        Happening::Live(_) | Happening::Open => EventKind::Open,
         Happening::Close => EventKind::Close,
         Happening::Fail(_) => EventKind::Fail,
     };
-    let owner = &occurrence.owner;
-    any(&args.event, |&asked| asked == kind)
+    let connection = &occurrence.connection;
+    let (port, owner) = (connection.service_port(), &connection.owner);
+    any(&args.event, |&wanted| wanted == kind)
         && args
             .direction
-            .is_none_or(|asked| asked == occurrence.direction)
-        && any(&args.country, |&asked| asked == country)
-        && any(&args.port, |&asked| {
-            service_port(occurrence.direction, &occurrence.tuple) == Some(asked)
-        })
-        && any(&args.pid, |&asked| asked == owner.pid)
-        && any(&args.process, |asked| is_named(&owner.comm, asked))
+            .is_none_or(|wanted| wanted == connection.direction)
+        && any(&args.country, |&wanted| wanted == country)
+        && any(&args.port, |&wanted| Some(wanted) == port)
+        && any(&args.pid, |&wanted| wanted == owner.pid)
+        && any(&args.process, |wanted| is_named(&owner.comm, wanted))
 }

@@ -3,19 +3,16 @@
 
 use connmon_http::address::resolve_all;
 
+use super::{Config, ConfigError, Loaded};
 use crate::database;
 
-use super::{Config, ConfigError, Loaded};
-
-/// Opens everything the configuration points at, and throws it away again.
-/// What a stronger source overrides is checked as well: it is in effect the
-/// day that source is gone.
+/// Opens every file and looks up every name in the configuration. Values that
+/// a stronger source overrides are checked as well: they apply once that
+/// source is gone. Returns what is accepted and should be changed.
 ///
 /// # Errors
 /// The first value that is wrong, else the first that is not there yet, by
 /// name and by where it stands.
-///
-/// Returns what is accepted and should be changed.
 pub fn check(loaded: &Loaded) -> Result<Vec<String>, ConfigError> {
     let mut remarks = Vec::new();
     let mut errors = Vec::new();
@@ -24,15 +21,17 @@ pub fn check(loaded: &Loaded) -> Result<Vec<String>, ConfigError> {
             Ok(more) => remarks.extend(more),
             Err(error) => errors.push(error),
         }
-        errors.extend(
-            [country_database(config), listen(config)]
-                .into_iter()
-                .filter_map(Result::err),
-        );
+        if let Some(path) = &config.geoip_database
+            && let Err(error) = database::open(path)
+        {
+            errors.push(config.refused("geoip.database", error));
+        }
+        errors.extend(resolve_all(&config.listen).err());
     }
-    let wrong = errors.iter().find(|error| !error.is_not_yet());
-    match wrong.or(errors.first()) {
-        Some(error) => Err(error.clone()),
+    // `false` comes first.
+    errors.sort_by_key(ConfigError::is_not_yet);
+    match errors.into_iter().next() {
+        Some(error) => Err(error),
         None => {
             remarks.dedup();
             Ok(remarks)
@@ -40,22 +39,14 @@ pub fn check(loaded: &Loaded) -> Result<Vec<String>, ConfigError> {
     }
 }
 
-fn country_database(config: &Config) -> Result<(), ConfigError> {
-    let Some(path) = &config.geoip_database else {
-        return Ok(());
-    };
-    let opened = database::open(path).map(drop);
-    opened.map_err(|error| config.refused("geoip.database", error))
-}
-
-/// What serving needs: the web configuration with the files that it names,
-/// and the addresses to listen on.
+/// Checks what serving needs: the web configuration with the files that it
+/// names, and the addresses to listen on.
 ///
 /// # Errors
 /// The first that is wrong or not there yet.
 pub fn check_serving(config: &Config) -> Result<(), ConfigError> {
     web_config(config)?;
-    listen(config)
+    resolve_all(&config.listen).map(drop)
 }
 
 fn web_config(config: &Config) -> Result<Vec<String>, ConfigError> {
@@ -63,8 +54,4 @@ fn web_config(config: &Config) -> Result<Vec<String>, ConfigError> {
         return Ok(Vec::new());
     };
     connmon_http::webconfig::check(path).map_err(|error| config.refused("web.config.file", error))
-}
-
-fn listen(config: &Config) -> Result<(), ConfigError> {
-    resolve_all(&config.listen).map(drop)
 }

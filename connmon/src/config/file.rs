@@ -1,37 +1,24 @@
-//! The YAML of `--config.file`: one flat mapping of dotted keys to scalars
-//! or lists of scalars, read with line numbers.
+//! The YAML of `--config.file`: one flat mapping of dotted keys to values or
+//! lists of values.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
 
 use connmon_http::read_file::read_file;
 use connmon_http::yaml::{self, Booleans, Located, Problem};
 use connmon_http::{ConfigError, is_state_of_host};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::error::Origin;
-use super::settings::{Kind, Setting};
+use super::load::{Layer, is_list};
+use super::{key, parse, settings};
 
-/// Largest configuration file read, bytes; anything larger is a mistake.
+/// Largest configuration file that is read, bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// Values of one key, as written.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// The setting.
-    pub key: &'static str,
-    /// Where the key stands.
-    pub origin: Origin,
-    /// Its values with where each stands; empty for an empty list.
-    pub values: Vec<(String, Origin)>,
-}
-
 /// Reads and parses the file.
-pub fn read(path: &Path) -> Result<Vec<Entry>, ConfigError> {
-    let text = read_text(path)?;
-    parse(path, &text)
+pub fn read(path: &Path) -> Result<Layer, ConfigError> {
+    parse(path, &read_text(path)?)
 }
 
 /// Reads the file.
@@ -43,91 +30,90 @@ pub fn read_text(path: &Path) -> Result<String, ConfigError> {
     yaml::utf8(bytes).map_err(|problem| problem.of(path))
 }
 
-/// `log.format` of a file that may be refused as a whole.
-pub fn log_format(path: &Path) -> Option<String> {
-    let text = read_text(path).ok()?;
-    match parse(path, &text) {
-        Ok(entries) => {
-            let entry = entries
-                .into_iter()
-                .find(|entry| entry.key == "log.format")?;
-            entry.values.into_iter().next().map(|(text, _)| text)
-        }
-        Err(_) => text.lines().find_map(|line| {
-            let (key, value) = line.split_once(':')?;
-            let bare = |text: &str| text.trim().trim_matches(['"', '\'']).to_owned();
-            let value = value.split(" #").next().unwrap_or(value);
-            (bare(key) == "log.format").then(|| bare(value))
-        }),
-    }
-}
-
 /// Parses the text of the file.
-pub fn parse(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
-    // Keys sort by their lines.
+fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
+    // Keys sort by their lines, so that the first error is reported.
     let entries: Option<BTreeMap<Located<String>, Located<Value>>> =
         yaml::parse(text, Booleans::Yaml12).map_err(|problem| problem.of(path))?;
-    let path = Arc::new(path.to_owned());
-    let entries = entries.unwrap_or_default().into_iter();
-    let entry = |(key, value): (Located<String>, Located<Value>)| {
-        let origin = |line| Origin::File {
-            path: Arc::clone(&path),
-            line,
-            key: key.value.clone(),
+    let mut layer = Layer::new();
+    for (written, value) in entries.unwrap_or_default() {
+        let (line, written) = (written.line, written.value);
+        let refuse = |line, text: String| Err(Problem::new(line, text).of(path));
+        let Some(key) = settings().iter().map(key).find(|known| *known == written) else {
+            return refuse(line, unknown_key(&written));
         };
-        let Some(setting) = Setting::find(&key.value) else {
-            return Err(Problem::new(key.line, unknown_key(&key.value)).of(&path));
-        };
-        if matches!(setting.key, "config.file" | "config.check") {
-            let text = format_args!("{} can only be a flag or a variable", setting.key);
-            return Err(Problem::new(key.line, text).of(&path));
+        if matches!(key, "config.file" | "config.check") {
+            let text = format!("{key}: can only be a flag or a variable; remove the line");
+            return refuse(line, text);
         }
-        let is_list = matches!(setting.kind, Kind::List | Kind::Joined);
-        let items = match value.value {
-            Value::List(items) if is_list => items,
-            _ => vec![value],
-        };
-        let texts = items.into_iter().map(|item| {
-            let origin = origin(item.line);
-            let problem = match item.value {
-                Value::Text(text) if !text.is_empty() => return Ok((text, origin)),
-                Value::Text(_) | Value::Nothing => "has no value; give one or remove the line",
-                Value::List(_) if is_list => "must be a list of plain values",
-                Value::List(_) => "takes one value, not a list",
-                Value::Mapping => {
-                    "takes a value, not a mapping; keys are flat, like `ports.max: 64`"
-                }
-            };
-            Err(ConfigError::at(&origin, problem))
-        });
-        Ok(Entry {
-            key: setting.key,
-            origin: origin(key.line),
-            values: texts.collect::<Result<_, _>>()?,
-        })
-    };
-    entries.map(entry).collect()
+        let values = values(key, value)
+            .map_err(|(line, text)| Problem::new(line, format_args!("{key}: {text}")).of(path))?;
+        let origin = |line| format!("{}:{line}: {key}", path.display());
+        let mut values: Vec<_> = values
+            .into_iter()
+            .map(|(line, text)| (text, origin(line)))
+            .collect();
+        if is_joined(key) && values.len() > 1 {
+            // Each alone, so that an invalid one is named with its own line.
+            for (text, origin) in &values {
+                parse::port_list(text).map_err(|problem| ConfigError::at(origin, problem))?;
+            }
+            let texts: Vec<&str> = values.iter().map(|(text, _)| text.as_str()).collect();
+            values = vec![(texts.join(","), origin(line))];
+        }
+        // Without a default, an empty list is its value.
+        if values.is_empty() && key != "filter.exclude" {
+            let text = format!("{key}: the list is empty; give a value or remove the key");
+            return refuse(line, text);
+        }
+        layer.insert(key, values);
+    }
+    Ok(layer)
 }
 
-/// A value before it is known what its key takes. A number or boolean is its
-/// text.
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// Whether a setting is one value that is itself a list of ports.
+fn is_joined(key: &str) -> bool {
+    matches!(key, "ports.allow" | "metrics.country-port")
+}
+
+/// The values of a key with their lines, or what is wrong on which line.
+fn values(key: &str, value: Located<Value>) -> Result<Vec<(usize, String)>, (usize, &'static str)> {
+    let takes_list = is_list(key) || is_joined(key);
+    let items = match value.value {
+        Value::List(items) if takes_list => items,
+        _ => vec![value],
+    };
+    let texts = items.into_iter().map(|item| match item.value {
+        Value::One(text) if !text.is_empty() => Ok((item.line, text)),
+        Value::One(_) => Err((item.line, "has no value; give one or remove the line")),
+        Value::List(_) if takes_list => Err((item.line, "must be a list of plain values")),
+        Value::List(_) => Err((item.line, "takes one value, not a list")),
+        Value::Mapping => {
+            let text = "takes a value, not a mapping; keys are flat, like `ports.max: 64`";
+            Err((item.line, text))
+        }
+    });
+    texts.collect()
+}
+
+/// The value of a key, whatever the key takes. A number or boolean is its
+/// text, nothing is empty.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
 enum Value {
-    Nothing,
-    Text(String),
+    One(String),
     List(Vec<Located<Value>>),
     Mapping,
 }
 
 impl<'de> Deserialize<'de> for Value {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(AnyValue)
+        deserializer.deserialize_any(ValueVisitor)
     }
 }
 
-struct AnyValue;
+struct ValueVisitor;
 
-impl<'de> Visitor<'de> for AnyValue {
+impl<'de> Visitor<'de> for ValueVisitor {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -135,27 +121,27 @@ impl<'de> Visitor<'de> for AnyValue {
     }
 
     fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Nothing)
+        Ok(Value::One(String::new()))
     }
 
     fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        Ok(Value::Text(value.to_string()))
+        Ok(Value::One(value.to_string()))
     }
 
     fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        Ok(Value::Text(value.to_string()))
+        Ok(Value::One(value.to_string()))
     }
 
     fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        Ok(Value::Text(value.to_string()))
+        Ok(Value::One(value.to_string()))
     }
 
     fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(Value::Text(format!("{value:?}")))
+        Ok(Value::One(format!("{value:?}")))
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(Value::Text(value.to_owned()))
+        Ok(Value::One(value.to_owned()))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
@@ -172,75 +158,47 @@ impl<'de> Visitor<'de> for AnyValue {
     }
 }
 
-fn unknown_key(key: &str) -> String {
-    let nearest = super::settings::SETTINGS
-        .iter()
-        .map(|setting| (distance(setting.key, key), setting.key))
-        .min()
-        .filter(|(distance, _)| *distance <= 3);
-    match nearest {
-        Some((_, nearest)) => format!("unknown key {key:?}; did you mean {nearest}?"),
-        None => format!("unknown key {key:?}; keys are the agent's flags without dashes"),
+fn unknown_key(written: &str) -> String {
+    let known = settings().iter().map(key);
+    let distances = known.map(|known| (strsim::levenshtein(known, written), known));
+    match distances.min().filter(|(distance, _)| *distance <= 3) {
+        Some((_, nearest)) => format!("unknown key {written:?}; did you mean {nearest}?"),
+        None => format!("unknown key {written:?}; keys are the agent's flags without dashes"),
     }
-}
-
-/// Levenshtein distance, for suggestions.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().take(64).collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let substitute = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = substitute.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn parsed(text: &str) -> Result<Vec<(&'static str, Vec<String>)>, String> {
-        parse(Path::new("c.yml"), text)
-            .map(|entries| {
-                entries
-                    .into_iter()
-                    .map(|entry| (entry.key, entry.values.into_iter().map(|v| v.0).collect()))
-                    .collect()
-            })
-            .map_err(|error| error.to_string())
+    fn parsed(text: &str) -> Result<BTreeMap<&'static str, Vec<String>>, String> {
+        let layer = parse(Path::new("c.yml"), text).map_err(|error| error.to_string())?;
+        let texts = |(key, values): (_, Vec<(String, _)>)| {
+            (key, values.into_iter().map(|(text, _)| text).collect())
+        };
+        Ok(layer.into_iter().map(texts).collect())
     }
 
     #[test]
     fn keys_are_flat_and_lists_are_lists() {
         let text = "# comment\nports.max: 64\nlisteners: on\nports.allow: [22, 80-90]\n\
                     web.listen-address:\n  - \":1\"\n  - '127.0.0.1:2'\nfilter.exclude: 10.0.0.0/8\n";
-        assert_eq!(
-            parsed(text).unwrap(),
-            vec![
-                ("ports.max", vec!["64".to_owned()]),
-                ("listeners", vec!["on".to_owned()]),
-                ("ports.allow", vec!["22".to_owned(), "80-90".to_owned()]),
-                (
-                    "web.listen-address",
-                    vec![":1".to_owned(), "127.0.0.1:2".to_owned()]
-                ),
-                ("filter.exclude", vec!["10.0.0.0/8".to_owned()]),
-            ]
-        );
+        let expected = [
+            ("ports.max", &["64"][..]),
+            ("listeners", &["on"]),
+            ("ports.allow", &["22,80-90"]),
+            ("web.listen-address", &[":1", "127.0.0.1:2"]),
+            ("filter.exclude", &["10.0.0.0/8"]),
+        ];
+        let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
+        let expected = expected.map(|(key, values)| (key, texts(values)));
+        assert_eq!(parsed(text), Ok(BTreeMap::from(expected)));
         // Numbers and words stay as they are written.
         let text = "ports.max:\t010\nlisteners: off\nproc.interval: 1_0\nsandbox: yes\n";
-        let values = parsed(text)
-            .unwrap()
-            .into_iter()
-            .map(|(_, values)| values.concat());
-        assert_eq!(values.collect::<Vec<_>>(), ["010", "off", "1_0", "yes"]);
+        let values = parsed(text).unwrap().into_values().flatten();
+        assert_eq!(values.collect::<Vec<_>>(), ["off", "010", "1_0", "yes"]);
         for empty in ["", "# nothing\n", "---\n", "{}\n", "~\n"] {
-            assert_eq!(parsed(empty), Ok(vec![]), "{empty:?}");
+            assert_eq!(parsed(empty), Ok(BTreeMap::new()), "{empty:?}");
         }
     }
 
@@ -273,7 +231,7 @@ mod tests {
                 "a second document; only one is allowed",
             ),
             ("ports.max: \"1\n", "bad YAML"),
-            ("config.file: x\n", "config.file can only be a flag"),
+            ("config.file: x\n", "config.file: can only be a flag"),
             ("ports.allow: [[1]]\n", "must be a list of plain values"),
         ] {
             let error = parsed(text).unwrap_err();

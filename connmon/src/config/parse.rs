@@ -1,42 +1,149 @@
-//! Text → value, one function for each type a setting can have. Errors name
-//! the value and say what would be right; the caller adds where it stood.
+//! Text → value, one function for each type that a setting can have. Errors
+//! name the value and what would be right; the caller adds where it stands.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use connmon_core::fold::{CrossFamilies, Network, PortRanges};
+use connmon_host::kernel::AttachChoice;
+use connmon_host::sandbox::SandboxChoice;
+use connmon_http::address::{self, ListenAddress};
 use connmon_http::duration;
+use ipnet::IpNet;
+use log::LevelFilter;
 
-/// A duration that must lie in `[least, most]`.
-pub fn duration_within(text: &str, least: Duration, most: Duration) -> Result<Duration, String> {
-    let value = duration(text)?;
-    if value < least || value > most {
-        return Err(format!(
-            "bad duration {text:?}: must be between {} and {}",
-            humantime::format_duration(least),
-            humantime::format_duration(most)
-        ));
+use super::{LogFormat, SourceChoice};
+
+/// Shortest interval: below it the agent would do little else.
+pub const SHORTEST: Duration = Duration::from_millis(100);
+/// Longest interval of polling.
+pub const HOUR: Duration = Duration::from_secs(3_600);
+/// Longest interval of other readings.
+pub const DAY: Duration = Duration::from_secs(86_400);
+
+/// The words of each setting that takes one of a few.
+pub const BOOLEANS: &[(&str, bool)] = &[
+    ("on", true),
+    ("off", false),
+    ("true", true),
+    ("false", false),
+    ("yes", true),
+    ("no", false),
+    ("1", true),
+    ("0", false),
+];
+/// `--source`.
+pub const SOURCES: &[(&str, SourceChoice)] = &[
+    ("auto", SourceChoice::Auto),
+    ("ebpf", SourceChoice::Ebpf),
+    ("proc", SourceChoice::Proc),
+];
+/// `--ebpf.attach`.
+pub const ATTACH: &[(&str, AttachChoice)] = &[
+    ("auto", AttachChoice::Auto),
+    ("fentry", AttachChoice::Fentry),
+    ("kprobe", AttachChoice::Kprobe),
+    ("tracepoint", AttachChoice::Tracepoint),
+];
+/// `--sandbox`.
+pub const SANDBOX: &[(&str, SandboxChoice)] = &[
+    ("auto", SandboxChoice::Auto),
+    ("strict", SandboxChoice::Strict),
+    ("off", SandboxChoice::Off),
+];
+/// `--log.level`.
+pub const LOG_LEVELS: &[(&str, LevelFilter)] = &[
+    ("error", LevelFilter::Error),
+    ("warn", LevelFilter::Warn),
+    ("info", LevelFilter::Info),
+    ("debug", LevelFilter::Debug),
+    ("trace", LevelFilter::Trace),
+];
+/// `--log.format`.
+pub const LOG_FORMATS: &[(&str, LogFormat)] =
+    &[("logfmt", LogFormat::Logfmt), ("json", LogFormat::Json)];
+
+/// One of a few words, in capitals or not, as Prometheus takes the levels of
+/// its log.
+pub fn choice<T: Copy>(
+    choices: &'static [(&'static str, T)],
+) -> impl Fn(&str) -> Result<T, String> + Clone {
+    |text| {
+        let chosen = choices
+            .iter()
+            .find(|(word, _)| word.eq_ignore_ascii_case(text));
+        chosen.map(|(_, value)| *value).ok_or_else(|| {
+            let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
+            format!("bad value {text:?}: must be one of {}", words.join(", "))
+        })
     }
-    Ok(value)
+}
+
+/// A duration in `[least, most]`.
+pub fn between(
+    least: Duration,
+    most: Duration,
+) -> impl Fn(&str) -> Result<Duration, String> + Clone {
+    move |text| {
+        let value = duration(text)?;
+        if (least..=most).contains(&value) {
+            return Ok(value);
+        }
+        let [least, most] = [least, most].map(humantime::format_duration);
+        Err(format!(
+            "bad duration {text:?}: must be between {least} and {most}"
+        ))
+    }
+}
+
+/// `--traffic.interval`: `None` for 0.
+pub fn traffic_interval(text: &str) -> Result<Option<Duration>, String> {
+    if duration(text)?.is_zero() {
+        return Ok(None);
+    }
+    let interval = between(SHORTEST, DAY)(text);
+    interval
+        .map(Some)
+        .map_err(|problem| format!("{problem}, or 0 to switch sampling off"))
 }
 
 /// A whole number in `[least, most]`.
-pub fn number(text: &str, least: u64, most: u64) -> Result<u64, String> {
-    let bad = || format!("bad number {text:?}: must be a whole number from {least} to {most}");
+fn number(text: &str, least: u64, most: u64) -> Result<u64, String> {
     // `u64::from_str` takes a leading plus.
-    if !text.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(bad());
-    }
-    let value: u64 = text.parse().map_err(|_| bad())?;
-    if (least..=most).contains(&value) {
-        Ok(value)
-    } else {
-        Err(bad())
-    }
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    let value = text
+        .parse()
+        .ok()
+        .filter(|value| digits && (least..=most).contains(value));
+    value.ok_or_else(|| {
+        format!("bad number {text:?}: must be a whole number from {least} to {most}")
+    })
+}
+
+/// A number of things, in `[least, most]`.
+pub fn count(least: u64, most: u64) -> impl Fn(&str) -> Result<usize, String> + Clone {
+    move |text| number(text, least, most).map(|count| count as usize)
+}
+
+/// `--listeners.max`.
+pub fn listeners_max(text: &str) -> Result<usize, String> {
+    count(1, 65_536)(text)
+        .map_err(|problem| format!("{problem}; --listeners off switches the inventory off"))
+}
+
+/// `--web.listen-address`; the caller fills in where it was written.
+pub fn listen_address(text: &str) -> Result<ListenAddress, String> {
+    let (host, port) = address::parse(text)?;
+    Ok(ListenAddress {
+        text: text.to_owned(),
+        origin: "--web.listen-address (default)".to_owned(),
+        host,
+        port,
+    })
 }
 
 /// A number of bytes: digits, or digits with `KiB`, `MiB` or `GiB`.
-pub fn bytes(text: &str) -> Result<u64, String> {
+fn bytes(text: &str) -> Result<u64, String> {
     let (digits, scale) = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1u64 << 30)]
         .iter()
         .find_map(|(unit, scale)| Some((text.strip_suffix(unit)?, *scale)))
@@ -64,69 +171,33 @@ pub fn ring_bytes(text: &str, page: u64) -> Result<u32, String> {
     u32::try_from(pages * page).map_err(|_| format!("bad ring buffer size {text:?}: too large"))
 }
 
-/// `true` or `false`, also as 1/0, on/off, yes/no.
-pub fn switch(text: &str) -> Result<bool, String> {
-    match text.to_ascii_lowercase().as_str() {
-        "true" | "1" | "on" | "yes" => Ok(true),
-        "false" | "0" | "off" | "no" => Ok(false),
-        _ => Err(format!("bad value {text:?}: must be true or false")),
-    }
-}
-
-/// One of a closed set of words, in capitals or not, as Prometheus takes the
-/// levels of its log.
-pub fn choice<T: Copy>(text: &str, choices: &[(&str, T)]) -> Result<T, String> {
-    choices
-        .iter()
-        .find(|(word, _)| word.eq_ignore_ascii_case(text))
-        .map(|(_, value)| *value)
-        .ok_or_else(|| {
-            let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
-            format!("bad value {text:?}: must be one of {}", words.join(", "))
-        })
-}
-
 /// A CIDR block; host bits are cleared, v4-mapped blocks become IPv4 ones.
 pub fn network(text: &str) -> Result<Network, String> {
     let bad = |why: &str| format!("bad network {text:?}: {why}");
-    let Some((address, prefix)) = text.split_once('/') else {
-        return Err(match text.parse::<IpAddr>() {
-            Ok(IpAddr::V4(_)) => bad(&format!("a prefix length is missing; write {text}/32")),
-            Ok(IpAddr::V6(_)) => bad(&format!("a prefix length is missing; write {text}/128")),
-            Err(_) => bad("write it like 10.0.0.0/8 or 2001:db8::/32"),
-        });
-    };
-    let address: IpAddr = address
-        .parse()
-        .map_err(|_| bad("the part before / is no IP address"))?;
-    let most = if address.is_ipv4() { 32 } else { 128 };
-    let prefix = number(prefix, 0, most)
-        .map_err(|_| bad(&format!("the prefix length must be from 0 to {most}")))?
-        as u8;
-    match address {
-        IpAddr::V4(v4) => Ok(v4_network(v4.to_bits(), prefix)),
-        IpAddr::V6(v6) => match v6.to_ipv4_mapped() {
-            Some(v4) if prefix >= 96 => Ok(v4_network(v4.to_bits(), prefix - 96)),
-            Some(_) => Err(bad(
-                "a v4-mapped network needs a prefix length of at least 96",
-            )),
-            None => {
-                let mask = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0);
-                Ok(Network {
-                    address: Ipv6Addr::from_bits(v6.to_bits() & mask).into(),
-                    prefix,
-                })
+    let network: IpNet = text.parse().map_err(|_| match text.parse::<IpAddr>() {
+        Ok(address) => bad(&format!(
+            "a prefix length is missing; write {}",
+            IpNet::from(address)
+        )),
+        Err(_) => bad("must be an address and a prefix length, like 10.0.0.0/8 or 2001:db8::/32"),
+    })?;
+    let network = match network {
+        IpNet::V6(v6) => match v6.addr().to_ipv4_mapped() {
+            Some(v4) => {
+                let prefix = v6.prefix_len().checked_sub(96);
+                let prefix = prefix.ok_or_else(|| {
+                    bad("an IPv4-mapped network needs a prefix length of at least 96")
+                })?;
+                IpNet::new_assert(v4.into(), prefix)
             }
+            None => network,
         },
-    }
-}
-
-fn v4_network(bits: u32, prefix: u8) -> Network {
-    let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
-    Network {
-        address: std::net::Ipv4Addr::from_bits(bits & mask).into(),
-        prefix,
-    }
+        IpNet::V4(_) => network,
+    };
+    Ok(Network {
+        address: network.network(),
+        prefix: network.prefix_len(),
+    })
 }
 
 /// `22,80,8000-8100`: sorted inclusive ranges, overlapping and adjacent ones
@@ -163,9 +234,9 @@ pub fn port_list(text: &str) -> Result<Vec<(u16, u16)>, String> {
 
 /// `--ports.allow`.
 pub fn ports_allow(text: &str) -> Result<PortRanges, String> {
-    match text.to_ascii_lowercase().as_str() {
-        "all" => Ok(None),
-        list => port_list(list).map(Some),
+    match text.eq_ignore_ascii_case("all") {
+        true => Ok(None),
+        false => port_list(text).map(Some),
     }
 }
 
@@ -178,33 +249,42 @@ pub fn cross_families(text: &str) -> Result<CrossFamilies, String> {
     }
 }
 
-/// Paths the server keeps for itself.
-const RESERVED_PATHS: [&str; 3] = ["/-/healthy", "/-/ready", "/api/v1/summary"];
-
-/// What the paths of the page's files start with.
-const RESERVED_PREFIX: &str = "/assets/";
+/// Paths that the server answers itself. One that ends with `/`
+/// covers all that begin with it.
+const RESERVED_PATHS: [&str; 5] = [
+    "/-/healthy",
+    "/-/ready",
+    "/api/v1/summary",
+    "/assets/",
+    "//",
+];
 
 /// `--web.telemetry-path`: `/` and URL path characters, none of the server's
 /// own paths. `/` itself is allowed: the metrics then take the page's place.
 pub fn telemetry_path(text: &str) -> Result<String, String> {
-    let bad = |why: &str| format!("bad path {text:?}: {why}");
-    if !text.starts_with('/') {
-        return Err(bad("must start with /"));
-    }
+    let bad = |why: &str| Err(format!("bad path {text:?}: {why}"));
     // RFC 3986 `pchar` and `/`, without percent-encoding.
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(&b);
-    if !text.bytes().all(allowed) {
-        return Err(bad("must be made of URL path characters, without ? # %"));
+    let is_reserved = |path: &&str| match path.ends_with('/') {
+        true => text.starts_with(path),
+        false => text == *path,
+    };
+    if !text.starts_with('/') {
+        return bad("must start with /");
     }
-    if RESERVED_PATHS.contains(&text) || text.starts_with(RESERVED_PREFIX) || text.starts_with("//")
-    {
-        return Err(bad("the server uses that path itself; choose another"));
+    if !text.bytes().all(allowed) {
+        return bad("must be made of URL path characters, without ? # %");
+    }
+    if RESERVED_PATHS.iter().any(is_reserved) {
+        return bad("the server uses that path itself; choose another");
     }
     Ok(text.to_owned())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
+
     use super::*;
 
     #[test]
@@ -234,8 +314,8 @@ mod tests {
         fn every_parser_is_total(any in ".*", near in "[0-9a-f.:/\\[\\],\\-smhdKMGiB]{0,24}") {
             for text in [&any, &near] {
                 let _ = (duration(text), bytes(text), ring_bytes(text, 4096), network(text));
-                let _ = (port_list(text), telemetry_path(text), switch(text));
-                let _ = connmon_http::address::parse(text);
+                let _ = (port_list(text), telemetry_path(text), traffic_interval(text));
+                let _ = listen_address(text);
             }
         }
 
@@ -286,12 +366,12 @@ mod tests {
 
     #[test]
     fn choices_are_taken_in_capitals_too() {
-        let levels = [("info", 1), ("warn", 2)];
+        let level = choice(&[("info", 1), ("warn", 2)]);
         for (text, value) in [("info", Ok(1)), ("WARN", Ok(2)), ("Info", Ok(1))] {
-            assert_eq!(choice(text, &levels), value, "{text}");
+            assert_eq!(level(text), value, "{text}");
         }
         assert_eq!(
-            choice("loud", &levels).unwrap_err(),
+            level("loud").unwrap_err(),
             "bad value \"loud\": must be one of info, warn"
         );
         assert_eq!(ports_allow("ALL"), Ok(None));

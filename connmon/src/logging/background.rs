@@ -15,8 +15,7 @@ const QUEUE_BYTES: usize = 256 * 1024;
 /// How long the end of the process waits for stderr to take what is queued.
 const LAST_LINES_TIME: Duration = Duration::from_secs(1);
 
-/// How often a thread that waits for stderr looks whether it is to close
-/// itself in.
+/// How often the thread looks for a sandbox to enter while it waits for stderr.
 const LOOK: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000_000,
@@ -32,14 +31,10 @@ pub fn write_in_background() -> io::Result<()> {
     let write_all = || {
         QUEUE.lock().writer = Some(std::thread::current().id());
         loop {
-            match QUEUE.next() {
-                Work::CloseIn(close_in) => close_in(),
-                Work::Write(text) => {
-                    wait_for_stderr();
-                    write_now(&text);
-                    QUEUE.written();
-                }
-            }
+            let text = QUEUE.next();
+            wait_for_stderr();
+            write_now(&text);
+            QUEUE.written();
         }
     };
     let thread = std::thread::Builder::new()
@@ -49,22 +44,22 @@ pub fn write_in_background() -> io::Result<()> {
     Ok(())
 }
 
-/// Has the thread that writes the log call `close_in`, which puts its sandbox in
-/// force.
-pub fn close_in(close_in: impl FnOnce() + Send + 'static) {
-    QUEUE.lock().close_in = Some(Box::new(close_in));
+/// Has the thread that writes the log call `enter`, which takes from it what
+/// it does not need.
+pub fn enter_sandbox(enter: impl FnOnce() + Send + 'static) {
+    QUEUE.lock().sandbox = Some(Box::new(enter));
     QUEUE.changed.notify_all();
 }
 
-/// Logs a line; none waits for stderr while there is a thread that writes.
+/// Logs a line, without a wait for stderr where a thread writes the log.
 pub(super) fn write(line: String) {
     if let Some(line) = QUEUE.push(line, QUEUE_BYTES) {
         write_now(&line);
     }
 }
 
-/// Writes the last line of the process, behind all others. It gives up after
-/// a second when nobody reads stderr.
+/// Writes the last line of the process, after all others. Gives up after a
+/// second when nobody reads stderr.
 pub fn last_line(line: String) {
     if let Some(line) = QUEUE.push(line, usize::MAX) {
         write_now(&line);
@@ -78,26 +73,22 @@ pub fn flush() {
 }
 
 fn write_now(text: &str) {
-    // Nobody is left to tell when stderr is gone.
+    // There is no other place to report that stderr is gone.
     let _ = io::stderr().lock().write_all(text.as_bytes());
 }
 
-/// Until stderr takes something. A thread that is to close itself in does so
-/// meanwhile.
+/// Waits until stderr takes something, or has an error that the write returns.
 fn wait_for_stderr() {
     let stderr = io::stderr();
     loop {
         let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
-        // On an error the write says what is wrong.
-        if !matches!(
-            poll(&mut fds, Some(&LOOK)),
-            Ok(0) | Err(rustix::io::Errno::INTR)
-        ) {
+        let polled = poll(&mut fds, Some(&LOOK));
+        if !matches!(polled, Ok(0) | Err(rustix::io::Errno::INTR)) {
             return;
         }
-        let close_in = QUEUE.lock().close_in.take();
-        if let Some(close_in) = close_in {
-            close_in();
+        let sandbox = QUEUE.lock().sandbox.take();
+        if let Some(enter) = sandbox {
+            enter();
         }
     }
 }
@@ -110,19 +101,15 @@ struct Queue {
 struct State {
     /// The thread that writes, once there is one.
     writer: Option<ThreadId>,
-    close_in: Option<Box<dyn FnOnce() + Send>>,
+    /// To be called by that thread.
+    sandbox: Option<Box<dyn FnOnce() + Send>>,
     lines: VecDeque<String>,
     /// Length of `lines` together.
     bytes: usize,
-    /// Lines that found no place since the queue was last empty.
+    /// Lines dropped since the queue was last empty.
     dropped: u64,
     /// The writer has taken something and not written it yet.
     writing: bool,
-}
-
-enum Work {
-    CloseIn(Box<dyn FnOnce() + Send>),
-    Write(String),
 }
 
 impl Queue {
@@ -130,7 +117,7 @@ impl Queue {
         Self {
             state: Mutex::new(State {
                 writer: None,
-                close_in: None,
+                sandbox: None,
                 lines: VecDeque::new(),
                 bytes: 0,
                 dropped: 0,
@@ -144,14 +131,20 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues a line if the lines that wait stay within `most` bytes; after
-    /// one that was dropped none is taken until the queue is empty, so that
-    /// the line that counts them stands where they are missing. Gives the line
-    /// back when the caller is the one to write it.
+    /// Whether the caller has to write itself: it is the writer, or there is
+    /// none yet.
+    fn is_caller(state: &State) -> bool {
+        let caller = std::thread::current().id();
+        state.writer.is_none_or(|writer| writer == caller)
+    }
+
+    /// Queues a line if those that wait stay within `most` bytes. After one
+    /// that was dropped none is queued until the queue is empty, so that the
+    /// line with their number stands where they are missing. Returns the line
+    /// where the caller has to write it.
     fn push(&self, line: String, most: usize) -> Option<String> {
         let mut state = self.lock();
-        let writer = state.writer;
-        if writer.is_none_or(|writer| writer == std::thread::current().id()) {
+        if Self::is_caller(&state) {
             return Some(line);
         }
         let last = most == usize::MAX;
@@ -165,21 +158,22 @@ impl Queue {
         None
     }
 
-    /// What the writer does next; waits for it.
-    fn next(&self) -> Work {
+    /// What is to be written next; waits for it, and enters the sandbox
+    /// meanwhile.
+    fn next(&self) -> String {
         let mut state = self.lock();
         loop {
-            if let Some(close_in) = state.close_in.take() {
-                return Work::CloseIn(close_in);
-            }
-            if let Some(text) = state.take() {
+            if let Some(enter) = state.sandbox.take() {
+                drop(state);
+                enter();
+                state = self.lock();
+            } else if let Some(text) = state.take() {
                 state.writing = true;
-                return Work::Write(text);
+                return text;
+            } else {
+                let waited = self.changed.wait(state);
+                state = waited.unwrap_or_else(PoisonError::into_inner);
             }
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -191,8 +185,7 @@ impl Queue {
     fn wait_until_written(&self, most: Duration) {
         let until = Instant::now() + most;
         let mut state = self.lock();
-        let writer = state.writer;
-        if writer.is_none_or(|writer| writer == std::thread::current().id()) {
+        if Self::is_caller(&state) {
             return;
         }
         while !state.lines.is_empty() || state.dropped > 0 || state.writing {
@@ -216,7 +209,7 @@ impl State {
         let dropped = std::mem::take(&mut self.dropped);
         (dropped > 0).then(|| {
             let text = format!(
-                "{dropped} log lines dropped: stderr did not take them, have whatever reads it keep up"
+                "{dropped} log lines dropped: the reader of stderr is too slow; use a faster one or a higher --log.level"
             );
             super::line_now(log::Level::Warn, module_path!(), &text)
         })
@@ -236,9 +229,7 @@ mod tests {
     }
 
     fn written(queue: &Queue) -> String {
-        let Work::Write(text) = queue.next() else {
-            panic!("nothing to write");
-        };
+        let text = queue.next();
         queue.written();
         text
     }
@@ -261,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn none_is_taken_between_those_dropped_and_their_count() {
+    fn no_line_comes_between_dropped_ones_and_count() {
         let queue = queue();
         for line in ["first\n", "too long a line\n", "a\n"] {
             queue.push(line.to_owned(), 10);
@@ -273,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_waits_for_what_is_queued_but_not_for_ever() {
+    fn a_flush_waits_for_the_queue_within_its_limit() {
         let queue = queue();
         let asked = Instant::now();
         queue.wait_until_written(Duration::from_secs(60));

@@ -95,7 +95,7 @@ impl Drop for Screen {
 
 /// In namespaces of its own, so that nothing else on this machine counts.
 #[test]
-fn top_shows_switches_resizes_and_leaves_the_terminal_as_it_was() {
+fn top_switches_resizes_and_restores_the_terminal() {
     if !namespaces::may_run("top in a terminal") {
         return;
     }
@@ -144,7 +144,7 @@ fn top_shows_switches_resizes_and_leaves_the_terminal_as_it_was() {
         "send-keys",
         "r",
     ]);
-    screen.until("processes, wide again", |text| {
+    screen.until("processes, in a wide window", |text| {
         text.contains("PROCESS") && text.contains("SENT/s") && text.contains(&process_name())
     });
     screen.tmux(&["send-keys", "C-c"]);

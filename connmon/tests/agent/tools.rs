@@ -80,7 +80,7 @@ fn process_name() -> String {
 }
 
 #[test]
-fn trace_tells_what_a_running_agent_counts_with_the_owners() {
+fn trace_prints_what_an_agent_counts_with_owners() {
     if !namespaces::may_run("trace beside an agent") {
         return;
     }
@@ -224,7 +224,7 @@ impl Drop for Container {
 }
 
 #[test]
-fn trace_names_the_container_of_a_process_that_has_ended() {
+fn trace_names_the_container_of_an_ended_process() {
     if !namespaces::may_run("containers in a trace") {
         return;
     }

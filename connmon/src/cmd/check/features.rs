@@ -3,7 +3,7 @@
 use connmon_host::sandbox::{self, Feature, FeatureKind};
 use rustix::thread::CapabilitySet;
 
-use super::{Findings, Line, Outcome, line};
+use super::{Findings, Line, Outcome};
 
 /// First Linux that charges a ring to the memory cgroup instead of the limit
 /// of locked memory.
@@ -11,76 +11,82 @@ const RING_NEEDS_NO_LIMIT: (u32, u32) = (5, 11);
 
 /// One line about all capabilities, then one a feature.
 pub(super) fn judge(findings: &Findings) -> Vec<Line> {
+    let mut all = CapabilitySet::empty();
     let mut missing = CapabilitySet::empty();
-    let mut features = Vec::new();
+    let mut worst = Outcome::Ok;
+    let mut lines = Vec::new();
     for feature in sandbox::FEATURES {
         let line = judge_feature(findings, feature);
+        all |= feature.needs;
         if line.result > Outcome::Ok {
             missing |= feature.needs - findings.facts.capabilities;
         }
-        features.push(line);
+        worst = worst.max(line.result);
+        lines.push(line);
     }
-    let all = sandbox::FEATURES
-        .iter()
-        .fold(CapabilitySet::empty(), |all, feature| all | feature.needs);
-    let held = match findings.facts.capabilities & all {
-        held if held.is_empty() => "none".to_owned(),
-        held => names(held),
+    let held = findings.facts.capabilities & all;
+    let held = if held.is_empty() {
+        "none".to_owned()
+    } else {
+        names(held)
     };
-    let worst = features.iter().map(|line| line.result).max();
-    let result = worst.map_or(Outcome::Ok, |worst| worst.max(Outcome::Ok));
-    let cause = format!("{held} held");
-    let mut lines = vec![line("capabilities", result, cause, grant(missing))];
-    lines.append(&mut features);
+    lines.insert(
+        0,
+        Line::new(
+            "capabilities",
+            worst,
+            format!("{held} held"),
+            grant(missing),
+        ),
+    );
     lines
 }
 
 fn judge_feature(findings: &Findings, feature: &Feature) -> Line {
+    let check = format!("feature: {}", feature.name);
     let held = findings.facts.capabilities;
     let mut needs = feature.needs;
     if feature.kind == FeatureKind::Tracing
         && !held.contains(needs)
         && held.contains(CapabilitySet::SYS_ADMIN)
     {
-        // It stands for both (include/linux/capability.h).
+        // It includes both (include/linux/capability.h).
         needs = CapabilitySet::SYS_ADMIN;
     }
     let missing = needs - held;
-    let (result, cause, remedy) = if missing.is_empty() {
-        let cause = format!("{} held", names(needs));
-        (Outcome::Ok, cause, String::new())
-    } else if let Some(reason) = not_needed(findings, feature.kind) {
-        let cause = format!("{} not held, nor needed: {reason}", names(missing));
-        (Outcome::Info, cause, String::new())
-    } else {
-        let result = match feature.kind {
-            // The agent does not start without its port.
-            FeatureKind::LowPort => Outcome::Failed,
-            _ => Outcome::Degraded,
-        };
-        let cause = format!("{} not held; without: {}", names(missing), feature.without);
-        (result, cause, grant(missing))
-    };
-    line(format!("feature: {}", feature.name), result, cause, remedy)
+    if missing.is_empty() {
+        return Line::ok(check, format!("{} held", names(needs)));
+    }
+    if let Some(reason) = not_needed(findings, feature.kind) {
+        return Line::info(
+            check,
+            format!("{} neither held nor needed: {reason}", names(missing)),
+        );
+    }
+    let cause = format!("{} not held; without: {}", names(missing), feature.without);
+    match feature.kind {
+        // The agent does not start without its port.
+        FeatureKind::LowPort => Line::failed(check, cause, grant(missing)),
+        _ => Line::degraded(check, cause, grant(missing)),
+    }
 }
 
-/// Why the agent would do without, as it is configured, on this host.
+/// Why the agent does not need the feature, as it is configured, on this host.
 fn not_needed(findings: &Findings, feature: FeatureKind) -> Option<&'static str> {
-    let asked = &findings.asked;
+    let config = &findings.config;
     match feature {
-        FeatureKind::Tracing => asked.polling.then_some("--source proc"),
-        FeatureKind::Owners => {
-            (!asked.listeners && !asked.all_netns).then_some("--listeners off, --netns host")
-        }
-        FeatureKind::OtherNamespaces => (!asked.all_netns).then_some("--netns host"),
-        FeatureKind::Stats => (!asked.stats).then_some("--ebpf.stats is off"),
         FeatureKind::Ring if findings.facts.version() >= RING_NEEDS_NO_LIMIT => {
             Some("this kernel is newer")
         }
         FeatureKind::Ring if findings.tracing.is_ok() => Some("the limit is high enough"),
-        FeatureKind::Ring => asked.polling.then_some("--source proc"),
+        FeatureKind::Tracing | FeatureKind::Ring => findings.polling().then_some("--source proc"),
+        FeatureKind::Owners => {
+            (!config.listeners && !config.all_netns).then_some("--listeners off, --netns host")
+        }
+        FeatureKind::OtherNamespaces => (!config.all_netns).then_some("--netns host"),
+        FeatureKind::Stats => (!config.bpf_stats).then_some("--ebpf.stats is off"),
         FeatureKind::LowPort => {
-            (!asked.low_port).then_some("no --web.listen-address has such a port")
+            (!findings.low_port).then_some("no --web.listen-address has such a port")
         }
     }
 }
@@ -102,7 +108,7 @@ fn grant(missing: CapabilitySet) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{find, good};
+    use super::super::tests::{find, good, no_tracing};
     use super::*;
 
     fn results(findings: &Findings) -> Vec<Outcome> {
@@ -110,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_capability_degrades_what_is_asked_for_alone() {
+    fn a_missing_capability_degrades_what_needs_it() {
         use Outcome::{Degraded, Info, Ok};
         let mut findings = good();
         findings.facts.capabilities = CapabilitySet::BPF | CapabilitySet::PERFMON;
@@ -125,11 +131,11 @@ mod tests {
         for line in &lines {
             assert_eq!(line.remedy.is_empty(), line.result < Degraded, "{line:?}");
         }
-        findings.asked.listeners = false;
-        findings.asked.all_netns = false;
+        findings.config.listeners = false;
+        findings.config.all_netns = false;
         assert_eq!(results(&findings), [Ok, Ok, Info, Info, Info, Info, Info]);
-        findings.asked.stats = true;
-        findings.asked.low_port = true;
+        findings.config.bpf_stats = true;
+        findings.low_port = true;
         let expected = [
             Outcome::Failed,
             Ok,
@@ -151,12 +157,12 @@ mod tests {
     }
 
     #[test]
-    fn an_old_kernel_needs_a_limit_or_a_capability_for_the_ring() {
+    fn an_old_kernel_charges_the_ring_to_a_limit() {
         let mut findings = good();
         findings.facts.capabilities = CapabilitySet::empty();
         findings.facts.release = "5.10.0-32-cloud-amd64".into();
         assert_eq!(results(&findings)[5], Outcome::Info);
-        findings.tracing = Err(super::super::NoTracing::new("no", "x", true));
+        findings.tracing = Err(no_tracing());
         assert_eq!(results(&findings)[5], Outcome::Degraded);
     }
 }

@@ -1,7 +1,9 @@
-use connmon_core::probe::Stage;
-
-use super::*;
+use connmon_core::probe::{Method, Probe, Stage};
+use connmon_host::kernel::Tracefs;
 use connmon_host::sandbox::{self, CapabilitySet};
+
+use super::judge::judge;
+use super::*;
 
 fn rung(probe: Probe, method: Method, failures: &[AttachFailure]) -> Rung {
     Rung {
@@ -48,16 +50,21 @@ pub(super) fn good() -> Findings {
         strict: None,
         database: Ok("DBIP-Country-Lite".into()),
         serving: Ok(()),
-        asked: Asked {
-            polling: false,
-            ebpf_only: false,
-            all_netns: true,
-            listeners: true,
-            traffic: true,
-            stats: false,
-            low_port: false,
-        },
+        config: crate::config::load::<&str>(&[], []).unwrap().config,
+        low_port: false,
     }
+}
+
+pub(super) fn no_tracing() -> NoTracing {
+    NoTracing {
+        cause: "missing capability CAP_BPF".into(),
+        remedy: "run as root".into(),
+        failures: Vec::new(),
+    }
+}
+
+fn exit_code(lines: &[Line]) -> ExitCode {
+    answer(&mut Vec::new(), Output::Table, lines).unwrap()
 }
 
 pub(super) fn find<'a>(lines: &'a [Line], check: &str) -> &'a Line {
@@ -76,7 +83,7 @@ fn a_full_host_exits_0() {
 }
 
 #[test]
-fn a_state_program_that_does_not_load_is_no_matter_of_kprobes() {
+fn a_refused_state_program_asks_for_a_report() {
     let failures = [failure(Method::TpBtf, Stage::Load, 22)];
     let mut findings = good();
     findings.tracing.as_mut().ok().unwrap().rungs[0] =
@@ -107,7 +114,7 @@ fn refused_trampolines_without_kprobes_are_degraded() {
 }
 
 #[test]
-fn a_container_without_the_hosts_pids_is_told_so() {
+fn a_container_without_the_hosts_pids_is_degraded() {
     let mut findings = good();
     findings.facts.host_pids = false;
     findings.walk = Ok(WalkSummary {
@@ -131,9 +138,8 @@ const TRACED: [&str; 5] = [
 
 #[test]
 fn no_tracing_polls_or_fails() {
-    let cause = "missing capability CAP_BPF";
     let mut findings = good();
-    findings.tracing = Err(NoTracing::new(cause, "run as root", true));
+    findings.tracing = Err(no_tracing());
     let lines = judge(&findings);
     for check in TRACED {
         let line = find(&lines, check);
@@ -153,8 +159,7 @@ fn no_tracing_polls_or_fails() {
             .starts_with("polling: no bytes")
     );
     assert_eq!(exit_code(&lines), ExitCode::from(DEGRADED));
-    findings.tracing = Err(NoTracing::new(cause, "run as root", false));
-    findings.asked.ebpf_only = true;
+    findings.config.source = SourceChoice::Ebpf;
     let lines = judge(&findings);
     for check in TRACED {
         let line = find(&lines, check);
@@ -165,14 +170,14 @@ fn no_tracing_polls_or_fails() {
     }
     assert!(lines.iter().all(|line| line.check != "traffic"));
     assert_eq!(exit_code(&lines), ExitCode::FAILURE);
-    findings.asked.ebpf_only = false;
+    findings.config.source = SourceChoice::Auto;
     findings.walk = Err("no /proc".into());
     assert_eq!(exit_code(&judge(&findings)), ExitCode::FAILURE);
 }
 
 /// Each of these ends the agent, however well it could trace.
 #[test]
-fn without_a_walk_or_a_strict_sandbox_the_agent_cannot_run() {
+fn no_socket_tables_or_strict_sandbox_is_failed() {
     let mut findings = good();
     findings.walk = Err("no /proc".into());
     assert_eq!(exit_code(&judge(&findings)), ExitCode::FAILURE);
@@ -192,10 +197,10 @@ fn without_a_walk_or_a_strict_sandbox_the_agent_cannot_run() {
 }
 
 #[test]
-fn polling_that_is_asked_for_is_degraded_and_says_what_it_lacks() {
+fn source_proc_is_degraded_with_what_it_lacks() {
     let mut findings = good();
-    findings.asked.polling = true;
-    findings.tracing = Err(NoTracing::asked_for());
+    findings.config.source = SourceChoice::Proc;
+    findings.tracing = trace(&findings.config);
     findings.walk = Ok(WalkSummary {
         proc: 3,
         ..WalkSummary::default()
@@ -215,7 +220,7 @@ fn polling_that_is_asked_for_is_degraded_and_says_what_it_lacks() {
 #[test]
 fn traffic_that_is_switched_off_is_not_missed() {
     let mut findings = good();
-    findings.asked.traffic = false;
+    findings.config.traffic_interval = None;
     findings.tracing.as_mut().ok().unwrap().traffic = false;
     let lines = judge(&findings);
     assert_eq!(find(&lines, "traffic").result, Outcome::Info);
@@ -239,7 +244,7 @@ fn what_else_lacks_is_said() {
     let lines = judge(&findings);
     assert_eq!(
         find(&lines, "wsl2").cause,
-        "WSL's sockets are seen, not Windows'"
+        "only the sockets of WSL are seen, not those of Windows"
     );
     for check in ["btf", "lockdown", "traffic", "tcp_diag"] {
         assert_eq!(find(&lines, check).result, Outcome::Degraded, "{check}");
@@ -293,7 +298,7 @@ fn the_verdict_is_the_exit_code_whoever_reads() {
 fn both_outputs_hold_every_line() {
     let lines = judge(&good());
     let mut text = Vec::new();
-    table(&mut text, &lines).unwrap();
+    answer(&mut text, Output::Table, &lines).unwrap();
     let text = String::from_utf8(text).unwrap();
     assert!(lines.iter().all(|line| text.contains(&line.check)));
     assert!(text.ends_with("connmon runs here in full\n"));

@@ -72,17 +72,13 @@ fn closed_as(socket: Socket, tuple: Tuple, old: u8) -> Event {
     }
 }
 
-/// A row with the owner 3.
-fn row(tuple: Tuple) -> Row {
-    Row {
-        state: state::ESTABLISHED,
-        tuple,
+/// A connection from before, with the owner 3.
+fn seed(netns: NetnsId, tuple: Tuple, direction: Direction) -> Connection {
+    Connection {
         cookie: 0,
-        inode: 0,
-        id: 0,
-        receive_queue: 0,
-        send_queue: 0,
-        traffic: None,
+        netns,
+        tuple,
+        direction,
         owner: owner(3),
     }
 }
@@ -93,11 +89,11 @@ fn an_outbound_connection_keeps_owner_port_and_times() {
     assert_eq!(follower.apply(&connect(100)), None);
     let opened = follower.apply(&open(350, state::SYN_SENT)).unwrap();
     assert_eq!(opened.duration_ns, Some(250));
-    assert_eq!(opened.owner.pid, 5);
+    assert_eq!(opened.connection.owner.pid, 5);
     let closed = follower.apply(&closed(1350, state::FIN_WAIT2, 0)).unwrap();
     assert_eq!(closed.happening, Happening::Close);
     assert_eq!(closed.duration_ns, Some(1000));
-    assert_eq!(closed.tuple, TUPLE);
+    assert_eq!(closed.connection.tuple, TUPLE);
     assert!(follower.by_id.is_empty());
 }
 
@@ -111,7 +107,7 @@ fn a_failed_connect_has_a_reason_and_no_traffic() {
 }
 
 #[test]
-fn a_fast_open_connect_that_is_never_written_is_nothing() {
+fn an_unwritten_fast_open_connect_is_no_event() {
     for shut_down in [true, false] {
         let mut follower = Follower::default();
         follower.apply(&connect(0));
@@ -132,12 +128,12 @@ fn a_fast_open_connect_that_is_never_written_is_nothing() {
 }
 
 #[test]
-fn an_accepted_connection_belongs_to_the_listener_then_to_the_acceptor() {
+fn an_accept_moves_the_owner_from_the_listener() {
     let mut follower = Follower::default();
     follower.listeners(&[listening(ANY, 1)]);
     let opened = follower.apply(&open(0, state::SYN_RECV)).unwrap();
     assert_eq!(
-        (opened.direction, opened.owner.pid),
+        (opened.connection.direction, opened.connection.owner.pid),
         (Direction::Inbound, 1)
     );
     follower.apply(&Event::Accept {
@@ -146,7 +142,7 @@ fn an_accepted_connection_belongs_to_the_listener_then_to_the_acceptor() {
         owner: owner(2),
     });
     let closed = follower.apply(&closed(9, state::LAST_ACK, 0)).unwrap();
-    assert_eq!(closed.owner.pid, 2);
+    assert_eq!(closed.connection.owner.pid, 2);
 }
 
 /// A listener of namespace 7 on the port of [`TUPLE`].
@@ -180,7 +176,7 @@ fn a_listener_is_found_by_its_address() {
             .collect();
         follower.listeners(&all);
         let opened = follower.apply(&open(0, state::SYN_RECV)).unwrap();
-        assert_eq!(opened.owner.pid, expected, "{listeners:?}");
+        assert_eq!(opened.connection.owner.pid, expected, "{listeners:?}");
     }
 }
 
@@ -206,7 +202,7 @@ fn a_listener_that_ended_names_nobody() {
             port,
         });
         let opened = follower.apply(&open(0, state::SYN_RECV)).unwrap();
-        assert_eq!(opened.owner.pid, expected);
+        assert_eq!(opened.connection.owner.pid, expected);
     }
 }
 
@@ -217,7 +213,7 @@ fn a_passive_open_that_never_completed_is_nothing() {
 }
 
 #[test]
-fn who_had_a_socket_address_before_is_not_who_closes_now() {
+fn a_close_never_takes_an_earlier_sockets_owner() {
     let elsewhere = Tuple {
         remote_port: 81,
         ..TUPLE
@@ -226,7 +222,7 @@ fn who_had_a_socket_address_before_is_not_who_closes_now() {
         cookie: 2,
         ..SOCKET
     };
-    for (socket, tuple, old, told) in [
+    for (socket, tuple, old, reported) in [
         (
             SOCKET,
             elsewhere,
@@ -242,24 +238,24 @@ fn who_had_a_socket_address_before_is_not_who_closes_now() {
         follower.apply(&open(350, state::SYN_SENT));
         let ended = follower.apply(&closed_as(socket, tuple, old));
         let found = ended.map(|ended| {
-            assert_eq!((ended.tuple, ended.duration_ns), (tuple, None));
-            (ended.direction, ended.owner.pid)
+            assert_eq!((ended.connection.tuple, ended.duration_ns), (tuple, None));
+            (ended.connection.direction, ended.connection.owner.pid)
         });
-        let expected = told.map(|direction| (direction, 0));
+        let expected = reported.map(|direction| (direction, 0));
         assert_eq!(found, expected, "{socket:?} {tuple:?} {old}");
         assert!(follower.by_id.is_empty());
     }
 }
 
 #[test]
-fn a_seed_closes_under_an_address_that_another_connection_had() {
+fn a_seed_closes_at_a_reused_socket_address() {
     let seeded = Tuple {
         local_port: 22,
         remote_port: 50_000,
         ..TUPLE
     };
     let mut follower = Follower::default();
-    follower.seed(7, &row(seeded), Direction::Inbound);
+    follower.seed(seed(7, seeded, Direction::Inbound));
     follower.apply(&connect(100));
     follower.apply(&open(350, state::SYN_SENT));
     let socket = Socket {
@@ -269,11 +265,14 @@ fn a_seed_closes_under_an_address_that_another_connection_had() {
     let ended = follower
         .apply(&closed_as(socket, seeded, state::LAST_ACK))
         .unwrap();
-    assert_eq!((ended.direction, ended.owner.pid), (Direction::Inbound, 3));
+    assert_eq!(
+        (ended.connection.direction, ended.connection.owner.pid),
+        (Direction::Inbound, 3)
+    );
 }
 
 #[test]
-fn a_pending_open_of_who_had_the_address_does_not_open_now() {
+fn an_open_ignores_an_earlier_sockets_connect() {
     let mut follower = Follower::default();
     follower.apply(&connect(100));
     let opened = follower
@@ -289,26 +288,33 @@ fn a_pending_open_of_who_had_the_address_does_not_open_now() {
         })
         .unwrap();
     assert_eq!(
-        (opened.direction, opened.owner.pid, opened.duration_ns),
+        (
+            opened.connection.direction,
+            opened.connection.owner.pid,
+            opened.duration_ns
+        ),
         (Direction::Inbound, 0, None)
     );
 }
 
 /// The tracepoint's program without BTF.
 #[test]
-fn events_that_do_not_tell_the_namespace_go_by_endpoints_and_port() {
+fn events_without_a_namespace_match_by_endpoints() {
     let socket = Socket {
         cookie: 0,
         netns: 0,
         ..SOCKET
     };
     let mut follower = Follower::default();
-    follower.seed(7, &row(TUPLE), Direction::Inbound);
+    follower.seed(seed(7, TUPLE, Direction::Inbound));
     follower.listeners(&[listening(ANY, 1)]);
     let ended = follower
         .apply(&closed_as(socket, TUPLE, state::LAST_ACK))
         .unwrap();
-    assert_eq!((ended.direction, ended.owner.pid), (Direction::Inbound, 3));
+    assert_eq!(
+        (ended.connection.direction, ended.connection.owner.pid),
+        (Direction::Inbound, 3)
+    );
     let opened = follower
         .apply(&Event::Open {
             socket,
@@ -318,17 +324,17 @@ fn events_that_do_not_tell_the_namespace_go_by_endpoints_and_port() {
             new: state::ESTABLISHED,
         })
         .unwrap();
-    assert_eq!(opened.owner.pid, 1);
+    assert_eq!(opened.connection.owner.pid, 1);
 }
 
 #[test]
-fn the_same_endpoints_in_another_namespace_are_another_connection() {
+fn equal_endpoints_in_two_namespaces_stay_apart() {
     let mut follower = Follower::default();
     for _ in 0..2 {
-        follower.seed(7, &row(TUPLE), Direction::Inbound);
-        follower.seed(8, &row(TUPLE), Direction::Outbound);
+        follower.seed(seed(7, TUPLE, Direction::Inbound));
+        follower.seed(seed(8, TUPLE, Direction::Outbound));
     }
-    assert_eq!(follower.seeds.table.len(), 2);
+    assert_eq!(follower.seeds[&TUPLE].len(), 2);
     for (netns, direction) in [
         (9, Direction::Unknown),
         (8, Direction::Outbound),
@@ -338,7 +344,7 @@ fn the_same_endpoints_in_another_namespace_are_another_connection() {
         let ended = follower
             .apply(&closed_as(socket, TUPLE, state::LAST_ACK))
             .unwrap();
-        assert_eq!(ended.direction, direction, "{netns}");
+        assert_eq!(ended.connection.direction, direction, "{netns}");
     }
-    assert!(follower.seeds.table.is_empty());
+    assert!(follower.seeds.is_empty());
 }

@@ -1,7 +1,11 @@
+use std::path::PathBuf;
+use std::time::Duration;
+
 use super::*;
+use crate::config::SourceChoice;
 use connmon_core::fold::CrossFamilies;
 
-fn with(flags: &[(&'static str, &str)], environment: &[(&str, &str)]) -> Result<Loaded, String> {
+fn with(flags: &[(&str, &str)], environment: &[(&str, &str)]) -> Result<Loaded, String> {
     let flags: Vec<_> = flags.iter().map(|(k, v)| (*k, (*v).to_owned())).collect();
     let environment = environment.iter().map(|(k, v)| (k.into(), v.into()));
     load(&flags, environment).map_err(|error| error.to_string())
@@ -25,14 +29,10 @@ impl Drop for Scratch {
 
 #[test]
 fn defaults_are_the_contracts() {
-    let Loaded {
-        config,
-        check_only,
-        alone,
-        unknown_variables,
-    } = with(&[], &[]).unwrap();
-    assert!(alone.is_empty());
-    assert!(!check_only && unknown_variables.is_empty());
+    let loaded = with(&[], &[]).unwrap();
+    assert!(loaded.alone.is_empty() && loaded.unknown_variables.is_empty());
+    let config = loaded.config;
+    assert!(!config.check_only);
     assert_eq!(config.listen.len(), 1);
     assert_eq!(
         config.listen[0].host,
@@ -79,7 +79,12 @@ fn flag_beats_environment_beats_file() {
     assert_eq!(config.exclude.len(), 2);
     assert_eq!(config.listen.len(), 2);
     assert_eq!(config.source, SourceChoice::Auto);
-    assert_eq!(loaded.unknown_variables, ["CONNMON_PORT"]);
+    let unknown: Vec<log::Level> = loaded
+        .unknown_variables
+        .iter()
+        .map(|(level, _)| *level)
+        .collect();
+    assert_eq!(unknown, [log::Level::Debug]);
 }
 
 #[test]
@@ -154,7 +159,11 @@ fn refusals_name_source_value_and_remedy() {
             &[],
             "must be one of error, warn, info, debug, trace",
         ),
-        (&[("config.check", "maybe")], &[], "must be true or false"),
+        (
+            &[("config.check", "maybe")],
+            &[],
+            "--config.check: bad value \"maybe\"",
+        ),
         (&[("web.listen-address", "")], &[], "a port is missing"),
     ] {
         let error = with(flags, environment).unwrap_err();
@@ -229,7 +238,9 @@ fn an_empty_list_is_named_with_its_line() {
         let error = with(&[("config.file", path)], &[]).unwrap_err();
         assert_eq!(
             error,
-            format!("{path}:2: {key}: the list is empty; give a value or remove the key")
+            format!(
+                "--config.file: {path}:2: {key}: the list is empty; give a value or remove the key"
+            )
         );
     }
     let file = Scratch::new("no-networks", "filter.exclude: []\n");
@@ -238,7 +249,7 @@ fn an_empty_list_is_named_with_its_line() {
 }
 
 #[test]
-fn what_is_overridden_is_checked_by_config_check_alone() {
+fn config_check_alone_checks_overridden_values() {
     let file = Scratch::new("overridden", "\nports.max: many\n");
     let flags = [
         ("config.file", file.0.to_str().unwrap()),
@@ -271,4 +282,43 @@ fn zero_ports_and_separate_hosts_are_no_duplicates() {
         .unwrap()
         .config;
     assert!(none.traffic_interval.is_none() && none.demo);
+}
+
+#[test]
+fn a_variable_one_slip_away_is_warned_about() {
+    for (name, level, near) in [
+        (
+            "CONNMON_PORT_MAX",
+            log::Level::Warn,
+            Some("CONNMON_PORTS_MAX"),
+        ),
+        ("CONNMON_SUORCE", log::Level::Warn, Some("CONNMON_SOURCE")),
+        ("CONNMON_NETN", log::Level::Warn, Some("CONNMON_NETNS")),
+        ("CONNMON_PORT", log::Level::Debug, None),
+        ("CONNMON_SERVICE_HOST", log::Level::Debug, None),
+    ] {
+        let unknown = with(&[], &[(name, "1")]).unwrap().unknown_variables;
+        let near = near.map_or("is ignored".to_owned(), |near| {
+            format!("did you mean {near}?")
+        });
+        let (logged, message) = &unknown[0];
+        assert_eq!(*logged, level, "{message}");
+        assert!(
+            message.contains(name) && message.ends_with(&near),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn the_log_format_of_a_refused_line_is_found() {
+    for (line, format) in [
+        ("connmon --no.such --log.format=json", LogFormat::Json),
+        ("connmon run --log.format json --no.such", LogFormat::Json),
+        ("connmon --log.format", LogFormat::Logfmt),
+        ("connmon --log.formats=json json", LogFormat::Logfmt),
+    ] {
+        let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+        assert_eq!(log_format(&words, &[]), format, "{line}");
+    }
 }
