@@ -277,7 +277,7 @@ fn merge(criterion: &mut Criterion) {
                         spent += cpu_time() - start;
                     }
                     let start = cpu_time();
-                    while fold.settle(1) {}
+                    while fold.sweep(1) {}
                     spent += cpu_time() - start;
                     assert_eq!(fold.snapshot().corrections.seeded, live);
                 }

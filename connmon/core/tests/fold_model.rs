@@ -249,7 +249,7 @@ impl World {
                 }
             }
             224..=229 => {
-                self.fold.settle(self.now);
+                self.fold.sweep(self.now);
             }
             230 if lossy && self.attached => self.losing += 1 + u64::from(how) % 3,
             231..=239 => self.attached = true,
@@ -674,7 +674,7 @@ impl World {
         self.finish_unhashed();
         self.drain(usize::MAX);
         self.tell(WalkMessage::End(WalkSummary::default()));
-        while self.fold.settle(self.now) {}
+        while self.fold.sweep(self.now) {}
         // Every loss was told. (Without cookies, or with several of the same
         // endpoints, a row may keep an entry whose close was lost long ago.)
         let unexplained = self.fold.take_unexplained();
@@ -1216,7 +1216,7 @@ impl Chaos {
             240..=247 => WalkMessage::End(WalkSummary::default()),
             248..=250 => return self.fold.lost(how.into()),
             _ => {
-                self.fold.settle(self.now);
+                self.fold.sweep(self.now);
                 return;
             }
         };

@@ -1,6 +1,6 @@
-//! Which connections are left out, decided alike for events, seeds and polls.
-//! An IPv4 address behind NAT64 (64:ff9b::/96) is that address, as it is for
-//! the country.
+//! Which connections are not counted, by the same rule for events, seeds and
+//! polls. As for the country, an IPv6 address with an embedded IPv4 address
+//! (64:ff9b::/96, NAT64) counts as that IPv4 address.
 
 use std::net::IpAddr;
 
@@ -8,7 +8,7 @@ use super::{Network, RemoteFilter};
 use crate::event::Tuple;
 use crate::geo::embedded_v4;
 
-/// Why a connection is left out.
+/// Why a connection is not counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hidden {
     /// `--filter.loopback exclude`.
@@ -17,7 +17,7 @@ pub enum Hidden {
     Excluded,
 }
 
-/// [`RemoteFilter`] with masks worked out.
+/// A [`RemoteFilter`] with its masks.
 #[derive(Debug)]
 pub struct Filter {
     exclude_loopback: bool,
@@ -27,21 +27,19 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Works the masks out.
+    /// Computes the masks.
     pub fn new(filter: &RemoteFilter) -> Self {
-        let mut v4 = Vec::new();
-        let mut v6 = Vec::new();
+        let (mut v4, mut v6) = (Vec::new(), Vec::new());
         for &Network { address, prefix } in &filter.exclude {
+            let prefix = u32::from(prefix);
             match address {
                 IpAddr::V4(address) => {
-                    let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32)));
-                    let mask = mask.unwrap_or(0);
-                    v4.push((u32::from(address) & mask, mask));
+                    let mask = u32::MAX.checked_shl(32 - prefix.min(32)).unwrap_or(0);
+                    v4.push((address.to_bits() & mask, mask));
                 }
                 IpAddr::V6(address) => {
-                    let mask = u128::MAX.checked_shl(128 - u32::from(prefix.min(128)));
-                    let mask = mask.unwrap_or(0);
-                    v6.push((u128::from(address) & mask, mask));
+                    let mask = u128::MAX.checked_shl(128 - prefix.min(128)).unwrap_or(0);
+                    v6.push((address.to_bits() & mask, mask));
                 }
             }
         }
@@ -52,7 +50,7 @@ impl Filter {
         }
     }
 
-    /// Whether, and why, a connection is left out.
+    /// Why a connection is not counted; `None` if it is.
     pub fn hides(&self, tuple: &Tuple) -> Option<Hidden> {
         if self.exclude_loopback && is_loopback(tuple) {
             return Some(Hidden::Loopback);
@@ -64,7 +62,7 @@ impl Filter {
         let excluded = match tuple.remote {
             IpAddr::V4(remote) => in_v4(remote),
             IpAddr::V6(remote) => {
-                let bits = u128::from(remote);
+                let bits = remote.to_bits();
                 self.v6.iter().any(|&(net, mask)| bits & mask == net)
                     || embedded_v4(remote).is_some_and(in_v4)
             }
@@ -72,7 +70,7 @@ impl Filter {
         excluded.then_some(Hidden::Excluded)
     }
 
-    /// Whether a listener on `address` can only ever have hidden connections.
+    /// Whether no connection to a listener on `address` is counted.
     pub(super) fn hides_listener(&self, address: IpAddr) -> bool {
         self.exclude_loopback && address.to_canonical().is_loopback()
     }
