@@ -54,6 +54,8 @@ impl Labels {
 /// Counters and gauges.
 #[derive(Debug)]
 pub(super) struct Counters {
+    /// The time of every change from now on, CLOCK_MONOTONIC.
+    pub(super) now_ns: u64,
     pub(super) countries: Dimension<Country>,
     ports: [Ports; DIRECTIONS],
     pub(super) cross: Cross,
@@ -69,6 +71,7 @@ impl Counters {
     pub(super) fn new(config: &FoldConfig) -> Self {
         let allow = config.ports_allow.as_deref().map(PortSet::of_ranges);
         Self {
+            now_ns: 0,
             countries: countries::new(),
             ports: Direction::ALL
                 .map(|direction| Ports::new(direction, allow.clone(), config.ports_max)),
@@ -82,20 +85,16 @@ impl Counters {
     }
 
     /// The labels of a connection to service port `port`.
-    pub(super) fn labels(
-        &mut self,
-        now_ns: u64,
-        country: Country,
-        direction: Direction,
-        port: u16,
-    ) -> Labels {
-        let (row, ended) = self.ports[direction as usize].row_for(now_ns, port);
+    pub(super) fn labels(&mut self, country: Country, direction: Direction, port: u16) -> Labels {
+        let (row, ended) = self.ports[direction as usize].row_for(self.now_ns, port);
         self.end_cross_rows(direction, ended);
         Labels {
             direction,
             country,
             port: row,
-            cross: self.cross.row_for(now_ns, country, direction, port, row),
+            cross: self
+                .cross
+                .row_for(self.now_ns, country, direction, port, row),
         }
     }
 
@@ -106,8 +105,8 @@ impl Counters {
     }
 
     /// Makes rows for an inbound port that listens, before anybody connects.
-    pub(super) fn reserve_listening(&mut self, now_ns: u64, port: u16) {
-        let ended = self.ports[Direction::Inbound as usize].reserve(now_ns, port);
+    pub(super) fn reserve_listening(&mut self, port: u16) {
+        let ended = self.ports[Direction::Inbound as usize].reserve(self.now_ns, port);
         self.end_cross_rows(Direction::Inbound, ended);
     }
 
@@ -116,76 +115,69 @@ impl Counters {
     }
 
     /// Makes the same change in the row of each dimension.
-    fn each_row(&mut self, now_ns: u64, labels: Labels, change: impl Fn(&mut Counts)) {
+    fn each_row(&mut self, labels: Labels, change: impl Fn(&mut Counts)) {
         let Labels {
             direction,
             country,
             port,
             cross,
         } = labels;
-        self.countries.change(now_ns, row_of(country), &change);
+        self.countries.change(self.now_ns, row_of(country), &change);
         let ports = &mut self.ports[direction as usize].rows;
-        ports.change(now_ns, port, &change);
-        self.cross.rows.change(now_ns, cross, &change);
+        ports.change(self.now_ns, port, &change);
+        self.cross.rows.change(self.now_ns, cross, &change);
     }
 
-    fn each_flow(&mut self, now_ns: u64, labels: Labels, change: impl Fn(&mut Flow)) {
+    fn each_flow(&mut self, labels: Labels, change: impl Fn(&mut Flow)) {
         let direction = labels.direction as usize;
-        self.each_row(now_ns, labels, |row| change(&mut row.flows[direction]));
+        self.each_row(labels, |row| change(&mut row.flows[direction]));
     }
 
     /// A tracked connection refers to its rows from now on.
-    pub(super) fn attach(&mut self, now_ns: u64, labels: Labels) {
-        self.each_row(now_ns, labels, |row| row.live += 1);
+    pub(super) fn attach(&mut self, labels: Labels) {
+        self.each_row(labels, |row| row.live += 1);
     }
 
     /// A tracked connection no longer refers to its rows.
-    pub(super) fn detach(&mut self, now_ns: u64, labels: Labels) {
-        self.each_row(now_ns, labels, |row| {
+    pub(super) fn detach(&mut self, labels: Labels) {
+        self.each_row(labels, |row| {
             debug_assert!(row.live > 0);
             row.live = row.live.saturating_sub(1);
         });
     }
 
     /// A handshake ended.
-    pub(super) fn opened(&mut self, now_ns: u64, labels: Labels) {
-        self.each_flow(now_ns, labels, |flow| flow.opened += 1);
+    pub(super) fn opened(&mut self, labels: Labels) {
+        self.each_flow(labels, |flow| flow.opened += 1);
     }
 
     /// A tracked connection reached CLOSE.
-    pub(super) fn closed(&mut self, now_ns: u64, labels: Labels) {
-        self.each_flow(now_ns, labels, |flow| flow.closed += 1);
+    pub(super) fn closed(&mut self, labels: Labels) {
+        self.each_flow(labels, |flow| flow.closed += 1);
     }
 
     /// A tracked connection entered ESTABLISHED.
-    pub(super) fn entered_established(&mut self, now_ns: u64, labels: Labels) {
+    pub(super) fn entered_established(&mut self, labels: Labels) {
         self.established += 1;
-        self.each_flow(now_ns, labels, |flow| flow.connections += 1);
+        self.each_flow(labels, |flow| flow.connections += 1);
     }
 
     /// A tracked connection left ESTABLISHED.
-    pub(super) fn left_established(&mut self, now_ns: u64, labels: Labels) {
+    pub(super) fn left_established(&mut self, labels: Labels) {
         debug_assert!(self.established > 0);
         self.established = self.established.saturating_sub(1);
-        self.each_flow(now_ns, labels, |flow| {
+        self.each_flow(labels, |flow| {
             debug_assert!(flow.connections > 0);
             flow.connections = flow.connections.saturating_sub(1);
         });
     }
 
     /// Adds bytes and retransmits to those of a connection.
-    pub(super) fn moved(
-        &mut self,
-        now_ns: u64,
-        labels: Labels,
-        received: u64,
-        sent: u64,
-        retransmitted: u64,
-    ) {
+    pub(super) fn moved(&mut self, labels: Labels, received: u64, sent: u64, retransmitted: u64) {
         if received | sent | retransmitted == 0 {
             return;
         }
-        self.each_flow(now_ns, labels, |flow| {
+        self.each_flow(labels, |flow| {
             flow.received_bytes += received;
             flow.sent_bytes += sent;
             flow.retransmitted_segments += retransmitted;
@@ -195,14 +187,13 @@ impl Counters {
     /// An active open never completed.
     pub(super) fn failed(
         &mut self,
-        now_ns: u64,
         country: Country,
         port: u16,
         error: u32,
         segments_out: Option<u32>,
     ) {
         let direction = Direction::Outbound;
-        let (row, ended) = self.ports[direction as usize].row_for_failure(now_ns, port);
+        let (row, ended) = self.ports[direction as usize].row_for_failure(self.now_ns, port);
         self.end_cross_rows(direction, ended);
         let labels = Labels {
             direction,
@@ -211,7 +202,7 @@ impl Counters {
             cross: NO_ROW,
         };
         let reason = failure_reason(error, segments_out) as usize;
-        self.each_row(now_ns, labels, |row| row.failures[reason] += 1);
+        self.each_row(labels, |row| row.failures[reason] += 1);
     }
 
     /// An active handshake took this long.

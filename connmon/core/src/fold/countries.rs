@@ -1,15 +1,11 @@
 //! Counters by country. Every country has a row from the start; one is
 //! exported once something was counted in it.
 
-use std::collections::HashMap;
-
 use super::dimension::{Dimension, NEVER, Value};
 use super::snapshot::{CountryRow, Sum};
 use crate::geo::Country;
 
 impl Value for Country {
-    /// Not used: see [`row_of`].
-    type Index = HashMap<Self, u16>;
     type Extra = CountryExtra;
 }
 
@@ -24,7 +20,7 @@ pub(super) fn new() -> Dimension<Country> {
     Dimension::fixed((0..Country::COUNT).filter_map(Country::from_index))
 }
 
-/// The row of a country.
+/// The row of a country, which needs no search.
 pub(super) fn row_of(country: Country) -> u16 {
     country.index() as u16 + 1
 }

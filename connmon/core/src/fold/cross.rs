@@ -5,8 +5,6 @@
 //! for single ports. The port label is that of the connection's port row, or
 //! `other` if the port is not listed. A row ends with its port row.
 
-use std::collections::HashMap;
-
 use super::CrossFamilies;
 use super::dimension::{Dimension, NO_ROW, OTHER, Rank, Value};
 use super::ports::PortSet;
@@ -28,7 +26,6 @@ pub(super) struct CountryPort {
 }
 
 impl Value for CountryPort {
-    type Index = HashMap<Self, u16>;
     type Extra = ();
 }
 

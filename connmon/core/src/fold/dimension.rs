@@ -6,8 +6,10 @@
 //! give it a field in `Counters`, `Labels` and `Entry`; the compiler names the
 //! functions that list all dimensions, and each of them gets one line.
 
-use std::collections::HashMap;
+use std::fmt::Debug;
 use std::hash::Hash;
+
+use hashbrown::HashMap;
 
 use super::snapshot::{DIRECTIONS, FailureReason, Flow};
 
@@ -24,33 +26,9 @@ pub(super) const NO_ROW: u16 = u16::MAX;
 pub(super) const NEVER: u64 = u64::MAX;
 
 /// A label value that has a row.
-pub(super) trait Value: Copy + Eq + std::fmt::Debug {
-    /// Finds the row of a value.
-    type Index: Index<Self> + Default + std::fmt::Debug;
+pub(super) trait Value: Copy + Eq + Hash + Debug {
     /// What a row holds beside [`Counts`].
-    type Extra: Default + std::fmt::Debug;
-}
-
-/// Finds the row of a value.
-pub(super) trait Index<V> {
-    /// The row of a value, [`OTHER`] if it has none.
-    fn get(&self, value: V) -> u16;
-    /// Sets the row of a value; [`OTHER`] removes it.
-    fn set(&mut self, value: V, row: u16);
-}
-
-impl<V: Eq + Hash> Index<V> for HashMap<V, u16> {
-    fn get(&self, value: V) -> u16 {
-        HashMap::get(self, &value).copied().unwrap_or(OTHER)
-    }
-
-    fn set(&mut self, value: V, row: u16) {
-        if row == OTHER {
-            self.remove(&value);
-        } else {
-            self.insert(value, row);
-        }
-    }
+    type Extra: Default + Debug;
 }
 
 /// How much a row is worth keeping: the idle row of the lowest rank ends first.
@@ -98,23 +76,17 @@ impl<V: Value> Row<V> {
             rank,
         }
     }
-
-    fn is_idle(&self, now_ns: u64) -> bool {
-        self.counts.live == 0 && now_ns.saturating_sub(self.counts.changed_ns) >= IDLE_NS
-    }
 }
 
 /// The rows of one dimension.
 #[derive(Debug)]
 pub(super) struct Dimension<V: Value> {
-    pub(super) index: V::Index,
+    index: HashMap<V, u16>,
     rows: Vec<Row<V>>,
     /// Numbers of free rows.
     free: Vec<u16>,
-    /// Rows that were idle at the last search; checked before use.
-    idle: Vec<u16>,
-    /// No other row can become idle before this time.
-    search_ns: u64,
+    /// By the highest rank that may end: no row can be idle before this time.
+    search_ns: [u64; 3],
     /// Most rows beside `other` and the pinned ones.
     max: usize,
     /// Rows outside the bound, which never end.
@@ -129,11 +101,10 @@ impl<V: Value> Dimension<V> {
     /// An empty dimension of at most `max` rows beside `other`.
     pub(super) fn new(max: usize) -> Self {
         Self {
-            index: V::Index::default(),
+            index: HashMap::new(),
             rows: vec![Row::new(None, 0, Rank::Listening)],
             free: Vec::new(),
-            idle: Vec::new(),
-            search_ns: 0,
+            search_ns: [0; 3],
             max: max.min(usize::from(NO_ROW) - 1),
             pinned: 0,
             overflow: 0,
@@ -145,8 +116,9 @@ impl<V: Value> Dimension<V> {
     /// `other`. No row is added or ends.
     pub(super) fn fixed(values: impl Iterator<Item = V>) -> Self {
         let mut dimension = Self::new(0);
-        let rows = values.map(|value| Row::new(Some(value), NEVER, Rank::Listening));
-        dimension.rows.extend(rows);
+        for value in values {
+            dimension.make_row(NEVER, value, Rank::Listening);
+        }
         dimension
     }
 
@@ -159,8 +131,7 @@ impl<V: Value> Dimension<V> {
         rank: Rank,
         over: Option<Rank>,
     ) -> (u16, Option<u16>) {
-        let row = self.index.get(value);
-        if row != OTHER {
+        if let Some(row) = self.find(value) {
             let row_rank = &mut self.row_mut(row).rank;
             *row_rank = rank.max(*row_rank);
             return (row, None);
@@ -176,13 +147,14 @@ impl<V: Value> Dimension<V> {
 
     /// The row of a value that always has one, outside the bound.
     pub(super) fn pin(&mut self, now_ns: u64, value: V) -> u16 {
-        match self.index.get(value) {
-            OTHER => {
-                self.pinned += 1;
-                self.make_row(now_ns, value, Rank::Listening)
-            }
-            row => row,
-        }
+        self.find(value).unwrap_or_else(|| {
+            self.pinned += 1;
+            self.make_row(now_ns, value, Rank::Listening)
+        })
+    }
+
+    pub(super) fn find(&self, value: V) -> Option<u16> {
+        self.index.get(&value).copied()
     }
 
     fn make_row(&mut self, now_ns: u64, value: V, rank: Rank) -> u16 {
@@ -192,47 +164,40 @@ impl<V: Value> Dimension<V> {
             Some(free) => *free = new,
             None => self.rows.push(new),
         }
-        self.index.set(value, row);
+        self.index.insert(value, row);
         row
     }
 
     /// Ends the idle row of the lowest rank, if that is at most `over`.
     fn evict(&mut self, now_ns: u64, over: Rank) -> Option<u16> {
-        if now_ns >= self.search_ns {
-            self.search_idle(now_ns);
+        if now_ns < self.search_ns[over as usize] {
+            return None;
         }
-        let (rows, idle) = (&self.rows, &mut self.idle);
-        idle.retain(|&row| rows[usize::from(row)].is_idle(now_ns));
-        let rank = |at: &usize| rows[usize::from(idle[*at])].rank;
-        let lowest = (0..idle.len())
-            .filter(|at| rank(at) <= over)
-            .min_by_key(rank)?;
-        let row = idle.swap_remove(lowest);
-        self.end(row);
-        Some(row)
-    }
-
-    fn search_idle(&mut self, now_ns: u64) {
-        self.search_ns = now_ns.saturating_add(IDLE_NS);
-        self.idle.clear();
+        let mut lowest = None;
+        let mut next_ns = now_ns.saturating_add(IDLE_NS);
         for (number, row) in (0u16..).zip(&self.rows) {
-            if row.value.is_none() || row.counts.live > 0 {
+            if row.value.is_none() || row.rank > over || row.counts.live > 0 {
                 continue;
             }
-            if row.is_idle(now_ns) {
-                self.idle.push(number);
-            } else {
-                let idle_at = row.counts.changed_ns.saturating_add(IDLE_NS);
-                self.search_ns = self.search_ns.min(idle_at);
+            let idle_ns = row.counts.changed_ns.saturating_add(IDLE_NS);
+            if now_ns < idle_ns {
+                next_ns = next_ns.min(idle_ns);
+            } else if lowest.is_none_or(|(rank, _)| row.rank < rank) {
+                lowest = Some((row.rank, number));
             }
         }
+        match lowest {
+            Some((_, row)) => self.end(row),
+            None => self.search_ns[over as usize] = next_ns,
+        }
+        lowest.map(|(_, row)| row)
     }
 
     fn end(&mut self, row: u16) {
         let ended = self.row_mut(row);
         debug_assert_eq!(ended.counts.live, 0);
         if let Some(value) = ended.value.take() {
-            self.index.set(value, OTHER);
+            self.index.remove(&value);
             self.free.push(row);
             self.evicted += 1;
         }
@@ -272,8 +237,9 @@ impl<V: Value> Dimension<V> {
         other.iter().chain(own).map(|row| (row.value, row))
     }
 
-    /// Every row, free ones included.
+    /// Every row, free ones included. Ranks may be lowered.
     pub(super) fn rows_mut(&mut self) -> impl Iterator<Item = (Option<V>, &mut Row<V>)> {
+        self.search_ns = [0; 3];
         self.rows.iter_mut().map(|row| (row.value, row))
     }
 }
@@ -286,7 +252,6 @@ mod tests {
     const ANY: Option<Rank> = Some(Rank::Listening);
 
     impl Value for u8 {
-        type Index = HashMap<u8, u16>;
         type Extra = ();
     }
 
@@ -307,7 +272,7 @@ mod tests {
         assert_eq!(opened(&mut dimension, at(604), 3), (OTHER, None), "at 5 s");
         assert_eq!(opened(&mut dimension, at(605), 3), (a, Some(a)));
         assert_eq!(dimension.value(a), Some(3));
-        assert_eq!(Index::get(&dimension.index, 1), OTHER);
+        assert_eq!(dimension.find(1), None);
         assert_eq!(dimension.evicted, 1);
     }
 

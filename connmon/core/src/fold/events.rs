@@ -31,6 +31,7 @@ impl Fold {
     /// Folds one event. `now_ns` is CLOCK_MONOTONIC at the time of folding;
     /// durations use the event's own times.
     pub fn apply(&mut self, now_ns: u64, event: &Event, geo: &mut impl Locate) {
+        self.counters.now_ns = now_ns;
         self.folded += 1;
         match *event {
             Event::Connect {
@@ -38,7 +39,7 @@ impl Fold {
                 at_ns,
                 ref tuple,
                 ..
-            } => self.connect(now_ns, socket, at_ns, tuple),
+            } => self.connect(socket, at_ns, tuple),
             Event::ConnectSent { id, at_ns, .. } => self.connect_sent(id, at_ns),
             Event::Open {
                 socket,
@@ -46,14 +47,14 @@ impl Fold {
                 ref tuple,
                 old,
                 new,
-            } => self.open(now_ns, socket, at_ns, tuple, old, new, geo),
-            Event::Restore { socket, ref tuple } => self.restore(now_ns, socket, tuple, geo),
+            } => self.open(socket, at_ns, tuple, old, new, geo),
+            Event::Restore { socket, ref tuple } => self.restore(socket, tuple, geo),
             Event::Change {
                 socket,
                 ref tuple,
                 old,
                 new,
-            } => self.change(now_ns, socket, tuple, old, new, geo),
+            } => self.change(socket, tuple, old, new, geo),
             Event::Close {
                 socket,
                 at_ns,
@@ -64,12 +65,11 @@ impl Fold {
                 shut_down,
                 ref traffic,
             } => {
-                if self.close(now_ns, socket, at_ns, tuple, old, traffic.as_ref())
+                if self.close(socket, at_ns, tuple, old, traffic.as_ref())
                     && !is_unwritten(error, segments_out, shut_down)
                 {
                     let (country, port) = (country_of(tuple, geo), tuple.remote_port);
-                    self.counters
-                        .failed(now_ns, country, port, error, segments_out);
+                    self.counters.failed(country, port, error, segments_out);
                 }
             }
             Event::Listen {
@@ -79,7 +79,7 @@ impl Fold {
                 ref owner,
             } => {
                 self.listeners.listen(socket.netns, address, port, owner);
-                self.listening_port(now_ns, address, port);
+                self.listening_port(address, port);
             }
             Event::Unlisten {
                 socket,
@@ -92,18 +92,18 @@ impl Fold {
 
     /// A socket gets a new connection, so an entry with its address is of one
     /// whose close was missed. False if a filter hides the new one.
-    fn begin(&mut self, now_ns: u64, socket: &Socket, at_ns: u64, tuple: &Tuple) -> bool {
+    fn begin(&mut self, socket: &Socket, at_ns: u64, tuple: &Tuple) -> bool {
         self.early_accepts.take(socket.id);
         if let Some(slot) = self.table.find_id(socket.id) {
-            self.close_missed(now_ns, slot, at_ns);
+            self.close_missed(slot, at_ns);
         }
         self.filter.hides(tuple).is_none()
     }
 
     /// An active open begins. If there is no entry for it, its end is that of
     /// an unknown socket: an open or a failure, but without its latency.
-    fn connect(&mut self, now_ns: u64, socket: Socket, at_ns: u64, tuple: &Tuple) {
-        if !self.begin(now_ns, &socket, at_ns, tuple) {
+    fn connect(&mut self, socket: Socket, at_ns: u64, tuple: &Tuple) {
+        if !self.begin(&socket, at_ns, tuple) {
             return;
         }
         let key = self.table.hasher().remote_key(tuple, socket.netns);
@@ -130,10 +130,8 @@ impl Fold {
     }
 
     /// A handshake ended.
-    #[expect(clippy::too_many_arguments, reason = "the event's own fields")]
     fn open(
         &mut self,
-        now_ns: u64,
         socket: Socket,
         at_ns: u64,
         tuple: &Tuple,
@@ -145,7 +143,7 @@ impl Fold {
         let pending = self.table.find_id(socket.id).filter(|&slot| {
             let own = self.is_own_pending(slot, &socket, tuple);
             if !own {
-                self.close_missed(now_ns, slot, at_ns);
+                self.close_missed(slot, at_ns);
             }
             own
         });
@@ -163,8 +161,8 @@ impl Fold {
         let key = self.table.hasher().key(tuple, socket.netns);
         self.table.mark_reopened(&key);
         let country = country_of(tuple, geo);
-        let labels = self.counters.labels(now_ns, country, direction, port);
-        self.counters.opened(now_ns, labels);
+        let labels = self.counters.labels(country, direction, port);
+        self.counters.opened(labels);
         let early = accepted && direction == Direction::Inbound;
         if early {
             self.counters.accepted_after(labels, 0);
@@ -193,7 +191,7 @@ impl Fold {
             entry.identity = socket.cookie;
         }
         entry.since_ns = at_ns;
-        self.track(now_ns, slot, labels, new);
+        self.track(slot, labels, new);
         self.touch(slot);
     }
 
@@ -215,27 +213,19 @@ impl Fold {
     }
 
     /// Counts an entry under these labels; it is open from now on, in `state`.
-    pub(super) fn track(&mut self, now_ns: u64, slot: Slot, labels: Labels, state: u8) {
+    pub(super) fn track(&mut self, slot: Slot, labels: Labels, state: u8) {
         let entry = self.table.entry_mut(slot);
         labels.store(entry);
         entry.set_state(state);
         self.open += 1;
-        self.counters.attach(now_ns, labels);
+        self.counters.attach(labels);
         if state == ESTABLISHED {
-            self.counters.entered_established(now_ns, labels);
+            self.counters.entered_established(labels);
         }
     }
 
     /// A connection moved between open states.
-    fn change(
-        &mut self,
-        now_ns: u64,
-        socket: Socket,
-        tuple: &Tuple,
-        old: u8,
-        new: u8,
-        geo: &mut impl Locate,
-    ) {
+    fn change(&mut self, socket: Socket, tuple: &Tuple, old: u8, new: u8, geo: &mut impl Locate) {
         let key = self.table.hasher().key(tuple, socket.netns);
         let mut direction = Direction::Unknown;
         if let Some(slot) = self.table.find_id(socket.id) {
@@ -247,12 +237,12 @@ impl Fold {
                 self.table.remove(slot);
             } else if self.is_own(slot, &socket, &key) {
                 if is_open_state(new) {
-                    self.set_state(now_ns, slot, new);
+                    self.set_state(slot, new);
                 }
                 self.learn(slot, &socket);
                 return;
             } else {
-                self.close_missed(now_ns, slot, now_ns);
+                self.close_missed(slot, self.counters.now_ns);
             }
         }
         if self.filter.hides(tuple).is_some() || !is_open_state(old) || !is_open_state(new) {
@@ -260,11 +250,11 @@ impl Fold {
         }
         if let Some(slot) = self.table.find_unnamed(&key, socket.cookie, old) {
             self.table.rebind_id(slot, socket.id);
-            self.set_state(now_ns, slot, new);
+            self.set_state(slot, new);
             self.learn(slot, &socket);
         } else if self.untracked == 0 {
             let seed = !self.started;
-            self.add_live(now_ns, socket, tuple, direction, new, seed, geo);
+            self.add_live(socket, tuple, direction, new, seed, geo);
         }
         // Else it is taken for one of the untracked connections.
     }
@@ -275,7 +265,6 @@ impl Fold {
     #[expect(clippy::too_many_arguments, reason = "the event's own fields")]
     fn add_live(
         &mut self,
-        now_ns: u64,
         socket: Socket,
         tuple: &Tuple,
         direction: Direction,
@@ -288,30 +277,30 @@ impl Fold {
         let country = country_of(tuple, geo);
         let labels = if direction == Direction::Outbound {
             let port = tuple.remote_port;
-            self.counters.labels(now_ns, country, direction, port)
+            self.counters.labels(country, direction, port)
         } else if seed {
             self.table.entry_mut(slot).flags.set(Flags::UNDECIDED);
             Labels::without_direction(country)
         } else {
-            self.counters.labels(now_ns, country, direction, 0)
+            self.counters.labels(country, direction, 0)
         };
         if seed {
             self.corrections.seeded += 1;
         } else {
             self.corrections.added += 1;
         }
-        self.track(now_ns, slot, labels, state);
+        self.track(slot, labels, state);
         self.learn(slot, &socket);
         Some(slot)
     }
 
     /// A connection that was opened on another host continues on this one.
-    fn restore(&mut self, now_ns: u64, socket: Socket, tuple: &Tuple, geo: &mut impl Locate) {
-        if !self.begin(now_ns, &socket, now_ns, tuple) {
+    fn restore(&mut self, socket: Socket, tuple: &Tuple, geo: &mut impl Locate) {
+        if !self.begin(&socket, self.counters.now_ns, tuple) {
             return;
         }
         let direction = Direction::Unknown;
-        match self.add_live(now_ns, socket, tuple, direction, ESTABLISHED, true, geo) {
+        match self.add_live(socket, tuple, direction, ESTABLISHED, true, geo) {
             // The kernel's counters begin here.
             Some(slot) => self.table.entry_mut(slot).flags.set(Flags::BASELINE),
             None => self.untracked += 1,
@@ -325,7 +314,6 @@ impl Fold {
     /// it is ignored: it never decrements anything.
     fn close(
         &mut self,
-        now_ns: u64,
         socket: Socket,
         at_ns: u64,
         tuple: &Tuple,
@@ -347,10 +335,10 @@ impl Fold {
                 let own = self.table.hasher().key(tuple, socket.netns);
                 if !handshake && self.is_own(slot, &socket, &own) {
                     self.learn(slot, &socket);
-                    self.close_entry(now_ns, slot, at_ns, traffic, true);
+                    self.close_entry(slot, at_ns, traffic, true);
                     return false;
                 }
-                self.close_missed(now_ns, slot, at_ns);
+                self.close_missed(slot, at_ns);
                 key = Some(own);
             }
         }
@@ -364,7 +352,7 @@ impl Fold {
         let key = key.unwrap_or_else(|| self.table.hasher().key(tuple, socket.netns));
         if let Some(slot) = self.table.find_unnamed(&key, socket.cookie, old) {
             self.learn(slot, &socket);
-            self.close_entry(now_ns, slot, at_ns, traffic, true);
+            self.close_entry(slot, at_ns, traffic, true);
         } else {
             self.tombstones
                 .close(self.table.hasher(), key, socket.cookie, at_ns);
@@ -391,11 +379,11 @@ impl Fold {
     }
 
     /// Closes an entry whose close was missed; removes it if it is pending.
-    fn close_missed(&mut self, now_ns: u64, slot: Slot, at_ns: u64) {
+    fn close_missed(&mut self, slot: Slot, at_ns: u64) {
         if self.table.entry(slot).is_pending() {
             self.table.remove(slot);
         } else {
-            self.close_entry(now_ns, slot, at_ns, None, false);
+            self.close_entry(slot, at_ns, None, false);
         }
     }
 
@@ -403,14 +391,13 @@ impl Fold {
     /// close too (`seen`).
     pub(super) fn close_entry(
         &mut self,
-        now_ns: u64,
         slot: Slot,
         at_ns: u64,
         traffic: Option<&Traffic>,
         seen: bool,
     ) {
         if let Some(traffic) = traffic {
-            self.final_traffic(now_ns, slot, traffic);
+            self.final_traffic(slot, traffic);
         }
         let entry = self.table.entry(slot);
         let labels = Labels::of(entry);
@@ -418,33 +405,33 @@ impl Fold {
             let duration = at_ns.saturating_sub(entry.since_ns);
             self.counters.duration[labels.direction as usize].observe(duration);
         }
-        self.counters.closed(now_ns, labels);
+        self.counters.closed(labels);
         self.tombstones
             .close(self.table.hasher(), entry.key, entry.cookie(), at_ns);
-        self.untrack(now_ns, slot);
+        self.untrack(slot);
     }
 
     /// Removes an open entry from the gauges and the table.
-    pub(super) fn untrack(&mut self, now_ns: u64, slot: Slot) {
+    pub(super) fn untrack(&mut self, slot: Slot) {
         let entry = self.table.entry(slot);
         let labels = Labels::of(entry);
         if entry.state() == ESTABLISHED {
-            self.counters.left_established(now_ns, labels);
+            self.counters.left_established(labels);
         }
-        self.counters.detach(now_ns, labels);
+        self.counters.detach(labels);
         self.open -= 1;
         self.table.remove(slot);
     }
 
     /// Sets the state of an entry; true if that is into or out of ESTABLISHED.
-    pub(super) fn set_state(&mut self, now_ns: u64, slot: Slot, state: u8) -> bool {
+    pub(super) fn set_state(&mut self, slot: Slot, state: u8) -> bool {
         let entry = self.table.entry_mut(slot);
         let before = entry.state();
         entry.set_state(state);
         let labels = Labels::of(entry);
         match (before == ESTABLISHED, state == ESTABLISHED) {
-            (true, false) => self.counters.left_established(now_ns, labels),
-            (false, true) => self.counters.entered_established(now_ns, labels),
+            (true, false) => self.counters.left_established(labels),
+            (false, true) => self.counters.entered_established(labels),
             _ => return false,
         }
         true

@@ -21,32 +21,22 @@ pub enum Hidden {
 #[derive(Debug)]
 pub struct Filter {
     exclude_loopback: bool,
-    /// (network, mask)
-    v4: Vec<(u32, u32)>,
-    v6: Vec<(u128, u128)>,
+    /// IPv4 or not, network, mask.
+    networks: Vec<(bool, u128, u128)>,
 }
 
 impl Filter {
     /// Computes the masks.
     pub fn new(filter: &RemoteFilter) -> Self {
-        let (mut v4, mut v6) = (Vec::new(), Vec::new());
-        for &Network { address, prefix } in &filter.exclude {
-            let prefix = u32::from(prefix);
-            match address {
-                IpAddr::V4(address) => {
-                    let mask = u32::MAX.checked_shl(32 - prefix.min(32)).unwrap_or(0);
-                    v4.push((address.to_bits() & mask, mask));
-                }
-                IpAddr::V6(address) => {
-                    let mask = u128::MAX.checked_shl(128 - prefix.min(128)).unwrap_or(0);
-                    v6.push((address.to_bits() & mask, mask));
-                }
-            }
-        }
+        let masked = |&Network { address, prefix }: &Network| {
+            let (is_v4, bits) = left_aligned(address);
+            let shift = 128u32.saturating_sub(prefix.into());
+            let mask = u128::MAX.checked_shl(shift).unwrap_or(0);
+            (is_v4, bits & mask, mask)
+        };
         Self {
             exclude_loopback: filter.exclude_loopback,
-            v4,
-            v6,
+            networks: filter.exclude.iter().map(masked).collect(),
         }
     }
 
@@ -55,18 +45,14 @@ impl Filter {
         if self.exclude_loopback && is_loopback(tuple) {
             return Some(Hidden::Loopback);
         }
-        let in_v4 = |remote| {
-            let remote = u32::from(remote);
-            self.v4.iter().any(|&(net, mask)| remote & mask == net)
+        let contain = |address| {
+            let (is_v4, bits) = left_aligned(address);
+            self.networks
+                .iter()
+                .any(|&(v4, net, mask)| v4 == is_v4 && bits & mask == net)
         };
-        let excluded = match tuple.remote {
-            IpAddr::V4(remote) => in_v4(remote),
-            IpAddr::V6(remote) => {
-                let bits = remote.to_bits();
-                self.v6.iter().any(|&(net, mask)| bits & mask == net)
-                    || embedded_v4(remote).is_some_and(in_v4)
-            }
-        };
+        let excluded = contain(tuple.remote)
+            || embedded_v4(tuple.remote).is_some_and(|remote| contain(remote.into()));
         excluded.then_some(Hidden::Excluded)
     }
 
@@ -76,15 +62,19 @@ impl Filter {
     }
 }
 
+/// Whether it is IPv4, and the address in the highest bits.
+fn left_aligned(address: IpAddr) -> (bool, u128) {
+    match address {
+        IpAddr::V4(address) => (true, u128::from(address.to_bits()) << 96),
+        IpAddr::V6(address) => (false, address.to_bits()),
+    }
+}
+
 /// 127.0.0.0/8, ::1, or local address = remote address.
 pub(super) fn is_loopback(tuple: &Tuple) -> bool {
     tuple.local == tuple.remote
-        || match tuple.remote {
-            IpAddr::V4(remote) => remote.is_loopback(),
-            IpAddr::V6(remote) => {
-                remote.is_loopback() || embedded_v4(remote).is_some_and(|v4| v4.is_loopback())
-            }
-        }
+        || tuple.remote.is_loopback()
+        || embedded_v4(tuple.remote).is_some_and(|remote| remote.is_loopback())
 }
 
 #[cfg(test)]

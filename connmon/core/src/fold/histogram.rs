@@ -2,11 +2,10 @@
 
 use super::snapshot::Histogram;
 
-/// Nanoseconds from microseconds.
-const fn micros<const N: usize>(mut bounds: [u64; N]) -> [u64; N] {
+const fn scaled<const N: usize>(unit_ns: u64, mut bounds: [u64; N]) -> [u64; N] {
     let mut index = 0;
     while index < N {
-        bounds[index] *= 1_000;
+        bounds[index] *= unit_ns;
         index += 1;
     }
     bounds
@@ -14,26 +13,22 @@ const fn micros<const N: usize>(mut bounds: [u64; N]) -> [u64; N] {
 
 /// Buckets of `connmon_connect_latency_seconds`, `connmon_accept_wait_seconds`
 /// and `connmon_rtt_seconds`: 50 µs to 30 s.
-pub(super) static LATENCY_NS: [u64; 18] = micros([
-    50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000,
-    1_000_000, 2_500_000, 5_000_000, 10_000_000, 30_000_000,
-]);
+pub(super) static LATENCY_NS: [u64; 18] = scaled(
+    1_000,
+    [
+        50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000,
+        1_000_000, 2_500_000, 5_000_000, 10_000_000, 30_000_000,
+    ],
+);
 
 /// Buckets of `connmon_connection_duration_seconds`: 1 ms to a day.
-pub(super) static DURATION_NS: [u64; 12] = micros([
-    1_000,
-    10_000,
-    100_000,
+pub(super) static DURATION_NS: [u64; 12] = scaled(
     1_000_000,
-    5_000_000,
-    15_000_000,
-    60_000_000,
-    300_000_000,
-    900_000_000,
-    3_600_000_000,
-    14_400_000_000,
-    86_400_000_000,
-]);
+    [
+        1, 10, 100, 1_000, 5_000, 15_000, 60_000, 300_000, 900_000, 3_600_000, 14_400_000,
+        86_400_000,
+    ],
+);
 
 /// A histogram being filled.
 #[derive(Clone, Debug)]

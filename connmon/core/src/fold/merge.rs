@@ -21,15 +21,9 @@ use crate::geo::{Country, Locate};
 use crate::scan::Row;
 
 impl Fold {
-    pub(super) fn merge_row(
-        &mut self,
-        now_ns: u64,
-        progress: &mut Progress,
-        row: &Row,
-        geo: &mut impl Locate,
-    ) {
+    pub(super) fn merge_row(&mut self, progress: &mut Progress, row: &Row, geo: &mut impl Locate) {
         match row.state {
-            LISTEN => return self.merge_listener(now_ns, progress, row),
+            LISTEN => return self.merge_listener(progress, row),
             CLOSE | TIME_WAIT => return,
             // About to close: it has released its local port, so its close has
             // other endpoints than its entry.
@@ -49,7 +43,7 @@ impl Fold {
         }
         if is_open_state(row.state)
             && row.state != NEW_SYN_RECV
-            && let Some(slot) = self.match_row(now_ns, progress, row, geo)
+            && let Some(slot) = self.match_row(progress, row, geo)
             && row.state == CLOSE_WAIT
             && progress.counts_rows()
         {
@@ -60,7 +54,7 @@ impl Fold {
         }
     }
 
-    fn merge_listener(&mut self, now_ns: u64, progress: &mut Progress, row: &Row) {
+    fn merge_listener(&mut self, progress: &mut Progress, row: &Row) {
         let (address, port) = (row.tuple.local, row.tuple.local_port);
         progress.listening.insert(address, port);
         if progress.pass == 0 {
@@ -68,14 +62,13 @@ impl Fold {
         }
         if !self.filter.hides_listener(address) {
             progress.listening_anywhere.insert(port);
-            self.counters.reserve_listening(now_ns, port);
+            self.counters.reserve_listening(port);
         }
     }
 
     /// Updates the entry of a row, or adds one. `None` if the row has none.
     fn match_row(
         &mut self,
-        now_ns: u64,
         progress: &mut Progress,
         row: &Row,
         geo: &mut impl Locate,
@@ -94,7 +87,7 @@ impl Fold {
         let known = |slot| row.cookie != 0 && self.table.entry(slot).cookie() == row.cookie;
         match found {
             Some((slot, alone)) if verdict == Verdict::Open || known(slot) => {
-                self.update_entry(now_ns, progress, slot, row, alone);
+                self.update_entry(progress, slot, row, alone);
                 Some(slot)
             }
             Some((slot, _)) if verdict == Verdict::MaybeClosed => {
@@ -114,20 +107,13 @@ impl Fold {
                 progress.waiting.push(*row);
                 None
             }
-            _ => self.add_entry(now_ns, progress, row, key, geo),
+            _ => self.add_entry(progress, row, key, geo),
         }
     }
 
     /// The row of an entry; if that is not `alone` with its endpoints, the row
     /// may be of another entry.
-    fn update_entry(
-        &mut self,
-        now_ns: u64,
-        progress: &mut Progress,
-        slot: Slot,
-        row: &Row,
-        alone: bool,
-    ) {
+    fn update_entry(&mut self, progress: &mut Progress, slot: Slot, row: &Row, alone: bool) {
         let epoch = self.epoch;
         self.table.learn_netns(slot, progress.key_netns());
         self.table.learn_id(slot, row.id);
@@ -149,7 +135,7 @@ impl Fold {
         }
         entry.epoch = epoch;
         entry.flags.clear(Flags::BY_EVENT);
-        if progress.audits() && self.set_state(now_ns, slot, row.state) && !self.config.polling {
+        if progress.audits() && self.set_state(slot, row.state) && !self.config.polling {
             self.corrections.updated += 1;
             progress.drift += 1;
         }
@@ -157,14 +143,13 @@ impl Fold {
         // Else its close has all that moved.
         let own = alone || row.id != 0 || !entry.flags.has(Flags::ROW_COOKIE) || entry.id == 0;
         if let Some(traffic) = row.traffic.as_ref().filter(|_| own) {
-            self.sample_traffic(now_ns, slot, row.state, traffic);
+            self.sample_traffic(slot, row.state, traffic);
         }
     }
 
     /// Adds a connection without an event; `None` if the table is full.
     fn add_entry(
         &mut self,
-        now_ns: u64,
         progress: &mut Progress,
         row: &Row,
         key: Key,
@@ -182,8 +167,8 @@ impl Fold {
                 if opened && !progress.is_untracked() {
                     self.table_overflow += 1;
                     let country = country_of(&row.tuple, geo);
-                    let labels = self.row_labels(now_ns, progress, &row.tuple, country);
-                    self.counters.opened(now_ns, labels);
+                    let labels = self.row_labels(progress, &row.tuple, country);
+                    self.counters.opened(labels);
                 }
             }
             return None;
@@ -194,13 +179,13 @@ impl Fold {
         entry.epoch = self.epoch;
         entry.flags.set(Flags::UNDECIDED);
         let labels = Labels::without_direction(country_of(&row.tuple, geo));
-        self.track(now_ns, slot, labels, row.state);
+        self.track(slot, labels, row.state);
         let Tuple {
             local, local_port, ..
         } = row.tuple;
         let certain = opened || progress.listening.accepts(local, local_port);
         if certain || progress.undecided.len() >= UNDECIDED_MAX {
-            self.decide(now_ns, progress, slot, &row.tuple);
+            self.decide(progress, slot, &row.tuple);
         } else {
             progress.undecided.push((slot, row.tuple));
         }
@@ -208,7 +193,7 @@ impl Fold {
             self.corrections.seeded += 1;
         } else if opened && !progress.is_untracked() {
             let labels = Labels::of(self.table.entry(slot));
-            self.counters.opened(now_ns, labels);
+            self.counters.opened(labels);
         } else {
             self.corrections.added += 1;
             if self.untracked > 0 {
@@ -218,52 +203,46 @@ impl Fold {
             }
         }
         if let Some(traffic) = &row.traffic {
-            self.sample_traffic(now_ns, slot, row.state, traffic);
+            self.sample_traffic(slot, row.state, traffic);
         }
         Some(slot)
     }
 
-    fn row_labels(
-        &mut self,
-        now_ns: u64,
-        progress: &Progress,
-        tuple: &Tuple,
-        country: Country,
-    ) -> Labels {
+    fn row_labels(&mut self, progress: &Progress, tuple: &Tuple, country: Country) -> Labels {
         let direction = progress.listening.direction(tuple, progress.ephemeral);
         let port = match direction {
             Direction::Inbound => tuple.local_port,
             Direction::Outbound => tuple.remote_port,
             Direction::Unknown => 0,
         };
-        self.counters.labels(now_ns, country, direction, port)
+        self.counters.labels(country, direction, port)
     }
 
     /// Gives an undecided entry its direction and rows.
-    fn decide(&mut self, now_ns: u64, progress: &Progress, slot: Slot, tuple: &Tuple) {
+    fn decide(&mut self, progress: &Progress, slot: Slot, tuple: &Tuple) {
         let before = Labels::of(self.table.entry(slot));
-        let labels = self.row_labels(now_ns, progress, tuple, before.country);
+        let labels = self.row_labels(progress, tuple, before.country);
         let entry = self.table.entry_mut(slot);
         entry.flags.clear(Flags::UNDECIDED);
         labels.store(entry);
-        self.counters.attach(now_ns, labels);
+        self.counters.attach(labels);
         if entry.state() == ESTABLISHED {
-            self.counters.left_established(now_ns, before);
-            self.counters.entered_established(now_ns, labels);
+            self.counters.left_established(before);
+            self.counters.entered_established(labels);
         }
-        self.counters.detach(now_ns, before);
+        self.counters.detach(before);
     }
 
     /// All LISTEN rows of a namespace are merged: decides the entries that
     /// waited for them.
-    pub(super) fn decide_waiting(&mut self, now_ns: u64, progress: &mut Progress) {
+    pub(super) fn decide_waiting(&mut self, progress: &mut Progress) {
         for (slot, tuple) in std::mem::take(&mut progress.undecided) {
             let entry = self.table.entry(slot);
             // Meanwhile the slot may have become that of another connection.
             let key = self.table.hasher().key(&tuple, progress.key_netns());
             let same = entry.flags.has(Flags::USED) && entry.key.matches(&key);
             if same && entry.flags.has(Flags::UNDECIDED) {
-                self.decide(now_ns, progress, slot, &tuple);
+                self.decide(progress, slot, &tuple);
                 let entry = self.table.entry(slot);
                 if progress.audits() && entry.state() == CLOSE_WAIT {
                     self.counters.count_close_wait(Labels::of(entry));

@@ -256,9 +256,9 @@ impl Fold {
     }
 
     /// A socket listens on this port; the port gets a row.
-    fn listening_port(&mut self, now_ns: u64, address: IpAddr, port: u16) {
+    fn listening_port(&mut self, address: IpAddr, port: u16) {
         if !self.filter.hides_listener(address) {
-            self.counters.reserve_listening(now_ns, port);
+            self.counters.reserve_listening(port);
             if let Some(progress) = &mut self.progress {
                 progress.listening_anywhere.insert(port);
             }

@@ -1,15 +1,14 @@
 //! Counters by service port and direction, limited by `--ports.allow` and
 //! `--ports.max`.
 
-use super::dimension::{Dimension, Index, OTHER, Rank, Value};
+use super::dimension::{Dimension, OTHER, Rank, Value};
 use super::snapshot::{Direction, PortLabel, PortRow, Sum};
 
 /// A service port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Port(pub(super) u16);
 
 impl Value for Port {
-    type Index = PortIndex;
     type Extra = PortExtra;
 }
 
@@ -20,26 +19,6 @@ pub(super) struct PortExtra {
     pub(super) close_wait: u64,
     /// CLOSE_WAIT rows of the audit in progress.
     pub(super) close_wait_next: u64,
-}
-
-/// Row by port: 128 KiB, of which pages that nobody touches cost no memory.
-#[derive(Debug)]
-pub(super) struct PortIndex(Vec<u16>);
-
-impl Default for PortIndex {
-    fn default() -> Self {
-        Self(vec![OTHER; 1 << 16])
-    }
-}
-
-impl Index<Port> for PortIndex {
-    fn get(&self, port: Port) -> u16 {
-        self.0[usize::from(port.0)]
-    }
-
-    fn set(&mut self, port: Port, row: u16) {
-        self.0[usize::from(port.0)] = row;
-    }
 }
 
 /// A set of ports: 8 KiB.
@@ -181,7 +160,7 @@ mod tests {
 
     impl Ports {
         fn existing(&self, port: u16) -> u16 {
-            self.rows.index.get(Port(port))
+            self.rows.find(Port(port)).unwrap_or(OTHER)
         }
     }
 

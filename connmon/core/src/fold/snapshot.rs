@@ -6,33 +6,10 @@ use connmon_common::state;
 
 use crate::event::NetnsId;
 use crate::geo::Country;
+use crate::text::label_values;
 
 /// How many directions there are; rows are indexed by [`Direction`].
 pub const DIRECTIONS: usize = Direction::ALL.len();
-
-/// Makes an enum whose variants are all values of a label.
-macro_rules! label_values {
-    ($(#[$doc:meta])* $name:ident: $count:literal {
-        $($(#[$value_doc:meta])* $value:ident = $label:literal,)*
-    }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        #[repr(u8)]
-        pub enum $name {
-            $($(#[$value_doc])* $value,)*
-        }
-
-        impl $name {
-            /// Every value, in index order.
-            pub const ALL: [Self; $count] = [$(Self::$value),*];
-
-            /// Label value.
-            pub fn label(self) -> &'static str {
-                [$($label),*][self as usize]
-            }
-        }
-    };
-}
 
 label_values! {
     /// Label `direction`.

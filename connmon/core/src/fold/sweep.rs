@@ -19,6 +19,7 @@ impl Fold {
     /// Looks at the next slots for entries that the walk did not show; true
     /// while there are more. The caller drains the ring between two calls.
     pub fn sweep(&mut self, now_ns: u64) -> bool {
+        self.counters.now_ns = now_ns;
         let sweeping = |progress: &mut Box<Progress>| progress.sweep.is_some();
         let Some(mut progress) = self.progress.take_if(sweeping) else {
             return false;
@@ -28,7 +29,7 @@ impl Fold {
         let last = first.saturating_add(SLICE).min(end);
         for slot in first..last {
             if self.table.entry(slot).flags.has(Flags::USED) {
-                self.sweep_entry(now_ns, &mut progress, slot);
+                self.sweep_entry(&mut progress, slot);
             }
         }
         if last < end {
@@ -52,8 +53,8 @@ impl Fold {
         false
     }
 
-    fn sweep_entry(&mut self, now_ns: u64, progress: &mut Progress, slot: Slot) {
-        let polling = self.config.polling;
+    fn sweep_entry(&mut self, progress: &mut Progress, slot: Slot) {
+        let (polling, now_ns) = (self.config.polling, self.counters.now_ns);
         let entry = self.table.entry_mut(slot);
         if entry.is_pending() {
             debug_assert_eq!(entry.state(), SYN_SENT);
@@ -92,12 +93,12 @@ impl Fold {
                 progress.unlisted.insert(netns);
             }
         } else if polling {
-            self.close_entry(now_ns, slot, now_ns, None, false);
+            self.close_entry(slot, now_ns, None, false);
         } else {
             self.corrections.removed += 1;
             progress.drift += 1;
             self.absences.removed(now_ns, slot, self.table.entry(slot));
-            self.untrack(now_ns, slot);
+            self.untrack(slot);
         }
     }
 }

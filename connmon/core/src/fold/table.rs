@@ -25,9 +25,7 @@ pub(super) struct Table {
     by_id: HashTable<Slot>,
     by_key: HashTable<Slot>,
     hasher: Hasher,
-    /// First free slot of a list linked through `since_ns`; `Slot::MAX` ends it.
-    free: Slot,
-    used: usize,
+    free: Vec<Slot>,
     capacity: usize,
     /// Pending entries, at most `pending_max`.
     pending: usize,
@@ -61,8 +59,7 @@ impl Table {
             by_id: HashTable::new(),
             by_key: HashTable::new(),
             hasher,
-            free: Slot::MAX,
-            used: 0,
+            free: Vec::new(),
             pending: 0,
             pending_max: (capacity / 8).max(1),
             capacity: capacity.min(Slot::MAX as usize - CHUNK),
@@ -232,33 +229,20 @@ impl Table {
     }
 
     fn allocate(&mut self, id: SocketId) -> Option<Slot> {
-        if self.used >= self.capacity {
+        if self.end() as usize - self.free.len() >= self.capacity {
             return None;
         }
-        if self.free == Slot::MAX {
-            self.grow();
+        if self.free.is_empty() {
+            let first = self.end();
+            self.slab.0.push(vec![Entry::FREE; CHUNK].into());
+            self.free.extend((first..self.end()).rev());
         }
-        let slot = self.free;
-        let entry = &mut self.slab[slot];
-        self.free = entry.since_ns as Slot;
-        *entry = Entry::FREE;
-        entry.flags.set(Flags::USED);
-        self.used += 1;
+        let slot = self.free.pop()?;
+        self.slab[slot].flags.set(Flags::USED);
         if id != 0 {
             self.bind_id(slot, id);
         }
         Some(slot)
-    }
-
-    fn grow(&mut self) {
-        let first = self.end();
-        let mut chunk = vec![Entry::FREE; CHUNK].into_boxed_slice();
-        for (entry, next) in chunk.iter_mut().zip(first + 1..) {
-            entry.since_ns = next.into();
-        }
-        chunk[CHUNK - 1].since_ns = Slot::MAX.into();
-        self.slab.0.push(chunk);
-        self.free = first;
     }
 
     /// Names an entry; no other has this kernel address.
@@ -320,9 +304,7 @@ impl Table {
             unlink(&mut self.by_key, self.hasher.hash_key(&entry.key), slot);
         }
         *entry = Entry::FREE;
-        entry.since_ns = self.free.into();
-        self.free = slot;
-        self.used -= 1;
+        self.free.push(slot);
     }
 
     /// Bytes of heap in use.
@@ -331,6 +313,7 @@ impl Table {
         self.slab.0.len() * CHUNK * size_of::<Entry>()
             + self.by_id.allocation_size()
             + self.by_key.allocation_size()
+            + self.free.capacity() * size_of::<Slot>()
     }
 }
 

@@ -20,14 +20,13 @@ use crate::event::Traffic;
 
 impl Fold {
     /// The final values, from the close itself.
-    pub(super) fn final_traffic(&mut self, now_ns: u64, slot: Slot, traffic: &Traffic) {
+    pub(super) fn final_traffic(&mut self, slot: Slot, traffic: &Traffic) {
         if !self.config.traffic {
             return;
         }
         let entry = self.table.entry_mut(slot);
         let observed = entry.flags.has(Flags::RTT);
-        let moved =
-            entry.flags.has(Flags::BASELINE) && self.count_traffic(now_ns, slot, traffic, true);
+        let moved = entry.flags.has(Flags::BASELINE) && self.count_traffic(slot, traffic, true);
         if moved || !observed {
             self.observe_rtt(slot, traffic);
         }
@@ -35,7 +34,7 @@ impl Fold {
 
     /// The values of a live connection, from a row that is newer than its last
     /// event.
-    pub(super) fn sample_traffic(&mut self, now_ns: u64, slot: Slot, state: u8, traffic: &Traffic) {
+    pub(super) fn sample_traffic(&mut self, slot: Slot, state: u8, traffic: &Traffic) {
         if !self.config.traffic {
             return;
         }
@@ -51,14 +50,14 @@ impl Fold {
         }
         // In other states the kernel may count a FIN (kernel-notes §5).
         let received = matches!(state, ESTABLISHED | FIN_WAIT1 | FIN_WAIT2);
-        if self.count_traffic(now_ns, slot, traffic, received) && self.observe_rtt(slot, traffic) {
+        if self.count_traffic(slot, traffic, received) && self.observe_rtt(slot, traffic) {
             self.table.entry_mut(slot).flags.set(Flags::RTT);
         }
     }
 
     /// Counts what moved, received bytes only if `received`; true if any byte
     /// did.
-    fn count_traffic(&mut self, now_ns: u64, slot: Slot, now: &Traffic, received: bool) -> bool {
+    fn count_traffic(&mut self, slot: Slot, now: &Traffic, received: bool) -> bool {
         let entry = self.table.entry_mut(slot);
         let labels = Labels::of(entry);
         let received = if received {
@@ -69,8 +68,7 @@ impl Fold {
         let sent = entry.baseline.advance_sent(now.sent_bytes);
         let segments = now.retransmitted_segments;
         let retransmitted = entry.baseline.advance_retransmitted(segments);
-        self.counters
-            .moved(now_ns, labels, received, sent, retransmitted);
+        self.counters.moved(labels, received, sent, retransmitted);
         received + sent > 0
     }
 

@@ -196,8 +196,9 @@ impl Fold {
     /// else a row would be taken for a connection without an event. After `End`
     /// it must call [`Fold::sweep`] until that returns false.
     pub fn walk(&mut self, now_ns: u64, message: WalkMessage, geo: &mut impl Locate) {
+        self.counters.now_ns = now_ns;
         if let WalkMessage::Begin(walk) = message {
-            self.begin_walk(now_ns, walk);
+            self.begin_walk(walk);
             return;
         }
         let merging = |progress: &mut Box<Progress>| progress.sweep.is_none();
@@ -227,7 +228,7 @@ impl Fold {
             WalkMessage::Rows { pass, rows } => {
                 progress.pass = pass;
                 for row in &rows {
-                    self.merge_row(now_ns, &mut progress, row, geo);
+                    self.merge_row(&mut progress, row, geo);
                 }
             }
             WalkMessage::NamespaceEnd {
@@ -237,9 +238,9 @@ impl Fold {
             } => {
                 progress.all_listeners = true;
                 for row in std::mem::take(&mut progress.waiting) {
-                    self.merge_row(now_ns, &mut progress, &row, geo);
+                    self.merge_row(&mut progress, &row, geo);
                 }
-                self.decide_waiting(now_ns, &mut progress);
+                self.decide_waiting(&mut progress);
                 let coverage = match (access, complete) {
                     (Access::Unaudited, _) => Coverage::Unread,
                     (_, true) => Coverage::Complete,
@@ -265,7 +266,8 @@ impl Fold {
         }
     }
 
-    fn begin_walk(&mut self, now_ns: u64, walk: Walk) {
+    fn begin_walk(&mut self, walk: Walk) {
+        let now_ns = self.counters.now_ns;
         while self.sweep(now_ns) {}
         self.epoch = self.epoch.checked_add(1).unwrap_or(1);
         self.absences.walk_begins(self.epoch, now_ns);
