@@ -6,13 +6,11 @@
 //! (With equal endpoints, or without cookies, the row of one connection may
 //! have kept the entry of another for longer.)
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
-use connmon_common::state::ESTABLISHED;
-
 use super::entry::Entry;
-use super::snapshot::{AUDITED_STATES, DIRECTIONS, Direction};
+use super::snapshot::{AUDITED_STATES, Direction};
 use super::table::Slot;
 
 /// Audits after a loss whose removals the loss explains.
@@ -23,10 +21,10 @@ const REMEMBERED_MAX: usize = 1024;
 
 /// What is known of the connections that an audit removed although no loss is
 /// known. Without addresses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Unexplained {
     /// How many by last known state and direction.
-    pub by_state: [[u64; DIRECTIONS]; 16],
+    pub by_state: BTreeMap<(u8, Direction), u64>,
     /// The least and the greatest time since the last event or row of one;
     /// `None` if no time is known.
     pub last_seen_ns: Option<(u64, u64)>,
@@ -34,18 +32,13 @@ pub struct Unexplained {
 
 impl fmt::Display for Unexplained {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let total: u64 = self.by_state.as_flattened().iter().sum();
-        write!(f, "{total} connections (")?;
-        let states = std::iter::once((ESTABLISHED, "established")).chain(AUDITED_STATES);
-        let mut comma = "";
-        for (state, name) in states {
-            let counts = self.by_state[usize::from(state)];
-            for (direction, count) in Direction::ALL.into_iter().zip(counts) {
-                if count > 0 {
-                    write!(f, "{comma}{count} {} {name}", direction.label())?;
-                    comma = ", ";
-                }
-            }
+        write!(f, "{} connections", self.by_state.values().sum::<u64>())?;
+        let mut separator = " (";
+        for ((state, direction), count) in &self.by_state {
+            let audited = AUDITED_STATES.iter().find(|(audited, _)| audited == state);
+            let state = audited.map_or("established", |(_, name)| name);
+            write!(f, "{separator}{count} {} {state}", direction.label())?;
+            separator = ", ";
         }
         if let Some((least, most)) = self.last_seen_ns {
             let [least, most] = [least, most].map(|ns| ns as f64 / 1e9);
@@ -99,7 +92,8 @@ impl Absences {
             return;
         }
         let found = self.found.get_or_insert_default();
-        found.by_state[usize::from(entry.state() & 15)][entry.direction() as usize] += 1;
+        let by_state = found.by_state.entry((entry.state(), entry.direction()));
+        *by_state.or_default() += 1;
         if let Some(seen_ns) = seen_ns {
             let age = now_ns.saturating_sub(seen_ns);
             let (least, most) = found.last_seen_ns.unwrap_or((age, age));

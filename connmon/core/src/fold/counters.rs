@@ -9,7 +9,7 @@ use super::entry::Entry;
 use super::failures::failure_reason;
 use super::histogram::{Buckets, DURATION_NS, LATENCY_NS};
 use super::ports::{PortSet, Ports};
-use super::snapshot::{CrossRow, DIRECTIONS, Direction, Flow, PortRow};
+use super::snapshot::{CrossRow, DIRECTIONS, Direction, Flow};
 use crate::geo::Country;
 
 /// The labels of one connection: its direction, and its row in each dimension.
@@ -57,7 +57,7 @@ pub(super) struct Counters {
     /// The time of every change from now on, CLOCK_MONOTONIC.
     pub(super) now_ns: u64,
     pub(super) countries: Dimension<Country>,
-    ports: [Ports; DIRECTIONS],
+    pub(super) ports: [Ports; DIRECTIONS],
     pub(super) cross: Cross,
     /// Sockets in ESTABLISHED now.
     pub(super) established: u64,
@@ -110,10 +110,6 @@ impl Counters {
         self.end_cross_rows(Direction::Inbound, ended);
     }
 
-    pub(super) fn set_listening(&mut self, ports: &PortSet) {
-        self.ports[Direction::Inbound as usize].set_listening(ports);
-    }
-
     /// Makes the same change in the row of each dimension.
     fn each_row(&mut self, labels: Labels, change: impl Fn(&mut Counts)) {
         let Labels {
@@ -134,42 +130,38 @@ impl Counters {
     }
 
     /// A tracked connection refers to its rows from now on.
-    pub(super) fn attach(&mut self, labels: Labels) {
-        self.each_row(labels, |row| row.live += 1);
+    pub(super) fn attach(&mut self, labels: Labels, established: bool) {
+        let established = u64::from(established);
+        self.established += established;
+        self.each_row(labels, |row| {
+            row.live += 1;
+            row.flows[labels.direction as usize].connections += established;
+        });
     }
 
-    /// A tracked connection no longer refers to its rows.
-    pub(super) fn detach(&mut self, labels: Labels) {
+    /// A tracked connection no longer refers to its rows; `closed`: because it
+    /// reached CLOSE.
+    pub(super) fn detach(&mut self, labels: Labels, established: bool, closed: bool) {
+        let established = u64::from(established);
+        self.established -= established;
         self.each_row(labels, |row| {
-            debug_assert!(row.live > 0);
-            row.live = row.live.saturating_sub(1);
+            row.live -= 1;
+            let flow = &mut row.flows[labels.direction as usize];
+            flow.connections -= established;
+            flow.closed += u64::from(closed);
         });
+    }
+
+    /// A tracked connection entered or left ESTABLISHED.
+    pub(super) fn set_established(&mut self, labels: Labels, established: bool) {
+        let change = |count: u64| if established { count + 1 } else { count - 1 };
+        self.established = change(self.established);
+        self.each_flow(labels, |flow| flow.connections = change(flow.connections));
     }
 
     /// A handshake ended.
     pub(super) fn opened(&mut self, labels: Labels) {
         self.each_flow(labels, |flow| flow.opened += 1);
-    }
-
-    /// A tracked connection reached CLOSE.
-    pub(super) fn closed(&mut self, labels: Labels) {
-        self.each_flow(labels, |flow| flow.closed += 1);
-    }
-
-    /// A tracked connection entered ESTABLISHED.
-    pub(super) fn entered_established(&mut self, labels: Labels) {
-        self.established += 1;
-        self.each_flow(labels, |flow| flow.connections += 1);
-    }
-
-    /// A tracked connection left ESTABLISHED.
-    pub(super) fn left_established(&mut self, labels: Labels) {
-        debug_assert!(self.established > 0);
-        self.established = self.established.saturating_sub(1);
-        self.each_flow(labels, |flow| {
-            debug_assert!(flow.connections > 0);
-            flow.connections = flow.connections.saturating_sub(1);
-        });
     }
 
     /// Adds bytes and retransmits to those of a connection.
@@ -247,10 +239,6 @@ impl Counters {
         }
     }
 
-    pub(super) fn port_rows(&self) -> Vec<PortRow> {
-        self.ports.iter().flat_map(Ports::snapshot).collect()
-    }
-
     pub(super) fn cross_rows(&self) -> Vec<CrossRow> {
         let rows = self.cross.rows.rows();
         rows.filter_map(|(labels, row)| {
@@ -267,17 +255,13 @@ impl Counters {
         .collect()
     }
 
-    /// By family: `connmon_series_overflow_total`, `connmon_series_evicted_total`.
-    pub(super) fn series_losses(&self) -> [(&'static str, u64, u64); 2] {
-        let ports = |of: fn(&Ports) -> u64| self.ports.iter().map(of).sum();
-        let (overflow, evicted) = (
-            ports(|ports| ports.rows.overflow),
-            ports(|ports| ports.rows.evicted),
-        );
-        let cross = &self.cross.rows;
-        [
-            ("country_port", cross.overflow, cross.evicted),
-            ("port", overflow, evicted),
-        ]
+    /// Over all directions: connections counted in `other` because all rows of
+    /// their dimension were taken, and rows that ended.
+    pub(super) fn port_losses(&self) -> (u64, u64) {
+        let sum = |of: fn(&Ports) -> u64| self.ports.iter().map(of).sum();
+        (
+            sum(|ports| ports.rows.overflow),
+            sum(|ports| ports.rows.evicted),
+        )
     }
 }

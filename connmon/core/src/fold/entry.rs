@@ -1,5 +1,6 @@
 //! One connection of the table, in 64 bytes.
 
+use bitflags::bitflags;
 use connmon_common::state::SYN_SENT;
 
 use super::dimension::NO_ROW;
@@ -26,62 +27,36 @@ pub(super) fn is_walk_identity(identity: Cookie) -> bool {
 /// The low 48 bits of a byte counter.
 const LOW_48: u64 = (1 << 48) - 1;
 
-/// Facts about an entry, one bit each; its direction in bits 10 and 11, its
-/// TCP state in bits 12 to 15.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(super) struct Flags(u16);
-
-impl Flags {
-    /// Its cookie comes from a row. If several sockets have its endpoints, the
-    /// cookie may be that of another one, until an event names it.
-    pub(super) const ROW_COOKIE: Self = Self(1);
-    /// Its open was seen: its start time is known, and its bytes began at 0.
-    pub(super) const OPENED: Self = Self(1 << 1);
-    /// [`Entry::baseline`] is valid.
-    pub(super) const BASELINE: Self = Self(1 << 2);
-    /// A round-trip time was observed.
-    pub(super) const RTT: Self = Self(1 << 3);
-    /// The epoch was set by an event, not by a row alone.
-    pub(super) const BY_EVENT: Self = Self(1 << 4);
-    /// Absent from the last complete audit.
-    pub(super) const MISSED: Self = Self(1 << 5);
-    /// Its accept was observed.
-    pub(super) const ACCEPTED: Self = Self(1 << 6);
-    /// Its direction and port are not known until a walk has read the
-    /// listening sockets of its namespace.
-    pub(super) const UNDECIDED: Self = Self(1 << 7);
-    /// In use.
-    pub(super) const USED: Self = Self(1 << 8);
-    /// A socket with the same endpoints was opened later: probably the close
-    /// of this one was missed, so it is the last to which a row is matched.
-    /// Not certain, since in VRFs and on bound devices several sockets can
-    /// have the same endpoints.
-    pub(super) const REOPENED: Self = Self(1 << 9);
-
-    pub(super) fn has(self, flag: Self) -> bool {
-        self.0 & flag.0 != 0
-    }
-
-    pub(super) fn set(&mut self, flag: Self) {
-        self.0 |= flag.0;
-    }
-
-    pub(super) fn clear(&mut self, flag: Self) {
-        self.0 &= !flag.0;
-    }
-
-    fn exchange(&mut self, other: &mut Self, mask: Self) {
-        let differing = (self.0 ^ other.0) & mask.0;
-        self.0 ^= differing;
-        other.0 ^= differing;
-    }
-}
-
-impl std::ops::BitOr for Flags {
-    type Output = Self;
-
-    fn bitor(self, other: Self) -> Self {
-        Self(self.0 | other.0)
+bitflags! {
+    /// Facts about an entry; also its direction in bits 10 and 11, its TCP
+    /// state in bits 12 to 15.
+    #[derive(Clone, Copy, Debug)]
+    pub(super) struct Flags: u16 {
+        /// Its cookie comes from a row. If several sockets have its endpoints, the
+        /// cookie may be that of another one, until an event names it.
+        const ROW_COOKIE = 1;
+        /// Its open was seen: its start time is known, and its bytes began at 0.
+        const OPENED = 1 << 1;
+        /// [`Entry::baseline`] is valid.
+        const BASELINE = 1 << 2;
+        /// A round-trip time was observed.
+        const RTT = 1 << 3;
+        /// The epoch was set by an event, not by a row alone.
+        const BY_EVENT = 1 << 4;
+        /// Absent from the last complete audit.
+        const MISSED = 1 << 5;
+        /// Its accept was observed.
+        const ACCEPTED = 1 << 6;
+        /// Its direction and port are not known until a walk has read the
+        /// listening sockets of its namespace.
+        const UNDECIDED = 1 << 7;
+        /// In use.
+        const USED = 1 << 8;
+        /// A socket with the same endpoints was opened later: probably the close
+        /// of this one was missed, so it is the last to which a row is matched.
+        /// Not certain, since in VRFs and on bound devices several sockets can
+        /// have the same endpoints.
+        const REOPENED = 1 << 9;
     }
 }
 
@@ -168,7 +143,7 @@ impl Entry {
         },
         port: 0,
         cross: NO_ROW,
-        flags: Flags(0),
+        flags: Flags::empty(),
         country: Country::UNKNOWN,
         epoch: 0,
     };
@@ -193,7 +168,7 @@ impl Entry {
         let known = self.cookie() != 0 || inode_known && is_walk_identity(identity);
         if identity != 0 && !known {
             self.identity = identity;
-            self.flags.set(Flags::ROW_COOKIE);
+            self.flags.insert(Flags::ROW_COOKIE);
         }
     }
 
@@ -223,16 +198,18 @@ impl Entry {
     /// the row's byte counters were this one's too.
     pub(super) fn exchange_cookies(&mut self, other: &mut Self) {
         std::mem::swap(&mut self.identity, &mut other.identity);
-        other.flags.set(Flags::ROW_COOKIE);
+        other.flags.insert(Flags::ROW_COOKIE);
         if other.id == 0 {
             std::mem::swap(&mut self.baseline, &mut other.baseline);
             let counted = Flags::BASELINE | Flags::RTT;
-            self.flags.exchange(&mut other.flags, counted);
+            let differing = (self.flags ^ other.flags) & counted;
+            self.flags ^= differing;
+            other.flags ^= differing;
         }
     }
 
     pub(super) fn direction(&self) -> Direction {
-        match self.flags.0 >> 10 & 3 {
+        match self.flags.bits() >> 10 & 3 {
             0 => Direction::Inbound,
             1 => Direction::Outbound,
             _ => Direction::Unknown,
@@ -240,15 +217,17 @@ impl Entry {
     }
 
     pub(super) fn set_direction(&mut self, direction: Direction) {
-        self.flags.0 = self.flags.0 & !(3 << 10) | u16::from(direction as u8) << 10;
+        let rest = self.flags.bits() & !(3 << 10);
+        self.flags = Flags::from_bits_retain(rest | u16::from(direction as u8) << 10);
     }
 
     pub(super) fn state(&self) -> u8 {
-        (self.flags.0 >> 12) as u8
+        (self.flags.bits() >> 12) as u8
     }
 
     pub(super) fn set_state(&mut self, state: u8) {
-        self.flags.0 = self.flags.0 & 0x0fff | u16::from(state) << 12;
+        let rest = self.flags.bits() & 0x0fff;
+        self.flags = Flags::from_bits_retain(rest | u16::from(state) << 12);
     }
 }
 

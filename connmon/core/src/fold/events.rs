@@ -27,12 +27,19 @@ pub fn country_of(tuple: &Tuple, geo: &mut impl Locate) -> Country {
     }
 }
 
+/// The entry of an event's socket.
+enum Own {
+    None,
+    Pending(Slot),
+    Open(Slot),
+}
+
 impl Fold {
     /// Folds one event. `now_ns` is CLOCK_MONOTONIC at the time of folding;
     /// durations use the event's own times.
     pub fn apply(&mut self, now_ns: u64, event: &Event, geo: &mut impl Locate) {
         self.counters.now_ns = now_ns;
-        self.folded += 1;
+        self.totals.folded += 1;
         match *event {
             Event::Connect {
                 socket,
@@ -108,7 +115,7 @@ impl Fold {
         }
         let key = self.table.hasher().remote_key(tuple, socket.netns);
         let Some(slot) = self.table.insert_pending(socket.id, key) else {
-            self.pending_overflow += 1;
+            self.totals.pending_overflow += 1;
             return;
         };
         let entry = self.table.entry_mut(slot);
@@ -140,13 +147,10 @@ impl Fold {
         geo: &mut impl Locate,
     ) {
         let accepted = self.early_accepts.take(socket.id);
-        let pending = self.table.find_id(socket.id).filter(|&slot| {
-            let own = self.is_own_pending(slot, &socket, tuple);
-            if !own {
-                self.close_missed(slot, at_ns);
-            }
-            own
-        });
+        let pending = match self.find_own(&socket, tuple, None, at_ns) {
+            Own::Pending(slot) => Some(slot),
+            _ => None,
+        };
         if self.filter.hides(tuple).is_some() {
             if let Some(slot) = pending {
                 self.table.remove(slot);
@@ -175,17 +179,17 @@ impl Fold {
         } else if let Some(slot) = self.table.insert(socket.id, key) {
             slot
         } else {
-            self.table_overflow += 1;
-            self.untracked += 1;
+            self.totals.table_overflow += 1;
+            self.totals.untracked += 1;
             return;
         };
         let entry = self.table.entry_mut(slot);
-        entry.flags.set(Flags::OPENED | Flags::BASELINE);
+        entry.flags.insert(Flags::OPENED | Flags::BASELINE);
         if direction == Direction::Outbound {
             entry.baseline.advance_sent(SYN_BYTES);
         }
         if early {
-            entry.flags.set(Flags::ACCEPTED);
+            entry.flags.insert(Flags::ACCEPTED);
         }
         if socket.cookie != 0 {
             entry.identity = socket.cookie;
@@ -195,21 +199,29 @@ impl Fold {
         self.touch(slot);
     }
 
-    /// Whether `slot` is the pending active open that this socket completes,
-    /// from SYN_SENT or, in a simultaneous open, through SYN_RECV.
-    fn is_own_pending(&self, slot: Slot, socket: &Socket, tuple: &Tuple) -> bool {
+    /// The entry of a socket, by its kernel address; closes another's entry
+    /// with that address. With a `key` it may be that of an open connection.
+    fn find_own(&mut self, socket: &Socket, tuple: &Tuple, key: Option<&Key>, at_ns: u64) -> Own {
+        let Some(slot) = self.table.find_id(socket.id) else {
+            return Own::None;
+        };
         let entry = self.table.entry(slot);
-        let remote = self.table.hasher().remote_key(tuple, socket.netns);
-        entry.is_pending() && entry.key.matches(&remote) && !entry.contradicts(socket.cookie)
-    }
-
-    /// Whether `slot`, which has this socket's kernel address, is its entry. A
-    /// cookie from a row may be that of another socket with the same endpoints;
-    /// [`Fold::learn`] corrects it.
-    fn is_own(&self, slot: Slot, socket: &Socket, key: &Key) -> bool {
-        let entry = self.table.entry(slot);
-        let same_cookie = !entry.contradicts(socket.cookie) || entry.flags.has(Flags::ROW_COOKIE);
-        entry.key.matches(key) && same_cookie
+        let same_cookie = !entry.contradicts(socket.cookie);
+        if entry.is_pending() {
+            let remote = self.table.hasher().remote_key(tuple, socket.netns);
+            if same_cookie && entry.key.matches(&remote) {
+                return Own::Pending(slot);
+            }
+        } else if let Some(key) = key
+            // A row may have given it the cookie of another socket with the
+            // same endpoints; `learn` corrects that.
+            && (same_cookie || entry.flags.contains(Flags::ROW_COOKIE))
+            && entry.key.matches(key)
+        {
+            return Own::Open(slot);
+        }
+        self.close_missed(slot, at_ns);
+        Own::None
     }
 
     /// Counts an entry under these labels; it is open from now on, in `state`.
@@ -217,33 +229,28 @@ impl Fold {
         let entry = self.table.entry_mut(slot);
         labels.store(entry);
         entry.set_state(state);
-        self.open += 1;
-        self.counters.attach(labels);
-        if state == ESTABLISHED {
-            self.counters.entered_established(labels);
-        }
+        self.totals.tracked += 1;
+        self.counters.attach(labels, state == ESTABLISHED);
     }
 
     /// A connection moved between open states.
     fn change(&mut self, socket: Socket, tuple: &Tuple, old: u8, new: u8, geo: &mut impl Locate) {
         let key = self.table.hasher().key(tuple, socket.netns);
         let mut direction = Direction::Unknown;
-        if let Some(slot) = self.table.find_id(socket.id) {
-            if self.table.entry(slot).is_pending() {
-                // Its open was lost, but it was an active one.
-                if self.is_own_pending(slot, &socket, tuple) {
-                    direction = Direction::Outbound;
-                }
-                self.table.remove(slot);
-            } else if self.is_own(slot, &socket, &key) {
+        match self.find_own(&socket, tuple, Some(&key), self.counters.now_ns) {
+            Own::Open(slot) => {
                 if is_open_state(new) {
                     self.set_state(slot, new);
                 }
                 self.learn(slot, &socket);
                 return;
-            } else {
-                self.close_missed(slot, self.counters.now_ns);
             }
+            Own::Pending(slot) => {
+                // Its open was lost, but it was an active one.
+                direction = Direction::Outbound;
+                self.table.remove(slot);
+            }
+            Own::None => {}
         }
         if self.filter.hides(tuple).is_some() || !is_open_state(old) || !is_open_state(new) {
             return;
@@ -252,7 +259,7 @@ impl Fold {
             self.table.rebind_id(slot, socket.id);
             self.set_state(slot, new);
             self.learn(slot, &socket);
-        } else if self.untracked == 0 {
+        } else if self.totals.untracked == 0 {
             let seed = !self.started;
             self.add_live(socket, tuple, direction, new, seed, geo);
         }
@@ -279,15 +286,15 @@ impl Fold {
             let port = tuple.remote_port;
             self.counters.labels(country, direction, port)
         } else if seed {
-            self.table.entry_mut(slot).flags.set(Flags::UNDECIDED);
+            self.table.entry_mut(slot).flags.insert(Flags::UNDECIDED);
             Labels::without_direction(country)
         } else {
             self.counters.labels(country, direction, 0)
         };
         if seed {
-            self.corrections.seeded += 1;
+            self.totals.corrections.seeded += 1;
         } else {
-            self.corrections.added += 1;
+            self.totals.corrections.added += 1;
         }
         self.track(slot, labels, state);
         self.learn(slot, &socket);
@@ -302,8 +309,8 @@ impl Fold {
         let direction = Direction::Unknown;
         match self.add_live(socket, tuple, direction, ESTABLISHED, true, geo) {
             // The kernel's counters begin here.
-            Some(slot) => self.table.entry_mut(slot).flags.set(Flags::BASELINE),
-            None => self.untracked += 1,
+            Some(slot) => self.table.entry_mut(slot).flags.insert(Flags::BASELINE),
+            None => self.totals.untracked += 1,
         }
     }
 
@@ -322,25 +329,21 @@ impl Fold {
     ) -> bool {
         self.early_accepts.take(socket.id);
         let handshake = matches!(old, SYN_SENT | SYN_RECV);
-        let mut key = None;
-        if let Some(slot) = self.table.find_id(socket.id) {
-            if self.table.entry(slot).is_pending() {
-                let own = self.is_own_pending(slot, &socket, tuple);
+        let key = self.table.hasher().key(tuple, socket.netns);
+        match self.find_own(&socket, tuple, Some(&key).filter(|_| !handshake), at_ns) {
+            Own::Open(slot) => {
+                self.learn(slot, &socket);
+                self.close_entry(slot, at_ns, traffic, true);
+                return false;
+            }
+            Own::Pending(slot) => {
                 self.table.remove(slot);
-                if handshake && own {
+                if handshake {
                     return true;
                 }
                 // Its open was lost, or its close and the address is reused.
-            } else {
-                let own = self.table.hasher().key(tuple, socket.netns);
-                if !handshake && self.is_own(slot, &socket, &own) {
-                    self.learn(slot, &socket);
-                    self.close_entry(slot, at_ns, traffic, true);
-                    return false;
-                }
-                self.close_missed(slot, at_ns);
-                key = Some(own);
             }
+            Own::None => {}
         }
         if old == SYN_RECV || self.filter.hides(tuple).is_some() {
             return false;
@@ -349,14 +352,13 @@ impl Fold {
             // Its connect came before the probes were attached, or had no entry.
             return true;
         }
-        let key = key.unwrap_or_else(|| self.table.hasher().key(tuple, socket.netns));
         if let Some(slot) = self.table.find_unnamed(&key, socket.cookie, old) {
             self.learn(slot, &socket);
             self.close_entry(slot, at_ns, traffic, true);
         } else {
             self.tombstones
                 .close(self.table.hasher(), key, socket.cookie, at_ns);
-            self.untracked = self.untracked.saturating_sub(1);
+            self.totals.untracked = self.totals.untracked.saturating_sub(1);
         }
         false
     }
@@ -368,11 +370,11 @@ impl Fold {
             return;
         };
         let entry = self.table.entry_mut(slot);
-        let waits = entry.flags.has(Flags::OPENED)
-            && !entry.flags.has(Flags::ACCEPTED)
+        let waits = entry.flags.contains(Flags::OPENED)
+            && !entry.flags.contains(Flags::ACCEPTED)
             && entry.direction() == Direction::Inbound;
         if waits {
-            entry.flags.set(Flags::ACCEPTED);
+            entry.flags.insert(Flags::ACCEPTED);
             let wait = at_ns.saturating_sub(entry.since_ns);
             self.counters.accepted_after(Labels::of(entry), wait);
         }
@@ -401,40 +403,35 @@ impl Fold {
         }
         let entry = self.table.entry(slot);
         let labels = Labels::of(entry);
-        if seen && entry.flags.has(Flags::OPENED) {
+        if seen && entry.flags.contains(Flags::OPENED) {
             let duration = at_ns.saturating_sub(entry.since_ns);
             self.counters.duration[labels.direction as usize].observe(duration);
         }
-        self.counters.closed(labels);
         self.tombstones
             .close(self.table.hasher(), entry.key, entry.cookie(), at_ns);
-        self.untrack(slot);
+        self.untrack(slot, true);
     }
 
     /// Removes an open entry from the gauges and the table.
-    pub(super) fn untrack(&mut self, slot: Slot) {
+    pub(super) fn untrack(&mut self, slot: Slot, closed: bool) {
         let entry = self.table.entry(slot);
-        let labels = Labels::of(entry);
-        if entry.state() == ESTABLISHED {
-            self.counters.left_established(labels);
-        }
-        self.counters.detach(labels);
-        self.open -= 1;
+        let established = entry.state() == ESTABLISHED;
+        self.counters.detach(Labels::of(entry), established, closed);
+        self.totals.tracked -= 1;
         self.table.remove(slot);
     }
 
     /// Sets the state of an entry; true if that is into or out of ESTABLISHED.
     pub(super) fn set_state(&mut self, slot: Slot, state: u8) -> bool {
         let entry = self.table.entry_mut(slot);
-        let before = entry.state();
+        let before = entry.state() == ESTABLISHED;
         entry.set_state(state);
-        let labels = Labels::of(entry);
-        match (before == ESTABLISHED, state == ESTABLISHED) {
-            (true, false) => self.counters.left_established(labels),
-            (false, true) => self.counters.entered_established(labels),
-            _ => return false,
+        let established = state == ESTABLISHED;
+        if before != established {
+            let labels = Labels::of(entry);
+            self.counters.set_established(labels, established);
         }
-        true
+        before != established
     }
 
     /// Marks an entry as changed by an event, so that rows read before are
@@ -443,8 +440,8 @@ impl Fold {
         let epoch = self.epoch;
         let entry = self.table.entry_mut(slot);
         entry.epoch = epoch;
-        entry.flags.set(Flags::BY_EVENT);
-        entry.flags.clear(Flags::MISSED);
+        entry.flags.insert(Flags::BY_EVENT);
+        entry.flags.remove(Flags::MISSED);
     }
 
     /// Takes from an event what the entry lacks.

@@ -11,6 +11,7 @@ use super::Fold;
 use super::counters::Labels;
 use super::entry::Flags;
 use super::events::{country_of, is_open_state};
+use super::filter::Hidden;
 use super::key::Key;
 use super::snapshot::{AUDITED_STATES, Direction};
 use super::table::Slot;
@@ -32,7 +33,10 @@ impl Fold {
         }
         if let Some(hidden) = self.filter.hides(&row.tuple) {
             if progress.counts_rows() && row.state == ESTABLISHED {
-                progress.counts.count_hidden(hidden);
+                match hidden {
+                    Hidden::Loopback => progress.counts.hidden_loopback += 1,
+                    Hidden::Excluded => progress.counts.hidden_excluded += 1,
+                }
             }
             return;
         }
@@ -48,7 +52,7 @@ impl Fold {
             && progress.counts_rows()
         {
             let entry = self.table.entry(slot);
-            if !entry.flags.has(Flags::UNDECIDED) {
+            if !entry.flags.contains(Flags::UNDECIDED) {
                 self.counters.count_close_wait(Labels::of(entry));
             }
         }
@@ -98,7 +102,7 @@ impl Fold {
                     return None;
                 }
                 entry.epoch = self.epoch;
-                entry.flags.clear(Flags::BY_EVENT | Flags::MISSED);
+                entry.flags.remove(Flags::BY_EVENT | Flags::MISSED);
                 Some(slot)
             }
             _ if verdict != Verdict::Open || !progress.audits() => None,
@@ -119,11 +123,11 @@ impl Fold {
         self.table.learn_id(slot, row.id);
         let entry = self.table.entry_mut(slot);
         let seen = entry.epoch == epoch;
-        let newer = seen && entry.flags.has(Flags::BY_EVENT);
+        let newer = seen && entry.flags.contains(Flags::BY_EVENT);
         entry.learn_identity(progress.identity(row));
-        entry.flags.clear(Flags::MISSED | Flags::REOPENED);
+        entry.flags.remove(Flags::MISSED | Flags::REOPENED);
         // What this walk added waits already.
-        if entry.flags.has(Flags::UNDECIDED)
+        if entry.flags.contains(Flags::UNDECIDED)
             && progress.audits()
             && (!seen || newer)
             && progress.undecided.len() < UNDECIDED_MAX
@@ -134,14 +138,14 @@ impl Fold {
             return;
         }
         entry.epoch = epoch;
-        entry.flags.clear(Flags::BY_EVENT);
+        entry.flags.remove(Flags::BY_EVENT);
         if progress.audits() && self.set_state(slot, row.state) && !self.config.polling {
-            self.corrections.updated += 1;
+            self.totals.corrections.updated += 1;
             progress.drift += 1;
         }
         let entry = self.table.entry(slot);
         // Else its close has all that moved.
-        let own = alone || row.id != 0 || !entry.flags.has(Flags::ROW_COOKIE) || entry.id == 0;
+        let own = alone || row.id != 0 || !entry.flags.contains(Flags::ROW_COOKIE) || entry.id == 0;
         if let Some(traffic) = row.traffic.as_ref().filter(|_| own) {
             self.sample_traffic(slot, row.state, traffic);
         }
@@ -165,7 +169,7 @@ impl Fold {
             if progress.counts_rows() {
                 progress.untracked += 1;
                 if opened && !progress.is_untracked() {
-                    self.table_overflow += 1;
+                    self.totals.table_overflow += 1;
                     let country = country_of(&row.tuple, geo);
                     let labels = self.row_labels(progress, &row.tuple, country);
                     self.counters.opened(labels);
@@ -177,27 +181,25 @@ impl Fold {
         let entry = self.table.entry_mut(slot);
         entry.learn_identity(progress.identity(row));
         entry.epoch = self.epoch;
-        entry.flags.set(Flags::UNDECIDED);
+        entry.flags.insert(Flags::UNDECIDED);
         let labels = Labels::without_direction(country_of(&row.tuple, geo));
         self.track(slot, labels, row.state);
-        let Tuple {
-            local, local_port, ..
-        } = row.tuple;
-        let certain = opened || progress.listening.accepts(local, local_port);
+        let (local, port) = (row.tuple.local, row.tuple.local_port);
+        let certain = opened || progress.listening.accepts(local, port);
         if certain || progress.undecided.len() >= UNDECIDED_MAX {
             self.decide(progress, slot, &row.tuple);
         } else {
             progress.undecided.push((slot, row.tuple));
         }
         if progress.seeding {
-            self.corrections.seeded += 1;
+            self.totals.corrections.seeded += 1;
         } else if opened && !progress.is_untracked() {
             let labels = Labels::of(self.table.entry(slot));
             self.counters.opened(labels);
         } else {
-            self.corrections.added += 1;
-            if self.untracked > 0 {
-                self.untracked -= 1;
+            self.totals.corrections.added += 1;
+            if self.totals.untracked > 0 {
+                self.totals.untracked -= 1;
             } else {
                 progress.drift += u64::from(!opened);
             }
@@ -223,14 +225,11 @@ impl Fold {
         let before = Labels::of(self.table.entry(slot));
         let labels = self.row_labels(progress, tuple, before.country);
         let entry = self.table.entry_mut(slot);
-        entry.flags.clear(Flags::UNDECIDED);
+        entry.flags.remove(Flags::UNDECIDED);
         labels.store(entry);
-        self.counters.attach(labels);
-        if entry.state() == ESTABLISHED {
-            self.counters.left_established(before);
-            self.counters.entered_established(labels);
-        }
-        self.counters.detach(before);
+        let established = entry.state() == ESTABLISHED;
+        self.counters.attach(labels, established);
+        self.counters.detach(before, established, false);
     }
 
     /// All LISTEN rows of a namespace are merged: decides the entries that
@@ -240,8 +239,8 @@ impl Fold {
             let entry = self.table.entry(slot);
             // Meanwhile the slot may have become that of another connection.
             let key = self.table.hasher().key(&tuple, progress.key_netns());
-            let same = entry.flags.has(Flags::USED) && entry.key.matches(&key);
-            if same && entry.flags.has(Flags::UNDECIDED) {
+            let same = entry.flags.contains(Flags::USED) && entry.key.matches(&key);
+            if same && entry.flags.contains(Flags::UNDECIDED) {
                 self.decide(progress, slot, &tuple);
                 let entry = self.table.entry(slot);
                 if progress.audits() && entry.state() == CLOSE_WAIT {

@@ -39,6 +39,7 @@ use absences::Absences;
 use accepts::EarlyAccepts;
 use counters::Counters;
 use listeners::Listeners;
+use ports::Ports;
 use table::Table;
 use tombstones::Tombstones;
 use walk::{AuditCounts, Progress};
@@ -129,8 +130,13 @@ pub struct Fold {
     started: bool,
     /// Events were lost since the last audit began.
     lost: bool,
-    /// Open tracked connections.
-    open: u64,
+    totals: Totals,
+}
+
+/// Counts without labels; for their meaning see [`Snapshot`].
+#[derive(Debug, Default)]
+struct Totals {
+    tracked: u64,
     untracked: u64,
     table_overflow: u64,
     pending_overflow: u64,
@@ -159,72 +165,60 @@ impl Fold {
             epoch: 1,
             started: false,
             lost: false,
-            open: 0,
-            untracked: 0,
-            table_overflow: 0,
-            pending_overflow: 0,
-            folded: 0,
-            unattributed: 0,
-            corrections: Corrections::default(),
-            drift: None,
-            drift_suspected: None,
-            unlisted_namespaces: 0,
-            audited: AuditCounts::default(),
+            totals: Totals::default(),
             config,
         }
     }
 
-    /// Programs failed to deliver events (ring full, missed run), which count
-    /// as unattributed. After the next walk, entries of namespaces that it
-    /// could not read are evicted.
+    /// Events were lost (ring full, missed run); they count as unattributed. The
+    /// next walk evicts entries of namespaces that it cannot read.
     pub fn lost(&mut self, events: u64) {
         self.lost = true;
         self.absences.lost();
-        self.unattributed += events;
+        self.totals.unattributed += events;
     }
 
     /// What is known of the connections that the last audit removed although
-    /// no loss was reported. `None` if there were none, after the first call,
-    /// or if a loss was reported since.
+    /// no loss was reported; once.
     pub fn take_unexplained(&mut self) -> Option<Unexplained> {
         self.absences.take()
     }
 
-    /// If above 0, another audit is due soon: entries that the next audit will
-    /// remove if it does not find them either, and closes that were forgotten
-    /// because too many came during the walk.
+    /// Entries that the next audit will remove if it does not find them either,
+    /// and forgotten closes: with any, the next audit is due soon.
     pub fn suspects(&self) -> u64 {
-        self.drift_suspected.unwrap_or(0) + self.tombstones.forgotten()
+        self.totals.drift_suspected.unwrap_or(0) + self.tombstones.forgotten()
     }
 
-    /// Network namespaces with connections known from events that the last
-    /// audit could not find: only sockets refer to them.
+    /// Network namespaces that the last audit could not find, although events
+    /// reported connections there: only sockets refer to them.
     pub fn unlisted_namespaces(&self) -> u32 {
-        self.unlisted_namespaces
+        self.totals.unlisted_namespaces
     }
 
     /// Active opens without an entry, because too many were pending or the
-    /// table was full; the latency of those that completed was not observed.
+    /// table was full; their latency is not observed.
     pub fn pending_overflow(&self) -> u64 {
-        self.pending_overflow
+        self.totals.pending_overflow
     }
 
     /// What audits corrected since start.
     pub fn corrections(&self) -> Corrections {
-        self.corrections
+        self.totals.corrections
     }
 
     /// Copies what is exported.
     pub fn snapshot(&self) -> Snapshot {
         let (counters, listeners) = (&self.counters, &self.listeners);
-        let [cross, port] = counters.series_losses();
+        let cross = &counters.cross.rows;
+        let (port_overflow, port_evicted) = counters.port_losses();
         Snapshot {
             countries: countries::snapshot(&counters.countries),
-            ports: counters.port_rows(),
+            ports: counters.ports.iter().flat_map(Ports::snapshot).collect(),
             cross_enabled: counters.cross.enabled,
             cross: counters.cross_rows(),
             established: counters.established,
-            audited_states: self.audited.states,
+            audited_states: self.totals.audited.states,
             connect_latency: counters.connect_latency.snapshot(),
             accept_wait: counters.accept_wait.snapshot(),
             rtt: counters.rtt.each_ref().map(histogram::Buckets::snapshot),
@@ -233,23 +227,23 @@ impl Fold {
                 .each_ref()
                 .map(histogram::Buckets::snapshot),
             listeners: listeners.snapshot(),
-            tracked: self.open,
-            untracked: self.untracked,
-            table_overflow: self.table_overflow,
+            tracked: self.totals.tracked,
+            untracked: self.totals.untracked,
+            table_overflow: self.totals.table_overflow,
             tombstone_overflow: self.tombstones.overflow,
             series_overflow: vec![
-                (cross.0, cross.1),
+                ("country_port", cross.overflow),
                 ("listener", listeners.overflow),
-                (port.0, port.1),
+                ("port", port_overflow),
             ],
-            series_evicted: vec![(cross.0, cross.2), (port.0, port.2)],
-            folded: self.folded,
-            unattributed: self.unattributed,
-            corrections: self.corrections,
-            drift: self.drift,
-            drift_suspected: self.drift_suspected,
-            hidden_loopback: self.audited.hidden_loopback,
-            hidden_excluded: self.audited.hidden_excluded,
+            series_evicted: vec![("country_port", cross.evicted), ("port", port_evicted)],
+            folded: self.totals.folded,
+            unattributed: self.totals.unattributed,
+            corrections: self.totals.corrections,
+            drift: self.totals.drift,
+            drift_suspected: self.totals.drift_suspected,
+            hidden_loopback: self.totals.audited.hidden_loopback,
+            hidden_excluded: self.totals.audited.hidden_excluded,
             traffic_known: self.config.traffic,
             accept_known: self.config.accepts,
         }

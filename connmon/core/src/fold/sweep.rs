@@ -28,7 +28,7 @@ impl Fold {
         let end = self.table.end();
         let last = first.saturating_add(SLICE).min(end);
         for slot in first..last {
-            if self.table.entry(slot).flags.has(Flags::USED) {
+            if self.table.entry(slot).flags.contains(Flags::USED) {
                 self.sweep_entry(&mut progress, slot);
             }
         }
@@ -44,11 +44,11 @@ impl Fold {
         if progress.audit {
             let table = &self.table;
             self.absences.audit_ends(progress.all_complete, |slot| {
-                table.entry(slot).flags.has(Flags::MISSED)
+                table.entry(slot).flags.contains(Flags::MISSED)
             });
-            self.drift = Some(progress.drift);
-            self.drift_suspected = Some(progress.suspects);
-            self.unlisted_namespaces = progress.unlisted.len() as u32;
+            self.totals.drift = Some(progress.drift);
+            self.totals.drift_suspected = Some(progress.suspects);
+            self.totals.unlisted_namespaces = progress.unlisted.len() as u32;
         }
         false
     }
@@ -67,7 +67,7 @@ impl Fold {
         if entry.epoch == self.epoch {
             return;
         }
-        let missed = entry.flags.has(Flags::MISSED);
+        let missed = entry.flags.contains(Flags::MISSED);
         if !missed {
             self.absences.missed(slot, entry);
         }
@@ -78,7 +78,7 @@ impl Fold {
         let gone = match coverage {
             Coverage::Complete if polling || missed => true,
             Coverage::Complete => {
-                entry.flags.set(Flags::MISSED);
+                entry.flags.insert(Flags::MISSED);
                 progress.suspects += 1;
                 false
             }
@@ -95,10 +95,10 @@ impl Fold {
         } else if polling {
             self.close_entry(slot, now_ns, None, false);
         } else {
-            self.corrections.removed += 1;
+            self.totals.corrections.removed += 1;
             progress.drift += 1;
             self.absences.removed(now_ns, slot, self.table.entry(slot));
-            self.untrack(slot);
+            self.untrack(slot, false);
         }
     }
 }

@@ -129,9 +129,9 @@ impl Table {
             let lasting = !is_walk_identity(identity);
             let matched = entry.epoch == epoch;
             // An entry newer than the row keeps its state.
-            let newer = matched && entry.flags.has(Flags::BY_EVENT);
+            let newer = matched && entry.flags.contains(Flags::BY_EVENT);
             let unlike_state = (lasting || !newer) && (entry.state() == ESTABLISHED) != established;
-            let reopened = entry.flags.has(Flags::REOPENED);
+            let reopened = entry.flags.contains(Flags::REOPENED);
             let (third, fourth) = if lasting {
                 (reopened, matched)
             } else {
@@ -167,7 +167,7 @@ impl Table {
         }
         let entry = &mut self.slab[slot];
         entry.identity = cookie;
-        entry.flags.clear(Flags::ROW_COOKIE);
+        entry.flags.remove(Flags::ROW_COOKIE);
     }
 
     /// The entry of a socket whose kernel address is unknown: one with its
@@ -194,7 +194,7 @@ impl Table {
         for &slot in self.by_key.iter_hash(self.hasher.hash_key(key)) {
             let entry = &mut self.slab[slot];
             if entry.key.matches(key) {
-                entry.flags.set(Flags::REOPENED);
+                entry.flags.insert(Flags::REOPENED);
             }
         }
     }
@@ -238,7 +238,7 @@ impl Table {
             self.free.extend((first..self.end()).rev());
         }
         let slot = self.free.pop()?;
-        self.slab[slot].flags.set(Flags::USED);
+        self.slab[slot].flags.insert(Flags::USED);
         if id != 0 {
             self.bind_id(slot, id);
         }
@@ -297,7 +297,7 @@ impl Table {
     pub(super) fn remove(&mut self, slot: Slot) {
         self.unbind_id(slot);
         let entry = &mut self.slab[slot];
-        debug_assert!(entry.flags.has(Flags::USED));
+        debug_assert!(entry.flags.contains(Flags::USED));
         if entry.is_pending() {
             self.pending -= 1;
         } else {

@@ -25,8 +25,9 @@ impl Fold {
             return;
         }
         let entry = self.table.entry_mut(slot);
-        let observed = entry.flags.has(Flags::RTT);
-        let moved = entry.flags.has(Flags::BASELINE) && self.count_traffic(slot, traffic, true);
+        let observed = entry.flags.contains(Flags::RTT);
+        let moved =
+            entry.flags.contains(Flags::BASELINE) && self.count_traffic(slot, traffic, true);
         if moved || !observed {
             self.observe_rtt(slot, traffic);
         }
@@ -39,8 +40,8 @@ impl Fold {
             return;
         }
         let entry = self.table.entry_mut(slot);
-        if !entry.flags.has(Flags::BASELINE) {
-            entry.flags.set(Flags::BASELINE);
+        if !entry.flags.contains(Flags::BASELINE) {
+            entry.flags.insert(Flags::BASELINE);
             entry.baseline.advance_received(traffic.received_bytes);
             entry.baseline.advance_sent(traffic.sent_bytes);
             entry
@@ -51,7 +52,7 @@ impl Fold {
         // In other states the kernel may count a FIN (kernel-notes §5).
         let received = matches!(state, ESTABLISHED | FIN_WAIT1 | FIN_WAIT2);
         if self.count_traffic(slot, traffic, received) && self.observe_rtt(slot, traffic) {
-            self.table.entry_mut(slot).flags.set(Flags::RTT);
+            self.table.entry_mut(slot).flags.insert(Flags::RTT);
         }
     }
 

@@ -1,23 +1,19 @@
 //! One pass over the kernel's socket tables, which corrects what the events
 //! reported.
 //!
-//! 1. A row is matched to an entry, else to a tombstone, else added
-//!    (kernel-notes §6). An entry takes the state of its row, unless an event
-//!    changed it since the walk began: `merge.rs`.
-//! 2. At the end, an entry goes if two complete audits in a row did not show
-//!    it and no event was seen meanwhile: `sweep.rs`.
-//!
-//! A row that comes before the LISTEN rows of its namespace waits for them to
-//! get its direction; see [`Listening`].
+//! A row is matched to an entry, else to a tombstone, else added (`merge.rs`,
+//! kernel-notes §6). An entry takes the state of its row, unless an event
+//! changed it since the walk began. At the end, an entry goes if two complete
+//! audits in a row did not show it and no event was seen meanwhile (`sweep.rs`).
 
 use std::collections::{HashMap, HashSet};
 
+use super::Fold;
 use super::direction::Listening;
 use super::entry::walk_identity;
 use super::ports::PortSet;
-use super::snapshot::AUDITED_STATES;
+use super::snapshot::{AUDITED_STATES, Direction};
 use super::table::Slot;
-use super::{Fold, Hidden};
 use crate::event::{Cookie, NetnsId, Tuple};
 use crate::geo::Locate;
 use crate::scan::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
@@ -32,7 +28,6 @@ pub(super) const NAMESPACES_MAX: usize = 1 << 16;
 /// How well a namespace was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Coverage {
-    /// A socket that was not shown is gone.
     Complete,
     /// A socket that was not shown may be there.
     Incomplete,
@@ -50,15 +45,6 @@ pub(super) struct AuditCounts {
     pub(super) hidden_excluded: u64,
 }
 
-impl AuditCounts {
-    pub(super) fn count_hidden(&mut self, hidden: Hidden) {
-        match hidden {
-            Hidden::Loopback => self.hidden_loopback += 1,
-            Hidden::Excluded => self.hidden_excluded += 1,
-        }
-    }
-}
-
 /// The walk in progress.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
@@ -66,10 +52,11 @@ pub(super) struct Progress {
     pub(super) audit: bool,
     /// The first walk: what it adds are seeds.
     pub(super) seeding: bool,
+    /// Events were lost before: evict entries of namespaces without coverage.
+    pub(super) evict: bool,
     /// The namespace being read, or a surrogate id for it.
     pub(super) netns: NetnsId,
     pub(super) surrogate: bool,
-    /// A namespace was read under a surrogate id.
     any_surrogate: bool,
     /// Number of the namespace being read, from 1.
     ordinal: u16,
@@ -80,38 +67,35 @@ pub(super) struct Progress {
     pub(super) ephemeral: (u16, u16),
     /// What listens in the namespace being read.
     pub(super) listening: Listening,
+    /// Polling: all LISTEN rows of the namespace have been read.
+    all_listeners: bool,
     /// Ports that listen in any namespace.
     pub(super) listening_anywhere: PortSet,
-    covered: HashMap<NetnsId, Coverage>,
     /// Entries that wait for the LISTEN rows of their namespace, with their
     /// endpoints. At most [`UNDECIDED_MAX`].
     pub(super) undecided: Vec<(Slot, Tuple)>,
     /// Polling: rows of new connections that wait for all LISTEN rows of the
     /// namespace. At most [`UNDECIDED_MAX`].
     pub(super) waiting: Vec<Row>,
-    /// All LISTEN rows of the namespace have been read.
-    all_listeners: bool,
-    /// Events were lost before: evict what is not covered.
-    pub(super) evict: bool,
-    pub(super) drift: u64,
+    covered: HashMap<NetnsId, Coverage>,
+    /// Every namespace was read to its end.
+    pub(super) all_complete: bool,
+    any_incomplete: bool,
+    /// A namespace that was not listed does not exist.
+    pub(super) listed: bool,
     pub(super) counts: AuditCounts,
+    pub(super) drift: u64,
+    /// Entries absent for the first time.
+    pub(super) suspects: u64,
     /// Rows for which the table was full.
     pub(super) untracked: u64,
     /// Untracked connections of the poll before that this one has not met.
     untracked_before: u64,
-    /// Entries absent for the first time.
-    pub(super) suspects: u64,
     /// Namespaces of entries that stay although they were not listed; at most
     /// [`NAMESPACES_MAX`].
     pub(super) unlisted: HashSet<NetnsId>,
     /// Next slot of the sweep, once all rows are merged.
     pub(super) sweep: Option<Slot>,
-    /// Every namespace was read to its end.
-    pub(super) all_complete: bool,
-    /// Some namespace was not.
-    any_incomplete: bool,
-    /// A namespace that was not listed does not exist.
-    pub(super) listed: bool,
 }
 
 impl Progress {
@@ -126,8 +110,8 @@ impl Progress {
         self.audits() && self.pass == 0
     }
 
-    /// The namespace for the keys of rows: 0, which matches any, under a
-    /// surrogate id, since events have another id for it.
+    /// The namespace for the keys of rows. Events have another id for a
+    /// surrogate, so that becomes 0, which matches any.
     pub(super) fn key_netns(&self) -> NetnsId {
         if self.surrogate { 0 } else { self.netns }
     }
@@ -140,9 +124,8 @@ impl Progress {
         }
     }
 
-    /// Polling: whether a LISTEN row that gives the direction of a new
-    /// connection may still follow: of a listener younger than the LISTEN rows
-    /// that were read first.
+    /// Polling: whether the LISTEN row that gives the direction of a new
+    /// connection may still follow.
     pub(super) fn waits_for_listeners(&self, row: &Row) -> bool {
         !self.all_listeners
             && self.waiting.len() < UNDECIDED_MAX
@@ -152,7 +135,7 @@ impl Progress {
     }
 
     /// Polling: whether an unknown row is taken for an untracked connection of
-    /// the poll before. They cannot be told apart, so only their number counts.
+    /// the poll before. Only the number of these is known.
     pub(super) fn is_untracked(&mut self) -> bool {
         let is = self.untracked_before > 0;
         self.untracked_before -= u64::from(is);
@@ -160,14 +143,12 @@ impl Progress {
     }
 
     pub(super) fn coverage(&self, netns: NetnsId) -> Coverage {
+        // Without its id it may be any namespace that was read.
+        let any = netns == 0 || self.any_surrogate;
         match self.covered.get(&netns) {
             Some(&coverage) => coverage,
-            // Its id is unknown, so it may be any namespace that was read.
-            None if netns == 0 || self.any_surrogate => match self.all_complete {
-                true => Coverage::Complete,
-                false if self.any_incomplete => Coverage::Incomplete,
-                false => Coverage::Unlisted,
-            },
+            None if any && self.all_complete => Coverage::Complete,
+            None if any && self.any_incomplete => Coverage::Incomplete,
             None => Coverage::Unlisted,
         }
     }
@@ -190,11 +171,11 @@ impl Progress {
 impl Fold {
     /// Folds one message of a walk.
     ///
-    /// The caller must pass in `Begin` before it reads a row from the kernel,
+    /// The caller must pass in `Begin` before a row is read from the kernel,
     /// else an event between the two would look older than the row. It must
-    /// drain the ring after it receives a message and before it passes it in,
-    /// else a row would be taken for a connection without an event. After `End`
-    /// it must call [`Fold::sweep`] until that returns false.
+    /// drain the ring between receiving a message and passing it in, else a row
+    /// would be taken for a connection without an event. After `End` it must
+    /// call [`Fold::sweep`] until that returns false.
     pub fn walk(&mut self, now_ns: u64, message: WalkMessage, geo: &mut impl Locate) {
         self.counters.now_ns = now_ns;
         if let WalkMessage::Begin(walk) = message {
@@ -278,7 +259,7 @@ impl Fold {
             audit: walk.audit,
             seeding: !self.started && (walk.audit || walk.trigger == Trigger::Startup),
             evict: walk.audit && std::mem::take(&mut self.lost),
-            untracked_before: self.untracked,
+            untracked_before: self.totals.untracked,
             all_complete: true,
             listed: true,
             ..Progress::default()
@@ -311,10 +292,11 @@ impl Fold {
         if progress.audits() {
             self.counters.end_close_wait(true);
             if progress.all_complete {
-                self.counters.set_listening(&progress.listening_anywhere);
+                let inbound = &mut self.counters.ports[Direction::Inbound as usize];
+                inbound.set_listening(&progress.listening_anywhere);
             }
-            self.audited = progress.counts;
-            self.untracked = progress.untracked;
+            self.totals.audited = progress.counts;
+            self.totals.untracked = progress.untracked;
         }
     }
 }

@@ -367,11 +367,12 @@ fn what_goes_without_a_known_loss_is_told_once() {
     bench.now += 60_000 * MS;
     bench.audit(vec![twin(2)]);
     let found = bench.fold.take_unexplained().unwrap();
-    let mut by_state = [[0; 3]; 16];
-    by_state[usize::from(ESTABLISHED)][Direction::Outbound as usize] = 1;
-    by_state[usize::from(FIN_WAIT1)][Direction::Outbound as usize] = 1;
-    by_state[usize::from(CLOSE_WAIT)][Direction::Unknown as usize] = 1;
-    assert_eq!(found.by_state, by_state);
+    let by_state = [
+        ((ESTABLISHED, Direction::Outbound), 1),
+        ((FIN_WAIT1, Direction::Outbound), 1),
+        ((CLOSE_WAIT, Direction::Unknown), 1),
+    ];
+    assert_eq!(found.by_state, by_state.into());
     let text = found.to_string();
     assert!(
         text.starts_with(
