@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn two_ephemeral_ports_tell_nothing() {
+    fn two_ephemeral_ports_give_no_direction() {
         use Direction::*;
         for (local, remote, range, expected) in [
             (40_000, 443, RANGE, Outbound),
@@ -168,7 +168,7 @@ mod tests {
             at("10.0.0.9:40000", client.0, client.1),
             Direction::Outbound
         );
-        // A wildcard of ours says nothing of another host.
+        // A wildcard here is not one of another host.
         assert_eq!(at("0.0.0.0:40000", client.0, client.1), Direction::Unknown);
     }
 

@@ -12,7 +12,7 @@ use crate::geo::Country;
 /// Set in a walk identity; no cookie is so large.
 const WALK_ONLY: u64 = 1 << 63;
 
-/// A substitute for the cookie of a row that has none: tells sockets with the
+/// A substitute for the cookie of a row that has none: distinguishes sockets with the
 /// same endpoints apart within one walk. `ordinal` is the number of the
 /// namespace in the walk, `inode` is 0 if no process holds the socket.
 pub(super) fn walk_identity(ordinal: u16, inode: u32) -> Cookie {

@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn closes_of_before_a_namespace_was_begun_make_room() {
+    fn closes_before_a_namespace_was_begun_are_dropped() {
         let hasher = Hasher::new(&[0; 16]);
         let mut tombstones = Tombstones::default();
         tombstones.start();
