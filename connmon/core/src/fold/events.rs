@@ -269,7 +269,6 @@ impl Fold {
     /// Adds a connection that is open already: a seed, which existed before
     /// the start or was restored, or one whose open was lost. A walk finds the
     /// direction of a seed.
-    #[expect(clippy::too_many_arguments, reason = "the event's own fields")]
     fn add_live(
         &mut self,
         socket: Socket,
