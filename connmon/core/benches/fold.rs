@@ -1,6 +1,6 @@
 //! Events folded per core, rows merged per core, and memory per connection.
 //!
-//! The streams are those of a busy server: half of the connections come in,
+//! The streams are those of a busy server: half of the connections are inbound,
 //! half go out, every remote address is new and is placed by the embedded
 //! database, and for each connection that opens the oldest one closes, so that
 //! the table stays at its size. Times are CPU times of the thread, since the
@@ -256,7 +256,7 @@ fn memory(_: &mut Criterion) {
     }
 }
 
-/// A startup walk by dumps: every row read twice, figures in the second pass.
+/// A startup walk by dumps: every row read twice, traffic in the second pass.
 fn merge(criterion: &mut Criterion) {
     let database = Arc::new(Database::embedded().expect("the embedded database opens"));
     let mut group = criterion.benchmark_group("fold/startup merge");
@@ -277,7 +277,7 @@ fn merge(criterion: &mut Criterion) {
                         spent += cpu_time() - start;
                     }
                     let start = cpu_time();
-                    while fold.settle(1) {}
+                    while fold.sweep(1) {}
                     spent += cpu_time() - start;
                     assert_eq!(fold.snapshot().corrections.seeded, live);
                 }
@@ -347,7 +347,7 @@ fn anonymous_bytes() -> i64 {
         .find_map(|line| line.strip_prefix("RssAnon:"));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
     kib.and_then(|kib| kib.trim().parse::<i64>().ok())
-        .expect("Linux says RssAnon in kB")
+        .expect("Linux reports RssAnon in kB")
         * 1_024
 }
 

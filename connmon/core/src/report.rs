@@ -1,40 +1,32 @@
-//! What a scrape, the page and the summary are rendered from: the fold's
-//! snapshot and the state of the agent, taken at one instant.
+//! What a scrape, the page and the summary show: the fold's snapshot and the
+//! state of the agent, taken at one instant.
 
 use std::sync::Arc;
 
 use crate::fold::Snapshot;
 use crate::probe::{Probe, Rung};
+use crate::text::label_values;
 
-/// One consistent answer.
+/// The state at one instant.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// The fold's part.
+    /// State of the fold.
     pub snapshot: Snapshot,
-    /// The agent's part.
+    /// State of the agent.
     pub status: Status,
 }
 
-/// The label `source`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
-    /// Kernel events.
-    Ebpf,
-    /// Polling /proc.
-    Proc,
-}
-
-impl Source {
-    /// Label value.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Ebpf => "ebpf",
-            Self::Proc => "proc",
-        }
+label_values! {
+    /// Label `source`.
+    Source: 2 {
+        /// Kernel events.
+        Ebpf = "ebpf",
+        /// Polling /proc.
+        Proc = "proc",
     }
 }
 
-/// Kernel-kept figures of one BPF program.
+/// The kernel's statistics of one BPF program.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ProgramStats {
     /// Program name.
@@ -71,9 +63,9 @@ pub struct Status {
     pub rungs: Vec<Rung>,
     /// `connmon_up`.
     pub up: bool,
-    /// Whether the first reconcile is folded (telemetry answers 503 before).
+    /// Whether the initial scan is folded; before, telemetry answers 503.
     pub ready: bool,
-    /// What readiness waits for, when not ready.
+    /// What readiness waits for, if not ready.
     pub waiting_for: Option<String>,
     /// Seconds since start of the agent.
     pub uptime_s: f64,
@@ -85,7 +77,7 @@ pub struct Status {
     pub dropped_ring_full: u64,
     /// Records that did not decode.
     pub dropped_undecodable: u64,
-    /// Per probe, only where the kernel tells.
+    /// Missed runs of each probe for which the kernel counts them.
     pub missed_runs: Vec<(Probe, u64)>,
     /// Runs by trigger: startup, interval, loss.
     pub reconcile_runs: [u64; 3],
@@ -95,11 +87,11 @@ pub struct Status {
     pub reconcile_interval_s: f64,
     /// Namespaces by access: diag, proc, unaudited.
     pub namespaces: [u64; 3],
-    /// Kernel's program statistics, empty unless kept.
+    /// Program statistics, empty unless the kernel keeps them.
     pub programs: Vec<ProgramStats>,
     /// Country database.
     pub database: DatabaseInfo,
-    /// Set by `cargo xtask run --demo` (CONNMON_DEMO=1): mark it everywhere.
+    /// Set by `cargo xtask run --demo` (CONNMON_DEMO=1) and shown everywhere.
     pub demo: bool,
 }
 
@@ -112,8 +104,8 @@ pub enum Unavailable {
     Gone,
 }
 
-/// Where reports come from. The agent's implementation asks the fold thread,
-/// which drains the ring first, and lets requests that wait share one answer.
+/// Makes reports. The agent's implementation asks the fold thread, which drains
+/// the ring first; requests that wait share one report.
 pub trait Reporter: Send + Sync + 'static {
     /// A report taken after this call.
     fn report(

@@ -1,16 +1,16 @@
-//! What a reader of the kernel's socket tables sends to the fold: rows, and
-//! which namespace and which scan they belong to.
+//! The messages of a walk over the kernel's socket tables: rows, and the
+//! namespace and walk that they belong to.
 
 use crate::event::{Cookie, NetnsId, Owner, SocketId, Traffic, Tuple};
 
 /// Why a walk happens (label `trigger`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Trigger {
-    /// The first merge.
+    /// The initial scan.
     Startup,
     /// The periodic audit.
     Interval,
-    /// A drop counter or a missed-run counter rose.
+    /// A counter of dropped events or missed runs rose.
     Loss,
 }
 
@@ -25,101 +25,94 @@ pub enum Access {
     Unaudited,
 }
 
-/// What a walk is for.
+/// The purpose of a walk.
 ///
 /// | `audit` | `traffic` | rows |
 /// |---|---|---|
 /// | true | either | every open state, SYN_SENT, SYN_RECV and LISTEN |
-/// | false | true | the open states and LISTEN: a traffic sample (LISTEN only from /proc, which has no figures) |
-/// | false | false | LISTEN only: goes on with the search for their owners |
+/// | false | true | the open states; LISTEN only from /proc, which has no [`Traffic`] |
+/// | false | false | LISTEN, to find more owners |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Walk {
     /// Trigger.
     pub trigger: Trigger,
-    /// Whether rows carry [`Traffic`] (INET_DIAG_INFO).
+    /// Rows carry [`Traffic`] (INET_DIAG_INFO).
     pub traffic: bool,
-    /// Whether absence from this walk counts (audits and polls; a pure
-    /// traffic sample does not).
+    /// Absence from this walk counts: audits and polls.
     pub audit: bool,
 }
 
-/// One socket of a kernel table. TIME_WAIT minisocks and CLOSE rows are
-/// already left out.
+/// One socket of a kernel table, except TIME_WAIT and CLOSE.
 ///
-/// SYN_RECV rows are mostly request sockets: half-open, no connection yet and
-/// unknown to the event stream. They come with audits only, to be counted for
-/// `connmon_state_connections{state="syn_recv"}` after the filters; they are
-/// never seeded, bound or added. (One that matches a live key is a child in
-/// a simultaneous or Fast Open and is present like any other row.)
+/// Most SYN_RECV rows are request sockets: half-open, not reported by events.
+/// They come with audits and are counted, but never added. One that matches an
+/// entry is a child in a simultaneous or Fast Open.
 ///
-/// A dump is not atomic: the same socket may come twice, and one may be
-/// missing although it is there (kernel-notes §6).
+/// A dump is not atomic: a socket may come twice or be missing (kernel-notes
+/// §6).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Row {
     /// TCP state, see [`connmon_common::state`].
     pub state: u8,
-    /// Endpoints, v4-mapped addresses unmapped; LISTEN rows have the
-    /// listener's address and port as local end.
+    /// Endpoints, IPv4-mapped addresses as IPv4. The local end of a LISTEN row
+    /// is the listener's.
     pub tuple: Tuple,
-    /// Address of the kernel's `struct sock` as in events, which a source tells
-    /// of full sockets; else 0.
+    /// Address of the kernel's `struct sock`, as in events; only from a
+    /// `SocketSource` and for full sockets, else 0.
     pub id: SocketId,
-    /// Cookie; 0 from /proc, and from a source where there is none yet.
+    /// Cookie; 0 from /proc, and if a `SocketSource` finds none yet.
     pub cookie: Cookie,
-    /// Socket inode; 0 for an unaccepted child or an orphan, and from a source,
-    /// as are the queues.
+    /// Inode; 0 if not accepted or orphaned, and from a `SocketSource`, which
+    /// has no queues either.
     pub inode: u32,
-    /// Accept queue length for LISTEN rows, else receive queue bytes.
+    /// Accept queue length of LISTEN rows, else receive queue, bytes.
     pub receive_queue: u32,
-    /// Accept queue limit for LISTEN rows (0 from /proc, which does not tell
-    /// it), else send queue bytes.
+    /// Accept queue limit of LISTEN rows (0 from /proc), else send queue, bytes.
     pub send_queue: u32,
-    /// Figures, where asked for and given; only in ESTABLISHED, FIN_WAIT1,
-    /// FIN_WAIT2, CLOSE_WAIT, LAST_ACK and CLOSING, payload bytes alone. A
-    /// FIN that arrives while the kernel fills the row can make
-    /// `received_bytes` one too high, so a later figure may be one lower.
+    /// Payload bytes, segments and RTT, if requested; only in ESTABLISHED,
+    /// FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK and CLOSING. A FIN that
+    /// arrives meanwhile can make `received_bytes` one too high, so a later
+    /// value may be one lower.
     pub traffic: Option<Traffic>,
-    /// Owner of a LISTEN row as found under /proc/*/fd; pid 0 when unknown.
+    /// Owner of a LISTEN row, from /proc/*/fd; pid 0 if unknown.
     pub owner: Owner,
 }
 
-/// What the walker tells the fold, in this order:
-/// `Begin (NamespaceBegin Rows* NamespaceEnd)* End`. A startup walk reads
-/// every namespace once where its `SocketSource` shows all, else twice, where
-/// it can at the same time: rows of pass 0 and 1 come in any mixture, and the
-/// fold seeds their union.
+/// The messages of a walk, in this order:
+/// `Begin (NamespaceBegin Rows* NamespaceEnd)* End`. The initial scan reads
+/// every namespace twice, in passes 0 and 1, unless a `SocketSource` shows all
+/// sockets; the rows of both passes may be mixed.
 #[derive(Debug)]
 pub enum WalkMessage {
     /// A walk starts. The fold drains the ring before it looks at rows.
     Begin(Walk),
     /// Rows of this namespace follow.
     NamespaceBegin {
-        /// Inode. Where the walker may not read namespace inodes (no
-        /// CAP_SYS_PTRACE), the inode of the namespace's `/proc/<pid>/net/tcp`
-        /// stands in: unique among the namespaces of a walk and stable, but
-        /// not what events carry; [`WalkSummary::surrogates`] counts them.
+        /// Inode. If the walker may not read it (no CAP_SYS_PTRACE), the inode
+        /// of `/proc/<pid>/net/tcp` as a surrogate id: stable, and unique in a
+        /// walk, but not the id in events.
         netns: NetnsId,
-        /// Whether `netns` is such a surrogate id.
+        /// Whether `netns` is a surrogate id.
         surrogate: bool,
-        /// CLOCK_MONOTONIC before the dump was asked for.
+        /// CLOCK_MONOTONIC before the first request for rows.
         t0_ns: u64,
         /// `net.ipv4.ip_local_port_range` of the namespace, inclusive.
         ephemeral: (u16, u16),
     },
     /// Sockets of the namespace last begun; bounded batches.
     Rows {
-        /// Pass of a startup walk (0 or 1); 0 otherwise.
+        /// Pass of the initial scan (0 or 1); else 0.
         pass: u8,
-        /// In each pass the listeners of a family come before its connections.
+        /// In each pass the listeners of a family precede its connections.
         rows: Vec<Row>,
     },
     /// The namespace is read.
     NamespaceEnd {
-        /// Inode.
+        /// As in `NamespaceBegin`.
         netns: NetnsId,
         /// How it was read.
         access: Access,
-        /// False when a dump was cut short: absence then proves nothing.
+        /// False if rows are missing; then absence proves nothing.
         complete: bool,
     },
     /// The walk is over.
@@ -135,17 +128,16 @@ pub struct WalkSummary {
     pub proc: u32,
     /// Namespaces known but unreadable.
     pub unaudited: u32,
-    /// The list of namespaces is not whole: one that this walk did not name
-    /// may be there all the same.
+    /// The list of namespaces is incomplete.
     pub unlisted: bool,
-    /// Namespaces named by a surrogate id, see [`WalkMessage::NamespaceBegin`].
+    /// Namespaces with a surrogate id.
     pub surrogates: u32,
-    /// Lines of /proc or netlink messages that did not parse and were skipped.
+    /// Lines of /proc or netlink messages that did not parse.
     pub undecodable: u64,
-    /// The time for owners was up before all were found; a walk of listeners
-    /// alone goes on.
+    /// The time limit ended the search for owners; a walk for LISTEN rows
+    /// continues it.
     pub owners_wait: bool,
-    /// Why the first unreadable or /proc-read namespace is so, in words.
+    /// Why the first namespace without sock_diag could not be read by it.
     pub reason: Option<String>,
     /// Wall time of the walk.
     pub duration_ns: u64,

@@ -1,11 +1,11 @@
-//! Text from outside (process names, keys and values of configuration files,
-//! metadata of databases) before it is shown anywhere.
+//! Text from outside (process names, configuration files, metadata of
+//! databases) before it is shown anywhere, and label values.
 
 use std::fmt::Display;
 
-/// Whether a character must not reach a terminal, a label or a log line: a
-/// control character, a line separator, or one that readers do not see and
-/// that may turn the direction of what they do see (Unicode's
+/// Whether a character must not reach a terminal, a label or a log line:
+/// control characters, line separators, and invisible characters, which may
+/// change the direction of visible ones (Unicode's
 /// `Default_Ignorable_Code_Point`, and interlinear annotations).
 pub fn is_unprintable(character: char) -> bool {
     character.is_control()
@@ -36,8 +36,8 @@ pub fn printable(text: impl Display) -> String {
     text.to_string().replace(is_unprintable, "\u{fffd}")
 }
 
-/// A process name from the kernel's `comm`: any process can set any bytes
-/// there. `None` when it is empty.
+/// A process name from the kernel's `comm`, which any process can set to any
+/// bytes. `None` when it is empty.
 pub fn process_name(comm: &[u8; 16]) -> Option<String> {
     let name = comm_bytes(comm);
     (!name.is_empty()).then(|| printable(String::from_utf8_lossy(name)))
@@ -48,6 +48,31 @@ pub fn comm_bytes(comm: &[u8; 16]) -> &[u8] {
     let end = comm.iter().position(|&byte| byte == 0);
     &comm[..end.unwrap_or(comm.len())]
 }
+
+/// Makes an enum whose variants are all values of a label.
+macro_rules! label_values {
+    ($(#[$doc:meta])* $name:ident: $count:literal {
+        $($(#[$value_doc:meta])* $value:ident = $label:literal,)*
+    }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[repr(u8)]
+        pub enum $name {
+            $($(#[$value_doc])* $value,)*
+        }
+
+        impl $name {
+            /// Every value, in index order.
+            pub const ALL: [Self; $count] = [$(Self::$value),*];
+
+            /// Label value.
+            pub fn label(self) -> &'static str {
+                [$($label),*][self as usize]
+            }
+        }
+    };
+}
+pub(crate) use label_values;
 
 #[cfg(test)]
 mod tests {

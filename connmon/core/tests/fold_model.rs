@@ -5,7 +5,7 @@
 //!
 //! The made-up kernel knows the truth. At every step the laws must hold; with
 //! nothing lost the fold must equal the truth whenever the ring is empty; after
-//! a loss it must equal the truth again once two audits that began later are
+//! a loss it must equal the truth again when two audits that began later are
 //! over. Failures shrink to a minimal history.
 
 use std::cell::Cell;
@@ -122,14 +122,14 @@ struct World {
     cookies: bool,
     /// Sockets of a namespace may have the same endpoints, as bound devices
     /// and VRFs allow.
-    twins: bool,
+    equal: bool,
     next_inode: u32,
     ring: VecDeque<Event>,
     /// How many of the next events find the ring full.
     losing: u64,
     losses: u64,
-    /// Losses the fold was told of.
-    told: u64,
+    /// Losses that the fold was given.
+    reported: u64,
     walk: WalkState,
     merged: bool,
     /// Audits since the last loss.
@@ -192,7 +192,7 @@ fn tuple(direction: Direction, pick: u8) -> Tuple {
 }
 
 impl World {
-    fn new(cookies: bool, twins: bool) -> Self {
+    fn new(cookies: bool, equal: bool) -> Self {
         Self {
             fold: Fold::new(config(1000)),
             now: 1_000_000,
@@ -200,12 +200,12 @@ impl World {
             next_cookie: 1,
             attached: false,
             cookies,
-            twins,
+            equal,
             next_inode: 1,
             ring: VecDeque::new(),
             losing: 0,
             losses: 0,
-            told: 0,
+            reported: 0,
             walk: WalkState::default(),
             merged: false,
             audits: 0,
@@ -223,12 +223,12 @@ impl World {
         self.now += 1_000;
         self.steps += 1;
         let slot = usize::from(which) % SOCKETS;
-        // Before the first rows nothing tells which of several sockets with
+        // Before the first rows nothing shows which of several sockets with
         // the same endpoints an event is of; a first audit puts that right.
         let starts = self.attached && !self.merged;
         match what {
-            0..=95 if self.twins && starts => {}
-            66..=77 if self.twins && !self.merged => {}
+            0..=95 if self.equal && starts => {}
+            66..=77 if self.equal && !self.merged => {}
             0..=11 => self.connect(slot, how),
             12..=23 => self.child(slot, how),
             24..=41 => self.complete(slot, how),
@@ -249,7 +249,7 @@ impl World {
                 }
             }
             224..=229 => {
-                self.fold.settle(self.now);
+                self.fold.sweep(self.now);
             }
             230 if lossy && self.attached => self.losing += 1 + u64::from(how) % 3,
             231..=239 => self.attached = true,
@@ -295,7 +295,7 @@ impl World {
 
     /// Which endpoints; fewer where they are to meet.
     fn pick(&self, how: u8) -> u8 {
-        if self.twins { how >> 1 & 1 } else { how >> 1 }
+        if self.equal { how >> 1 & 1 } else { how >> 1 }
     }
 
     fn born(&mut self, netns: u32, tuple: Tuple, direction: Direction, state: u8) -> Sock {
@@ -318,7 +318,7 @@ impl World {
 
     /// Endpoints are unique among hashed sockets of a namespace, devices aside.
     fn is_taken(&self, netns: u32, tuple: &Tuple) -> bool {
-        !self.twins
+        !self.equal
             && self
                 .socks
                 .iter()
@@ -345,7 +345,7 @@ impl World {
         sock.state = new;
         sock.born = attached;
         if old == SYN_RECV && attached && !sock.connect_seen {
-            // As above: all that is known of it says inbound.
+            // As above: all that is known of it is inbound.
             sock.direction = Direction::Inbound;
         }
         let (tuple, hidden) = (sock.tuple, sock.is_hidden());
@@ -380,9 +380,9 @@ impl World {
             return;
         };
         // One whose connect came before attach and that is in SYN_RECV cannot
-        // be told from a passive child.
-        let told = sock.state == SYN_SENT || sock.connect_seen;
-        self.failed += u64::from(self.attached && !sock.is_hidden() && told);
+        // be distinguished from a passive child.
+        let known = sock.state == SYN_SENT || sock.connect_seen;
+        self.failed += u64::from(self.attached && !sock.is_hidden() && known);
         self.emit_close(slot, &sock, 111);
     }
 
@@ -422,7 +422,7 @@ impl World {
         }
     }
 
-    /// `tcp_set_state` unhashes before it tells.
+    /// `tcp_set_state` unhashes before it reports.
     fn unhash(&mut self, slot: usize) {
         if let Some(sock) = self.socks[slot].as_mut().filter(|sock| sock.is_open()) {
             sock.hashed = false;
@@ -521,9 +521,9 @@ impl World {
             }
             self.fold.apply(self.now, &event, &mut Atlas);
         }
-        if self.losses > self.told {
-            self.fold.lost(self.losses - self.told);
-            self.told = self.losses;
+        if self.losses > self.reported {
+            self.fold.lost(self.losses - self.reported);
+            self.reported = self.losses;
         }
     }
 
@@ -542,7 +542,7 @@ impl World {
             losses: self.losses,
             ..WalkState::default()
         };
-        self.tell(WalkMessage::Begin(Walk {
+        self.fold_message(WalkMessage::Begin(Walk {
             trigger: if startup {
                 Trigger::Startup
             } else {
@@ -574,7 +574,7 @@ impl World {
             None => {
                 self.deliver(0);
                 self.deliver(1);
-                self.tell(WalkMessage::NamespaceEnd {
+                self.fold_message(WalkMessage::NamespaceEnd {
                     netns: NETNS[namespace],
                     access: if self.cookies {
                         Access::Diag
@@ -587,7 +587,7 @@ impl World {
             }
             Some(slot) => {
                 self.read(slot, namespace, pass, how);
-                // The same row again, on a resume boundary.
+                // The same row, repeated on a resume boundary.
                 if how % 32 == 31 {
                     left[usize::from(pass)].push_back(slot);
                 }
@@ -601,7 +601,7 @@ impl World {
 
     fn begin_namespace(&mut self, namespace: usize, which: u8) {
         self.drain(usize::MAX);
-        self.tell(WalkMessage::NamespaceBegin {
+        self.fold_message(WalkMessage::NamespaceBegin {
             netns: NETNS[namespace],
             surrogate: false,
             t0_ns: self.now,
@@ -638,10 +638,10 @@ impl World {
         else {
             return;
         };
-        // A dump may skip a socket, but not time and again; one of several
-        // that only /proc tells apart, and only for a walk, not at all.
+        // A dump may skip a socket, but not repeatedly; one of several
+        // that only /proc distinguishes, and only for a walk, not at all.
         let last_pass = self.walk.startup && pass == 1;
-        let may_skip = !sock.skipped && !last_pass && (self.cookies || !self.twins);
+        let may_skip = !sock.skipped && !last_pass && (self.cookies || !self.equal);
         sock.skipped = may_skip && how % 16 == 15;
         if sock.skipped {
             return;
@@ -666,19 +666,19 @@ impl World {
     fn deliver(&mut self, pass: u8) {
         self.drain(usize::MAX);
         let rows = std::mem::take(&mut self.walk.batches[usize::from(pass)]);
-        self.tell(WalkMessage::Rows { pass, rows });
+        self.fold_message(WalkMessage::Rows { pass, rows });
     }
 
     fn end_walk(&mut self) {
-        // What is unhashed tells so within two audits.
+        // What is unhashed is reported within two audits.
         self.finish_unhashed();
         self.drain(usize::MAX);
-        self.tell(WalkMessage::End(WalkSummary::default()));
-        while self.fold.settle(self.now) {}
-        // Every loss was told. (Without cookies, or with several of the same
+        self.fold_message(WalkMessage::End(WalkSummary::default()));
+        while self.fold.sweep(self.now) {}
+        // Every loss was reported. (Without cookies, or with several of the same
         // endpoints, a row may keep an entry whose close was lost long ago.)
         let unexplained = self.fold.take_unexplained();
-        if self.cookies && !self.twins || self.losses == 0 && (self.cookies || !self.twins) {
+        if self.cookies && !self.equal || self.losses == 0 && (self.cookies || !self.equal) {
             assert_eq!(unexplained, None);
         }
         let walk = std::mem::take(&mut self.walk);
@@ -690,7 +690,7 @@ impl World {
         }
     }
 
-    fn tell(&mut self, message: WalkMessage) {
+    fn fold_message(&mut self, message: WalkMessage) {
         if TRACE.get() {
             println!("{} {message:?}", self.now);
         }
@@ -717,12 +717,12 @@ impl World {
         let folded = counts(&snapshot);
         // Without cookies a walk may take a change of one for that of another
         // with the same endpoints, until the next one.
-        let guesses = self.twins && !self.cookies;
+        let guesses = self.equal && !self.cookies;
         if self.losses == 0 && !guesses {
             assert_eq!(folded, truth, "nothing was lost");
             compared(When::Lossless);
             self.compare_totals(&snapshot);
-        } else if self.cookies && !self.twins && self.audits >= 2 && !self.walk.under_way {
+        } else if self.cookies && !self.equal && self.audits >= 2 && !self.walk.under_way {
             compared(When::Audited);
             self.compare_after_loss(&snapshot);
         }
@@ -994,7 +994,7 @@ fn play(history: &[Step], cookies: bool, lossy: bool) -> u64 {
 }
 
 /// As [`play`], where many sockets have the same endpoints.
-fn play_twins(history: &[Step], cookies: bool, lossy: bool) -> u64 {
+fn play_equal(history: &[Step], cookies: bool, lossy: bool) -> u64 {
     play_in(World::new(cookies, true), history, lossy)
 }
 
@@ -1024,7 +1024,7 @@ fn heal(world: &mut World) {
     let snapshot = world.fold.snapshot();
     assert_eq!(snapshot.drift, Some(0), "healed");
     world.compare_after_loss(&snapshot);
-    if world.losses > 0 || world.twins {
+    if world.losses > 0 || world.equal {
         compared(When::Quiet);
     }
 }
@@ -1045,22 +1045,22 @@ fn nothing_lost_means_nothing_wrong_without_cookies() {
 
 #[test]
 fn sockets_with_the_same_endpoints_count_one_by_one_with_cookies() {
-    run("lossless twins, sock_diag", &[When::Lossless], |history| {
-        play_twins(&history, true, false)
+    run("lossless equal, sock_diag", &[When::Lossless], |history| {
+        play_equal(&history, true, false)
     });
 }
 
 #[test]
 fn sockets_with_the_same_endpoints_come_right_without_cookies() {
-    run("lossless twins, /proc", &[When::Quiet], |history| {
-        play_twins(&history, false, false)
+    run("lossless equal, /proc", &[When::Quiet], |history| {
+        play_equal(&history, false, false)
     });
 }
 
 #[test]
 fn losses_of_sockets_with_the_same_endpoints_heal_too() {
-    run("lossy twins, sock_diag", &[When::Quiet], |history| {
-        play_twins(&history, true, true)
+    run("lossy equal, sock_diag", &[When::Quiet], |history| {
+        play_equal(&history, true, true)
     });
 }
 
@@ -1216,7 +1216,7 @@ impl Chaos {
             240..=247 => WalkMessage::End(WalkSummary::default()),
             248..=250 => return self.fold.lost(how.into()),
             _ => {
-                self.fold.settle(self.now);
+                self.fold.sweep(self.now);
                 return;
             }
         };

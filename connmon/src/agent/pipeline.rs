@@ -344,7 +344,7 @@ impl Pipeline {
     fn settle(&mut self) {
         self.drain_some();
         let started = cpu_time();
-        let more = self.fold.settle(monotonic_ns());
+        let more = self.fold.sweep(monotonic_ns());
         self.count_step(started);
         if more {
             return;

@@ -1,54 +1,33 @@
-//! Accepts that came before their connection's handshake ended.
+//! Accepts that were reported before the end of the handshake.
 //!
-//! A Fast Open child can be accepted while still in SYN_RECV, so its accept
-//! comes before its open. The last few accepts of unknown sockets are kept;
-//! an open that finds its own among them has waited 0. Accepts of sockets
-//! that are unknown for another reason (left out by a filter, older than the
-//! agent, beyond the cap) pass through here too; each goes with the next
-//! birth or close at its address, so that no later socket there finds it.
+//! A Fast Open child can be accepted in SYN_RECV; its wait is then 0. The last
+//! accepts of unknown sockets are kept, also where the socket is unknown for
+//! another reason (a filter, the table's cap). Each is dropped at the next open
+//! or close with its address, so that no later socket there finds it.
+
+use std::collections::VecDeque;
 
 use crate::event::SocketId;
 
-/// How many accepts of unknown sockets are kept.
-const KEPT: usize = 64;
+/// Most accepts that are kept.
+const MAX: usize = 64;
 
-/// A ring of socket addresses; 0 is an empty place.
-#[derive(Debug)]
-pub(super) struct EarlyAccepts {
-    ids: [SocketId; KEPT],
-    next: usize,
-    kept: usize,
-}
+/// Sockets of unknown connections that were accepted.
+#[derive(Debug, Default)]
+pub(super) struct EarlyAccepts(VecDeque<SocketId>);
 
 impl EarlyAccepts {
-    pub(super) fn new() -> Self {
-        Self {
-            ids: [0; KEPT],
-            next: 0,
-            kept: 0,
-        }
-    }
-
     pub(super) fn keep(&mut self, id: SocketId) {
-        let place = &mut self.ids[self.next];
-        self.kept += usize::from(*place == 0);
-        *place = id;
-        self.next = (self.next + 1) % KEPT;
+        if self.0.len() == MAX {
+            self.0.pop_front();
+        }
+        self.0.push_back(id);
     }
 
-    /// Whether `id` was accepted early; forgets it.
+    /// Whether `id` was accepted early; drops it.
     pub(super) fn take(&mut self, id: SocketId) -> bool {
-        if self.kept == 0 {
-            return false;
-        }
-        match self.ids.iter_mut().find(|kept| **kept == id) {
-            Some(kept) => {
-                *kept = 0;
-                self.kept -= 1;
-                true
-            }
-            None => false,
-        }
+        let found = self.0.iter().position(|&kept| kept == id);
+        found.and_then(|at| self.0.remove(at)).is_some()
     }
 }
 
@@ -57,8 +36,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_few_are_kept() {
-        let mut accepts = EarlyAccepts::new();
+    fn the_last_64_are_kept_and_taken_once() {
+        let mut accepts = EarlyAccepts::default();
         assert!(!accepts.take(1));
         for id in 1..=65 {
             accepts.keep(id);
@@ -68,6 +47,6 @@ mod tests {
         for id in 3..=65 {
             assert!(accepts.take(id));
         }
-        assert_eq!(accepts.kept, 0);
+        assert!(accepts.0.is_empty());
     }
 }

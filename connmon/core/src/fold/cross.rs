@@ -1,13 +1,9 @@
 //! `--metrics.country-port`: counters by country, port and direction.
 //!
-//! At most [`MAX_ROWS`] label sets: each of the `Country::COUNT` × directions
-//! pairs keeps a row for its `other`, the rest are for ports of their own, so
-//! a connection always finds a row and no row has to end for another. The
-//! port label is that of the connection's port row (so `--ports.allow` and
-//! `--ports.max` hold here too), or `other` where the port is not listed; a
-//! row ends together with its port row.
-
-use std::collections::HashMap;
+//! Each pair of country and direction has a row for `other` from its first
+//! connection, so that no row ends for another; the rest of [`MAX_ROWS`] are
+//! for single ports. The port label is that of the connection's port row, or
+//! `other` if the port is not listed. A row ends with its port row.
 
 use super::CrossFamilies;
 use super::dimension::{Dimension, NO_ROW, OTHER, Rank, Value};
@@ -15,10 +11,10 @@ use super::ports::PortSet;
 use super::snapshot::{DIRECTIONS, Direction};
 use crate::geo::Country;
 
-/// Most label sets of the cross families.
+/// Most label sets.
 const MAX_ROWS: usize = 2000;
 
-/// Most of them with a port of their own.
+/// Most label sets with a single port.
 const MAX_PORT_ROWS: usize = MAX_ROWS - Country::COUNT * DIRECTIONS;
 
 /// The labels of a row.
@@ -30,14 +26,13 @@ pub(super) struct CountryPort {
 }
 
 impl Value for CountryPort {
-    type Index = HashMap<Self, u16>;
     type Extra = ();
 }
 
-/// The cross families' rows.
+/// The rows by country and port.
 #[derive(Debug)]
 pub(super) struct Cross {
-    enabled: bool,
+    pub(super) enabled: bool,
     /// Listed ports; `None` lists all.
     listed: Option<PortSet>,
     pub(super) rows: Dimension<CountryPort>,
@@ -55,11 +50,7 @@ impl Cross {
         }
     }
 
-    pub(super) fn is_enabled(&self) -> bool {
-        self.enabled
-    }
-
-    /// The row of a connection, [`NO_ROW`] where the families are off.
+    /// The row of a connection; [`NO_ROW`] if the families are off.
     pub(super) fn row_for(
         &mut self,
         now_ns: u64,
@@ -88,12 +79,10 @@ impl Cross {
         self.rows.pin(now_ns, labels(OTHER))
     }
 
-    /// A port row ended, and with it its cross rows.
+    /// Ends the rows of a port row that ended.
     pub(super) fn end_port_row(&mut self, direction: Direction, port_row: u16) {
-        if self.enabled {
-            self.rows
-                .end_where(|row| row.direction == direction && row.port_row == port_row);
-        }
+        self.rows
+            .end_where(|row| row.direction == direction && row.port_row == port_row);
     }
 }
 
@@ -102,11 +91,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_thousand_label_sets_and_a_row_for_everyone() {
+    fn label_sets_are_bounded_and_all_are_counted() {
         let mut cross = Cross::new(&CrossFamilies::All);
         let mut opened = |country, direction, port_row| {
             let row = cross.row_for(0, country, direction, port_row, port_row);
-            cross.rows.change(0, row).flows[direction as usize].opened += 1;
+            cross.rows.change(0, row, |counts| {
+                counts.flows[direction as usize].opened += 1;
+            });
         };
         for port_row in 1..=100 {
             for index in 0..Country::COUNT {
@@ -127,7 +118,7 @@ mod tests {
             .rows()
             .filter_map(|(value, row)| value.map(|_| row));
         let opened: Vec<u64> = rows
-            .map(|row| row.flows.iter().map(|flow| flow.opened).sum())
+            .map(|row| row.counts.flows.iter().map(|flow| flow.opened).sum())
             .collect();
         assert!((1900..=MAX_ROWS).contains(&opened.len()));
         assert_eq!(opened.iter().sum::<u64>(), Country::COUNT as u64 * 201);

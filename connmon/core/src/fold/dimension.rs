@@ -1,60 +1,40 @@
-//! One dimension of the counters: a bounded table with one row for each value
-//! and a row `other` for the rest.
+//! One dimension of the counters: a bounded table with a row for each label
+//! value, and a row `other` for the rest. A connection remembers the numbers
+//! of its rows; a row with a live connection never ends.
 //!
-//! A connection remembers the numbers of its rows. A row with a live
-//! connection never ends, so a row number stays valid for as long as a
-//! connection refers to it.
+//! To add a dimension, write a file with its [`Value`] and its snapshot. Then
+//! give it a field in `Counters`, `Labels` and `Entry`; the compiler names the
+//! functions that list all dimensions, and each of them gets one line.
 
-use std::collections::HashMap;
+use std::fmt::Debug;
 use std::hash::Hash;
+
+use hashbrown::HashMap;
 
 use super::snapshot::{DIRECTIONS, FailureReason, Flow};
 
-/// A row may end after so long without a connection or a change: ten minutes.
+/// A row may end after this long without a connection or a change: ten minutes.
 const IDLE_NS: u64 = 600 * 1_000_000_000;
 
 /// Number of the row `other`.
 pub(super) const OTHER: u16 = 0;
 
-/// A row number that stands for no row: the dimension is off.
+/// The row number of a dimension that does not count a connection.
 pub(super) const NO_ROW: u16 = u16::MAX;
 
-/// What a dimension counts by.
-pub(super) trait Value: Copy + Eq + std::fmt::Debug {
-    /// Row by value.
-    type Index: Index<Self> + Default + std::fmt::Debug;
-    /// What its rows hold beside the flows and failures of every dimension.
-    type Extra: Default + std::fmt::Debug;
+/// In place of the time of a change: there was none.
+pub(super) const NEVER: u64 = u64::MAX;
+
+/// A label value that has a row.
+pub(super) trait Value: Copy + Eq + Hash + Debug {
+    /// What a row holds beside [`Counts`].
+    type Extra: Default + Debug;
 }
 
-/// Row by value.
-pub(super) trait Index<V> {
-    /// The row of a value, [`OTHER`] where it has none.
-    fn get(&self, value: V) -> u16;
-    /// Sets the row of a value; [`OTHER`] removes it.
-    fn set(&mut self, value: V, row: u16);
-}
-
-/// An index for values without a small number of their own.
-impl<V: Eq + Hash> Index<V> for HashMap<V, u16> {
-    fn get(&self, value: V) -> u16 {
-        HashMap::get(self, &value).copied().unwrap_or(OTHER)
-    }
-
-    fn set(&mut self, value: V, row: u16) {
-        if row == OTHER {
-            self.remove(&value);
-        } else {
-            self.insert(value, row);
-        }
-    }
-}
-
-/// What speaks for keeping a row. Of the rows that are idle, one of the
-/// lowest rank ends first.
+/// How much a row is worth keeping: the idle row of the lowest rank ends first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Rank {
-    /// No connection to it was ever opened.
+    /// Connects to it failed; none was ever opened.
     #[default]
     Failed,
     /// A connection was opened, or existed before start.
@@ -63,54 +43,55 @@ pub(super) enum Rank {
     Listening,
 }
 
-/// The counters of one value.
-#[derive(Debug)]
-pub(super) struct Row<V: Value> {
-    /// `None` for `other` and for a row number that is free.
-    value: Option<V>,
+/// What every row counts.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
     pub(super) flows: [Flow; DIRECTIONS],
     pub(super) failures: [u64; FailureReason::COUNT],
+    /// Tracked connections that refer to this row, in any state.
+    pub(super) live: u64,
+    /// When it last changed, or [`NEVER`].
+    pub(super) changed_ns: u64,
+}
+
+/// One row.
+#[derive(Debug)]
+pub(super) struct Row<V: Value> {
+    /// `None` for `other` and for a free row.
+    value: Option<V>,
+    pub(super) counts: Counts,
     pub(super) extra: V::Extra,
-    /// Tracked connections that refer to this row, in whatever state.
-    live: u64,
-    changed_ns: u64,
     pub(super) rank: Rank,
 }
 
 impl<V: Value> Row<V> {
-    fn new(value: Option<V>, now_ns: u64, rank: Rank) -> Self {
+    fn new(value: Option<V>, changed_ns: u64, rank: Rank) -> Self {
         Self {
             value,
-            flows: Default::default(),
-            failures: Default::default(),
+            counts: Counts {
+                changed_ns,
+                ..Counts::default()
+            },
             extra: V::Extra::default(),
-            live: 0,
-            changed_ns: now_ns,
             rank,
         }
-    }
-
-    fn is_idle(&self, now_ns: u64) -> bool {
-        self.live == 0 && now_ns.saturating_sub(self.changed_ns) >= IDLE_NS
     }
 }
 
 /// The rows of one dimension.
 #[derive(Debug)]
 pub(super) struct Dimension<V: Value> {
-    pub(super) index: V::Index,
+    index: HashMap<V, u16>,
     rows: Vec<Row<V>>,
-    /// Row numbers of rows that ended.
+    /// Numbers of free rows.
     free: Vec<u16>,
-    /// Rows that were idle at the last search; checked again before use.
-    idle: Vec<u16>,
-    /// Before this time no further row can have become idle.
-    search_again_ns: u64,
+    /// By the highest rank that may end: no row can be idle before this time.
+    search_ns: [u64; 3],
     /// Most rows beside `other` and the pinned ones.
     max: usize,
-    /// Rows that exist at any number of others and never end.
+    /// Rows outside the bound, which never end.
     pinned: usize,
-    /// Connections counted in `other` because every row was taken.
+    /// Connections counted in `other` because all rows were taken.
     pub(super) overflow: u64,
     /// Rows that ended.
     pub(super) evicted: u64,
@@ -120,11 +101,10 @@ impl<V: Value> Dimension<V> {
     /// An empty dimension of at most `max` rows beside `other`.
     pub(super) fn new(max: usize) -> Self {
         Self {
-            index: V::Index::default(),
+            index: HashMap::new(),
             rows: vec![Row::new(None, 0, Rank::Listening)],
             free: Vec::new(),
-            idle: Vec::new(),
-            search_again_ns: 0,
+            search_ns: [0; 3],
             max: max.min(usize::from(NO_ROW) - 1),
             pinned: 0,
             overflow: 0,
@@ -132,9 +112,18 @@ impl<V: Value> Dimension<V> {
         }
     }
 
-    /// The row that `value` counts in: its own, made if there is room or an
-    /// idle row up to the rank `over` that may end for it, else `other`. The
-    /// second number is the row that ended.
+    /// A dimension with one row for each of `values`, in this order after
+    /// `other`. No row is added or ends.
+    pub(super) fn fixed(values: impl Iterator<Item = V>) -> Self {
+        let mut dimension = Self::new(0);
+        for value in values {
+            dimension.make_row(NEVER, value, Rank::Listening);
+        }
+        dimension
+    }
+
+    /// The row of `value`, else a new one, which may replace an idle row up to
+    /// rank `over`, else `other`. Also returns the row that ended.
     pub(super) fn row_for(
         &mut self,
         now_ns: u64,
@@ -142,9 +131,8 @@ impl<V: Value> Dimension<V> {
         rank: Rank,
         over: Option<Rank>,
     ) -> (u16, Option<u16>) {
-        let row = self.index.get(value);
-        if row != OTHER {
-            let row_rank = &mut self.rows[usize::from(row)].rank;
+        if let Some(row) = self.find(value) {
+            let row_rank = &mut self.row_mut(row).rank;
             *row_rank = rank.max(*row_rank);
             return (row, None);
         }
@@ -157,77 +145,59 @@ impl<V: Value> Dimension<V> {
         }
     }
 
-    /// The row of a value that always has one, beyond the bound of the others.
+    /// The row of a value that always has one, outside the bound.
     pub(super) fn pin(&mut self, now_ns: u64, value: V) -> u16 {
-        match self.index.get(value) {
-            OTHER => {
-                self.pinned += 1;
-                self.make_row(now_ns, value, Rank::Listening)
-            }
-            row => row,
-        }
+        self.find(value).unwrap_or_else(|| {
+            self.pinned += 1;
+            self.make_row(now_ns, value, Rank::Listening)
+        })
+    }
+
+    pub(super) fn find(&self, value: V) -> Option<u16> {
+        self.index.get(&value).copied()
     }
 
     fn make_row(&mut self, now_ns: u64, value: V, rank: Rank) -> u16 {
         let new = Row::new(Some(value), now_ns, rank);
-        let row = match self.free.pop() {
-            Some(row) => {
-                self.rows[usize::from(row)] = new;
-                row
-            }
-            None => {
-                self.rows.push(new);
-                (self.rows.len() - 1) as u16
-            }
-        };
-        self.index.set(value, row);
+        let row = self.free.pop().unwrap_or(self.rows.len() as u16);
+        match self.rows.get_mut(usize::from(row)) {
+            Some(free) => *free = new,
+            None => self.rows.push(new),
+        }
+        self.index.insert(value, row);
         row
     }
 
     /// Ends the idle row of the lowest rank, if that is at most `over`.
     fn evict(&mut self, now_ns: u64, over: Rank) -> Option<u16> {
-        if now_ns >= self.search_again_ns {
-            self.search_idle(now_ns);
+        if now_ns < self.search_ns[over as usize] {
+            return None;
         }
-        let found = self.find_idle(now_ns, over)?;
-        let row = self.idle.swap_remove(found);
-        self.end(row);
-        Some(row)
-    }
-
-    /// Where in `idle` the row of the lowest rank is. Rows that changed since
-    /// they were found are dropped from the list.
-    fn find_idle(&mut self, now_ns: u64, over: Rank) -> Option<usize> {
-        let rows = &self.rows;
-        self.idle
-            .retain(|&row| rows[usize::from(row)].is_idle(now_ns));
-        let rank = |row: u16| rows[usize::from(row)].rank;
-        (0..self.idle.len())
-            .filter(|&place| rank(self.idle[place]) <= over)
-            .min_by_key(|&place| rank(self.idle[place]))
-    }
-
-    fn search_idle(&mut self, now_ns: u64) {
-        self.search_again_ns = now_ns.saturating_add(IDLE_NS);
-        self.idle.clear();
+        let mut lowest = None;
+        let mut next_ns = now_ns.saturating_add(IDLE_NS);
         for (number, row) in (0u16..).zip(&self.rows) {
-            if row.value.is_none() || row.live > 0 {
+            if row.value.is_none() || row.rank > over || row.counts.live > 0 {
                 continue;
             }
-            if row.is_idle(now_ns) {
-                self.idle.push(number);
-            } else {
-                let idle_at = row.changed_ns.saturating_add(IDLE_NS);
-                self.search_again_ns = self.search_again_ns.min(idle_at);
+            let idle_ns = row.counts.changed_ns.saturating_add(IDLE_NS);
+            if now_ns < idle_ns {
+                next_ns = next_ns.min(idle_ns);
+            } else if lowest.is_none_or(|(rank, _)| row.rank < rank) {
+                lowest = Some((row.rank, number));
             }
         }
+        match lowest {
+            Some((_, row)) => self.end(row),
+            None => self.search_ns[over as usize] = next_ns,
+        }
+        lowest.map(|(_, row)| row)
     }
 
     fn end(&mut self, row: u16) {
-        let ended = &mut self.rows[usize::from(row)];
-        debug_assert_eq!(ended.live, 0);
+        let ended = self.row_mut(row);
+        debug_assert_eq!(ended.counts.live, 0);
         if let Some(value) = ended.value.take() {
-            self.index.set(value, OTHER);
+            self.index.remove(&value);
             self.free.push(row);
             self.evicted += 1;
         }
@@ -236,34 +206,23 @@ impl<V: Value> Dimension<V> {
     /// Ends the rows of all values for which `ends` holds.
     pub(super) fn end_where(&mut self, ends: impl Fn(V) -> bool) {
         for row in 0..self.rows.len() as u16 {
-            if self.rows[usize::from(row)].value.is_some_and(&ends) {
+            if self.value(row).is_some_and(&ends) {
                 self.end(row);
             }
         }
     }
 
-    /// A row that is about to change.
-    pub(super) fn change(&mut self, now_ns: u64, row: u16) -> &mut Row<V> {
-        let row = self.row_mut(row);
-        row.changed_ns = now_ns;
-        row
+    /// Changes what a row counts; does nothing for [`NO_ROW`].
+    pub(super) fn change(&mut self, now_ns: u64, row: u16, change: impl FnOnce(&mut Counts)) {
+        if let Some(row) = self.rows.get_mut(usize::from(row)) {
+            row.counts.changed_ns = now_ns;
+            change(&mut row.counts);
+        }
     }
 
-    /// A row for what does not keep it from being idle.
+    /// A row, which this does not keep from being idle.
     pub(super) fn row_mut(&mut self, row: u16) -> &mut Row<V> {
         &mut self.rows[usize::from(row)]
-    }
-
-    /// A tracked connection refers to `row` from now on.
-    pub(super) fn attach(&mut self, now_ns: u64, row: u16) {
-        self.change(now_ns, row).live += 1;
-    }
-
-    /// A tracked connection no longer refers to `row`.
-    pub(super) fn detach(&mut self, now_ns: u64, row: u16) {
-        let row = self.change(now_ns, row);
-        debug_assert!(row.live > 0);
-        row.live = row.live.saturating_sub(1);
     }
 
     /// The value of a row; `None` for `other`.
@@ -271,14 +230,16 @@ impl<V: Value> Dimension<V> {
         self.rows[usize::from(row)].value
     }
 
-    /// Every row, `other` first, which has no value.
+    /// Every row in use: first `other`, which has no value.
     pub(super) fn rows(&self) -> impl Iterator<Item = (Option<V>, &Row<V>)> {
         let (other, rows) = self.rows.split_at(1);
         let own = rows.iter().filter(|row| row.value.is_some());
         other.iter().chain(own).map(|row| (row.value, row))
     }
 
+    /// Every row, free ones included. Ranks may be lowered.
     pub(super) fn rows_mut(&mut self) -> impl Iterator<Item = (Option<V>, &mut Row<V>)> {
+        self.search_ns = [0; 3];
         self.rows.iter_mut().map(|row| (row.value, row))
     }
 }
@@ -291,7 +252,6 @@ mod tests {
     const ANY: Option<Rank> = Some(Rank::Listening);
 
     impl Value for u8 {
-        type Index = HashMap<u8, u16>;
         type Extra = ();
     }
 
@@ -304,15 +264,15 @@ mod tests {
         let mut dimension = Dimension::<u8>::new(2);
         let (a, _) = opened(&mut dimension, 0, 1);
         let (b, _) = opened(&mut dimension, 0, 2);
-        dimension.attach(0, a);
-        dimension.attach(0, b);
+        dimension.change(0, a, |counts| counts.live += 1);
+        dimension.change(0, b, |counts| counts.live += 1);
         assert_eq!(opened(&mut dimension, S, 3), (OTHER, None));
-        dimension.detach(5 * S, a);
+        dimension.change(5 * S, a, |counts| counts.live -= 1);
         let at = |s| s * S;
         assert_eq!(opened(&mut dimension, at(604), 3), (OTHER, None), "at 5 s");
         assert_eq!(opened(&mut dimension, at(605), 3), (a, Some(a)));
         assert_eq!(dimension.value(a), Some(3));
-        assert_eq!(Index::get(&dimension.index, 1), OTHER);
+        assert_eq!(dimension.find(1), None);
         assert_eq!(dimension.evicted, 1);
     }
 

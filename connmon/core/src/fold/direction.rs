@@ -1,4 +1,4 @@
-//! The direction of a connection whose birth nobody saw, from the listening
+//! The direction of a connection whose open was not seen, from the listening
 //! sockets of its namespace and its ports.
 
 use std::collections::HashSet;
@@ -9,38 +9,28 @@ use super::ports::PortSet;
 use super::snapshot::Direction;
 use crate::event::Tuple;
 
-/// Most addresses with a port that are kept beside the wildcards; of further
-/// listeners the port alone counts.
+/// Most single addresses with a port; of further listeners the port counts for
+/// every address.
 const ADDRESSES_MAX: usize = 1 << 16;
 
-/// First port that clients use where nobody changed
-/// `net.ipv4.ip_local_port_range`: 32,768 on Linux, 49,152 by RFC 6335. The
-/// range of a remote host is not known.
+/// First port that clients use by default: 32,768 on Linux
+/// (`net.ipv4.ip_local_port_range`), 49,152 by RFC 6335. The range of a remote
+/// host is not known.
 const EPHEMERAL: u16 = 32_768;
 
 /// The listening sockets of one namespace.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Listening {
     /// Ports of `0.0.0.0`.
     wildcard_v4: PortSet,
-    /// Ports of `::`, which takes IPv4 as well: a table does not show
+    /// Ports of `::`, which accepts IPv4 too: the kernel's tables do not show
     /// `IPV6_V6ONLY`.
     wildcard: PortSet,
     addresses: HashSet<(IpAddr, u16)>,
 }
 
-impl Default for Listening {
-    fn default() -> Self {
-        Self {
-            wildcard_v4: PortSet::new(),
-            wildcard: PortSet::new(),
-            addresses: HashSet::new(),
-        }
-    }
-}
-
 impl Listening {
-    /// A socket listens; v4-mapped addresses are already unmapped.
+    /// A socket listens. IPv4-mapped addresses must be given as IPv4.
     pub fn insert(&mut self, address: IpAddr, port: u16) {
         match address {
             IpAddr::V4(address) if address.is_unspecified() => self.wildcard_v4.insert(port),
@@ -52,14 +42,14 @@ impl Listening {
         }
     }
 
-    /// Those of another namespace follow.
+    /// The sockets of another namespace follow.
     pub fn clear(&mut self) {
         self.wildcard_v4.clear();
         self.wildcard.clear();
         self.addresses = HashSet::new();
     }
 
-    /// Whether a socket listens that takes connections to this local end.
+    /// Whether a socket accepts connections to this local endpoint.
     pub fn accepts(&self, address: IpAddr, port: u16) -> bool {
         self.wildcard.contains(port)
             || address.is_ipv4() && self.wildcard_v4.contains(port)
@@ -67,10 +57,10 @@ impl Listening {
     }
 
     /// The direction of a connection: inbound if its local end listens,
-    /// outbound if its remote end does in the same namespace; else outbound if
-    /// the local port is ephemeral (`ephemeral`, inclusive, is the namespace's
-    /// `net.ipv4.ip_local_port_range`) and the remote one is not, since a
-    /// listener may have ended. Else unknown.
+    /// outbound if its remote end does in the same namespace. Else its listener
+    /// may have ended: outbound if the local port is ephemeral and the remote
+    /// one is not. Else unknown. `ephemeral` is the namespace's
+    /// `net.ipv4.ip_local_port_range`, inclusive.
     pub fn direction(&self, tuple: &Tuple, ephemeral: (u16, u16)) -> Direction {
         let (local, remote) = (tuple.local_port, tuple.remote_port);
         if self.accepts(tuple.local, local) {
@@ -78,14 +68,12 @@ impl Listening {
         }
         let is_here = self.addresses.contains(&(tuple.remote, remote))
             || is_loopback(tuple) && self.accepts(tuple.remote, remote);
-        if is_here {
-            return Direction::Outbound;
-        }
         let in_range = |port| (ephemeral.0..=ephemeral.1).contains(&port);
-        // In a range that begins lower than most, the end above tells.
+        // If both ports are in a range that begins low, the higher one is the
+        // client's.
         let is_client =
             in_range(local) && remote < EPHEMERAL && (local >= EPHEMERAL || !in_range(remote));
-        if is_client {
+        if is_here || is_client {
             Direction::Outbound
         } else {
             Direction::Unknown
@@ -140,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn two_ephemeral_ports_tell_nothing() {
+    fn two_ephemeral_ports_give_no_direction() {
         use Direction::*;
         for (local, remote, range, expected) in [
             (40_000, 443, RANGE, Outbound),
@@ -180,7 +168,7 @@ mod tests {
             at("10.0.0.9:40000", client.0, client.1),
             Direction::Outbound
         );
-        // A wildcard of ours says nothing of another host.
+        // A wildcard here is not one of another host.
         assert_eq!(at("0.0.0.0:40000", client.0, client.1), Direction::Unknown);
     }
 

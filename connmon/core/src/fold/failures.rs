@@ -1,40 +1,31 @@
 //! Why an active open never completed.
 
+use libc::{ECONNABORTED, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT};
+
 use super::snapshot::FailureReason;
 
-/// The reason of a failed connect: `sk_err` at →CLOSE of an active socket
-/// that was never open, and for 0 whether a segment ever left (kernel-notes
-/// §8). Where the rung cannot read the segment count, a close without an
-/// error is `aborted`.
+/// The reason of a failed connect: `error` is `sk_err` when an active socket
+/// that was never open reaches CLOSE; if it is 0, the number of segments sent
+/// decides (kernel-notes §8). If the probe cannot read that number, such a
+/// close counts as `aborted`.
 pub fn failure_reason(error: u32, segments_out: Option<u32>) -> FailureReason {
-    match (error, segments_out) {
-        (libc_errno::ECONNREFUSED, _) => FailureReason::Refused,
-        (libc_errno::ETIMEDOUT, _) => FailureReason::Timeout,
-        (libc_errno::ECONNRESET, _) => FailureReason::Reset,
-        (libc_errno::EHOSTUNREACH, _) => FailureReason::HostUnreachable,
-        (libc_errno::ENETUNREACH, _) => FailureReason::NetworkUnreachable,
-        (libc_errno::ECONNABORTED, _) => FailureReason::Aborted,
+    match (error as i32, segments_out) {
+        (ECONNREFUSED, _) => FailureReason::Refused,
+        (ETIMEDOUT, _) => FailureReason::Timeout,
+        (ECONNRESET, _) => FailureReason::Reset,
+        (EHOSTUNREACH, _) => FailureReason::HostUnreachable,
+        (ENETUNREACH, _) => FailureReason::NetworkUnreachable,
         (0, Some(0)) => FailureReason::Local,
-        (0, _) => FailureReason::Aborted,
+        (ECONNABORTED | 0, _) => FailureReason::Aborted,
         _ => FailureReason::Other,
     }
 }
 
-/// Whether an active open ended that its process closed before anything was
-/// sent: a Fast Open connect() that was never written to, and no failure. A
-/// connect() that fails by itself does not shut the socket down.
+/// Whether an active open was ended by its process before a segment was sent:
+/// a Fast Open connect() without a write, which is no failure. A connect()
+/// that fails by itself does not shut the socket down.
 pub fn is_unwritten(error: u32, segments_out: Option<u32>, shut_down: bool) -> bool {
     shut_down && (error, segments_out) == (0, Some(0))
-}
-
-/// The errnos above as the unsigned numbers the kernel record carries.
-mod libc_errno {
-    pub(super) const ENETUNREACH: u32 = libc::ENETUNREACH as u32;
-    pub(super) const ECONNABORTED: u32 = libc::ECONNABORTED as u32;
-    pub(super) const ECONNRESET: u32 = libc::ECONNRESET as u32;
-    pub(super) const ETIMEDOUT: u32 = libc::ETIMEDOUT as u32;
-    pub(super) const ECONNREFUSED: u32 = libc::ECONNREFUSED as u32;
-    pub(super) const EHOSTUNREACH: u32 = libc::EHOSTUNREACH as u32;
 }
 
 #[cfg(test)]
@@ -42,9 +33,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_connect_that_was_never_written_did_not_fail() {
+    fn an_unwritten_fast_open_connect_is_no_failure() {
         assert!(is_unwritten(0, Some(0), true));
-        // Failed in the call, refused, aborted after a SYN, not known.
+        // Failed in the call, refused, aborted after a SYN, unknown.
         assert!(!is_unwritten(0, Some(0), false));
         assert!(!is_unwritten(111, Some(0), true));
         assert!(!is_unwritten(0, Some(1), true));
@@ -52,7 +43,7 @@ mod tests {
     }
 
     #[test]
-    fn every_reason_of_the_contract() {
+    fn each_errno_gives_its_reason() {
         let cases = [
             (111, Some(1), FailureReason::Refused),
             (110, None, FailureReason::Timeout),

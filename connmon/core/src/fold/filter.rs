@@ -1,6 +1,6 @@
-//! Which connections are left out, decided alike for events, seeds and polls.
-//! An IPv4 address behind NAT64 (64:ff9b::/96) is that address, as it is for
-//! the country.
+//! Which connections are not counted, by the same rule for events, seeds and
+//! polls. As for the country, an IPv6 address with an embedded IPv4 address
+//! (64:ff9b::/96, NAT64) counts as that IPv4 address.
 
 use std::net::IpAddr;
 
@@ -8,7 +8,7 @@ use super::{Network, RemoteFilter};
 use crate::event::Tuple;
 use crate::geo::embedded_v4;
 
-/// Why a connection is left out.
+/// Why a connection is not counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hidden {
     /// `--filter.loopback exclude`.
@@ -17,76 +17,64 @@ pub enum Hidden {
     Excluded,
 }
 
-/// [`RemoteFilter`] with masks worked out.
+/// A [`RemoteFilter`] with its masks.
 #[derive(Debug)]
 pub struct Filter {
     exclude_loopback: bool,
-    /// (network, mask)
-    v4: Vec<(u32, u32)>,
-    v6: Vec<(u128, u128)>,
+    /// IPv4 or not, network, mask.
+    networks: Vec<(bool, u128, u128)>,
 }
 
 impl Filter {
-    /// Works the masks out.
+    /// Computes the masks.
     pub fn new(filter: &RemoteFilter) -> Self {
-        let mut v4 = Vec::new();
-        let mut v6 = Vec::new();
-        for &Network { address, prefix } in &filter.exclude {
-            match address {
-                IpAddr::V4(address) => {
-                    let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32)));
-                    let mask = mask.unwrap_or(0);
-                    v4.push((u32::from(address) & mask, mask));
-                }
-                IpAddr::V6(address) => {
-                    let mask = u128::MAX.checked_shl(128 - u32::from(prefix.min(128)));
-                    let mask = mask.unwrap_or(0);
-                    v6.push((u128::from(address) & mask, mask));
-                }
-            }
-        }
+        let masked = |&Network { address, prefix }: &Network| {
+            let (is_v4, bits) = left_aligned(address);
+            let shift = 128u32.saturating_sub(prefix.into());
+            let mask = u128::MAX.checked_shl(shift).unwrap_or(0);
+            (is_v4, bits & mask, mask)
+        };
         Self {
             exclude_loopback: filter.exclude_loopback,
-            v4,
-            v6,
+            networks: filter.exclude.iter().map(masked).collect(),
         }
     }
 
-    /// Whether, and why, a connection is left out.
+    /// Why a connection is not counted; `None` if it is.
     pub fn hides(&self, tuple: &Tuple) -> Option<Hidden> {
         if self.exclude_loopback && is_loopback(tuple) {
             return Some(Hidden::Loopback);
         }
-        let in_v4 = |remote| {
-            let remote = u32::from(remote);
-            self.v4.iter().any(|&(net, mask)| remote & mask == net)
+        let contain = |address| {
+            let (is_v4, bits) = left_aligned(address);
+            self.networks
+                .iter()
+                .any(|&(v4, net, mask)| v4 == is_v4 && bits & mask == net)
         };
-        let excluded = match tuple.remote {
-            IpAddr::V4(remote) => in_v4(remote),
-            IpAddr::V6(remote) => {
-                let bits = u128::from(remote);
-                self.v6.iter().any(|&(net, mask)| bits & mask == net)
-                    || embedded_v4(remote).is_some_and(in_v4)
-            }
-        };
+        let excluded = contain(tuple.remote)
+            || embedded_v4(tuple.remote).is_some_and(|remote| contain(remote.into()));
         excluded.then_some(Hidden::Excluded)
     }
 
-    /// Whether a listener on `address` can only ever have hidden connections.
+    /// Whether no connection to a listener on `address` is counted.
     pub(super) fn hides_listener(&self, address: IpAddr) -> bool {
         self.exclude_loopback && address.to_canonical().is_loopback()
+    }
+}
+
+/// Whether it is IPv4, and the address in the highest bits.
+fn left_aligned(address: IpAddr) -> (bool, u128) {
+    match address {
+        IpAddr::V4(address) => (true, u128::from(address.to_bits()) << 96),
+        IpAddr::V6(address) => (false, address.to_bits()),
     }
 }
 
 /// 127.0.0.0/8, ::1, or local address = remote address.
 pub(super) fn is_loopback(tuple: &Tuple) -> bool {
     tuple.local == tuple.remote
-        || match tuple.remote {
-            IpAddr::V4(remote) => remote.is_loopback(),
-            IpAddr::V6(remote) => {
-                remote.is_loopback() || embedded_v4(remote).is_some_and(|v4| v4.is_loopback())
-            }
-        }
+        || tuple.remote.is_loopback()
+        || embedded_v4(tuple.remote).is_some_and(|remote| remote.is_loopback())
 }
 
 #[cfg(test)]

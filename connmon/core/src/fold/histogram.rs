@@ -2,62 +2,46 @@
 
 use super::snapshot::Histogram;
 
-const US: u64 = 1_000;
-const MS: u64 = 1_000_000;
-const S: u64 = 1_000_000_000;
+const fn scaled<const N: usize>(unit_ns: u64, mut bounds: [u64; N]) -> [u64; N] {
+    let mut index = 0;
+    while index < N {
+        bounds[index] *= unit_ns;
+        index += 1;
+    }
+    bounds
+}
 
 /// Buckets of `connmon_connect_latency_seconds`, `connmon_accept_wait_seconds`
-/// and `connmon_rtt_seconds`, nanoseconds.
-pub(super) static LATENCY_NS: [u64; 18] = [
-    50 * US,
-    100 * US,
-    250 * US,
-    500 * US,
-    MS,
-    2_500 * US,
-    5 * MS,
-    10 * MS,
-    25 * MS,
-    50 * MS,
-    100 * MS,
-    250 * MS,
-    500 * MS,
-    S,
-    2_500 * MS,
-    5 * S,
-    10 * S,
-    30 * S,
-];
+/// and `connmon_rtt_seconds`: 50 µs to 30 s.
+pub(super) static LATENCY_NS: [u64; 18] = scaled(
+    1_000,
+    [
+        50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000,
+        1_000_000, 2_500_000, 5_000_000, 10_000_000, 30_000_000,
+    ],
+);
 
-/// Buckets of `connmon_connection_duration_seconds`, nanoseconds.
-pub(super) static DURATION_NS: [u64; 12] = [
-    MS,
-    10 * MS,
-    100 * MS,
-    S,
-    5 * S,
-    15 * S,
-    60 * S,
-    300 * S,
-    900 * S,
-    3_600 * S,
-    14_400 * S,
-    86_400 * S,
-];
+/// Buckets of `connmon_connection_duration_seconds`: 1 ms to a day.
+pub(super) static DURATION_NS: [u64; 12] = scaled(
+    1_000_000,
+    [
+        1, 10, 100, 1_000, 5_000, 15_000, 60_000, 300_000, 900_000, 3_600_000, 14_400_000,
+        86_400_000,
+    ],
+);
 
 /// A histogram being filled.
 #[derive(Clone, Debug)]
 pub(super) struct Buckets {
     bounds_ns: &'static [u64],
     counts: [u64; LATENCY_NS.len() + 1],
-    /// Durations of a hundred thousand connections at a time fill 64 bits in
-    /// two days.
+    /// The durations of a hundred thousand connections at a time would fill 64
+    /// bits in two days.
     sum_ns: u128,
 }
 
 impl Buckets {
     pub(super) fn new(bounds_ns: &'static [u64]) -> Self {
-        debug_assert!(bounds_ns.len() <= LATENCY_NS.len());
         Self {
             bounds_ns,
             counts: [0; LATENCY_NS.len() + 1],
@@ -84,6 +68,9 @@ impl Buckets {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const MS: u64 = 1_000_000;
+    const S: u64 = 1_000 * MS;
 
     #[test]
     fn bounds_are_inclusive_and_the_last_bucket_is_infinite() {

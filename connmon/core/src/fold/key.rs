@@ -1,4 +1,4 @@
-//! Compact, keyed identity of a connection's endpoints.
+//! The endpoints of a connection in 16 bytes, and keyed hashes over them.
 
 use std::hash::Hasher as _;
 use std::net::IpAddr;
@@ -7,28 +7,23 @@ use siphasher::sip128::{Hasher128 as _, SipHasher13};
 
 use crate::event::{NetnsId, SocketId, Tuple};
 
-/// Endpoints and namespace in 16 bytes. IPv4 endpoints are kept exactly
-/// (`a` = both addresses, `b` = both ports); of IPv6 endpoints a 96-bit keyed
-/// hash is kept: among a million connections two collide with probability
-/// below 1e-16, and nobody without the key can aim at it.
+/// Endpoints and namespace. IPv4 endpoints are exact (`a`: both addresses,
+/// `b`: both ports). IPv6 endpoints are a 96-bit keyed hash: two of a million
+/// connections collide with a probability below 1e-16, and nobody without the
+/// key can provoke it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(super) struct Key {
     pub(super) a: u64,
     pub(super) b: u32,
-    /// Namespace inode; 0 where the source cannot tell.
+    /// Namespace inode; 0 if it is not known.
     pub(super) netns: NetnsId,
 }
 
 impl Key {
-    /// Same endpoints, and namespaces that do not contradict each other.
+    /// Same endpoints, and the same namespace if both are known.
     pub(super) fn matches(&self, other: &Self) -> bool {
-        self.same_endpoints(other)
+        (self.a, self.b) == (other.a, other.b)
             && (self.netns == other.netns || self.netns == 0 || other.netns == 0)
-    }
-
-    /// Same endpoints, whatever the namespace.
-    pub(super) fn same_endpoints(&self, other: &Self) -> bool {
-        self.a == other.a && self.b == other.b
     }
 }
 
@@ -43,12 +38,11 @@ impl Hasher {
     pub(super) fn new(key: &[u8; 16]) -> Self {
         let sip = SipHasher13::new_with_key(key);
         let mut secret = [0; 4];
-        for (pair, index) in secret.chunks_exact_mut(2).zip(0u8..) {
+        for (pair, index) in secret.as_chunks_mut().0.iter_mut().zip(0u8..) {
             let mut hasher = sip;
             hasher.write_u8(index);
             let hash = hasher.finish128();
-            pair[0] = hash.h1 | 1;
-            pair[1] = hash.h2 | 1;
+            *pair = [hash.h1 | 1, hash.h2 | 1];
         }
         Self { secret, sip }
     }
@@ -79,18 +73,15 @@ impl Hasher {
         }
     }
 
-    /// A key of the remote end alone, for an active open whose local port is
+    /// The key of the remote endpoint, for an active open whose local port is
     /// not known yet.
     pub(super) fn remote_key(&self, tuple: &Tuple, netns: NetnsId) -> Key {
         let b = u32::from(tuple.remote_port);
         let a = match tuple.remote {
             IpAddr::V4(remote) => u64::from(u32::from(remote)),
             IpAddr::V6(remote) => {
-                let bits = u128::from(remote);
-                folded_multiply(
-                    bits as u64 ^ self.secret[0],
-                    (bits >> 64) as u64 ^ self.secret[1],
-                )
+                let (low, high) = (remote.to_bits() as u64, (remote.to_bits() >> 64) as u64);
+                folded_multiply(low ^ self.secret[0], high ^ self.secret[1])
             }
         };
         Key { a, b, netns }
@@ -101,8 +92,8 @@ impl Hasher {
         folded_multiply(id ^ self.secret[0], self.secret[1])
     }
 
-    /// Hash of a key; the namespace is left out, because one side of a
-    /// comparison may not know it.
+    /// Hash of a key, without the namespace: that may be unknown in one of two
+    /// keys that match.
     pub(super) fn hash_key(&self, key: &Key) -> u64 {
         folded_multiply(key.a ^ self.secret[2], u64::from(key.b) ^ self.secret[3])
     }

@@ -1,12 +1,13 @@
-//! The inventory of listening sockets, by namespace, address and port.
+//! The listening sockets, grouped by namespace, address and port.
 //!
-//! Events keep it current; every walk's LISTEN rows bring accept-queue
-//! lengths, owners and what the events missed. A group that two complete
-//! walks in a row do not show, and no event speaks of, ends.
+//! Events keep the groups current. The LISTEN rows of each walk add accept
+//! queues, owners and what the events missed. A group ends when two complete
+//! walks in a row do not show it and no event reports it meanwhile.
 //!
-//! A namespace read under a surrogate id goes by another name in events. A group
-//! that only events told of and one of a surrogate id at the same address and
-//! port are then taken for the same, once a walk has shown the second.
+//! A namespace that is read under a surrogate id has another id in events. Two
+//! groups with the same address and port, one known from events alone and one
+//! with a surrogate id, are therefore taken for one, once a walk has shown the
+//! second.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -17,71 +18,69 @@ use crate::scan::Row;
 use crate::text::process_name;
 
 /// (namespace, address, port)
-type Group = (NetnsId, IpAddr, u16);
+type Key = (NetnsId, IpAddr, u16);
 
-/// Most groups remembered to have ended while a walk is under way.
+/// Most groups that ended during a walk and are remembered.
 const ENDED_MAX: usize = 1024;
 
-/// Most groups remembered to have found no place, so that each is counted
-/// once; further ones are counted whenever they are met.
+/// Most groups beyond the bound that are remembered, to count each once;
+/// further ones are counted every time.
 const UNPLACED_MAX: usize = 4096;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Sockets {
     count: u32,
-    /// Lowest pid known; 0 for none.
-    pid: u32,
-    comm: [u8; 16],
+    /// The owner with the lowest pid; pid 0 if none is known.
+    owner: Owner,
     queue_length: u64,
-    /// `None` until a table has told it.
+    /// `None` until sock_diag reported it.
     queue_limit: Option<u64>,
 }
 
 impl Sockets {
     fn add_owner(&mut self, owner: &Owner) {
-        if owner.pid != 0 && (self.pid == 0 || owner.pid < self.pid) {
-            self.pid = owner.pid;
-            self.comm = owner.comm;
+        if owner.pid != 0 && (self.owner.pid == 0 || owner.pid < self.owner.pid) {
+            self.owner = *owner;
         }
     }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct State {
+struct Group {
     now: Sockets,
-    /// From the rows of the walk under way.
+    /// From the rows of the walk in progress.
     next: Sockets,
-    /// An event came since the walk began, so its rows may be older.
+    /// An event came since the walk began, so the rows may be older.
     touched: bool,
     /// Absent from the last complete walk.
     missed: bool,
-    /// No row has shown it.
-    told: bool,
-    /// Its rows come under a surrogate id for its namespace.
+    /// Known from events alone.
+    events_only: bool,
+    /// Its namespace is a surrogate id.
     surrogate: bool,
-    /// Which walk showed it first.
-    seen: u32,
-    /// Of a surrogate id: its namespace in events; 0 where none spoke of it.
-    heard_as: NetnsId,
+    /// The number of the walk that showed it first.
+    first_walk: u32,
+    /// With a surrogate id: the namespace in events; 0 if it is not known.
+    event_netns: NetnsId,
 }
 
-/// The inventory.
+/// The listening sockets.
 #[derive(Debug)]
 pub(super) struct Listeners {
     enabled: bool,
     max: usize,
     host: NetnsId,
-    groups: BTreeMap<Group, State>,
-    /// Some group came under a surrogate id, so events may go by another name.
+    groups: BTreeMap<Key, Group>,
+    /// Some group has had a surrogate id.
     surrogates: bool,
-    /// Walks so far.
+    /// Complete walks so far.
     walks: u32,
-    /// Groups that ended since the walk under way began; `None` without one.
-    ended: Option<Vec<Group>>,
-    /// Groups that found no place, and whether an event or a row spoke of
-    /// them since the walk under way, or the last one, began.
-    unplaced: BTreeMap<Group, bool>,
-    /// Groups that found no place, each counted once while it has none.
+    /// Groups that ended since the walk in progress began; `None` without one.
+    ended: Option<Vec<Key>>,
+    /// Groups beyond the bound, and whether one was reported since the last
+    /// walk began.
+    unplaced: BTreeMap<Key, bool>,
+    /// Groups beyond the bound, each counted once.
     pub(super) overflow: u64,
 }
 
@@ -102,229 +101,207 @@ impl Listeners {
 
     /// A socket began to listen.
     pub(super) fn listen(&mut self, netns: NetnsId, address: IpAddr, port: u16, owner: &Owner) {
-        let group = (netns, address, port);
-        let group = self.under_surrogate(group, false).unwrap_or(group);
-        if let Some(state) = self.group(group) {
-            state.told |= state.now.count == 0;
-            state.touched = true;
-            state.missed = false;
-            state.now.count += 1;
-            state.now.add_owner(owner);
+        let key = self.event_key((netns, address, port), false);
+        if let Some(group) = self.group(key) {
+            group.events_only |= group.now.count == 0;
+            group.touched = true;
+            group.missed = false;
+            group.now.count += 1;
+            group.now.add_owner(owner);
         }
     }
 
-    /// A socket stopped listening. Who owns what is left, the next walk says.
+    /// A socket stopped listening. The next walk finds the owner of the rest.
     pub(super) fn unlisten(&mut self, netns: NetnsId, address: IpAddr, port: u16) {
-        let group = (netns, address, port);
-        let group = self.under_surrogate(group, true).unwrap_or(group);
-        let Some(state) = self.groups.get_mut(&group) else {
+        let key = self.event_key((netns, address, port), true);
+        let Some(group) = self.groups.get_mut(&key) else {
             return;
         };
-        state.touched = true;
-        state.now.count = state.now.count.saturating_sub(1);
-        if state.now.count == 0 {
-            self.groups.remove(&group);
+        group.touched = true;
+        group.now.count = group.now.count.saturating_sub(1);
+        if group.now.count == 0 {
+            self.groups.remove(&key);
             if let Some(ended) = &mut self.ended
                 && ended.len() < ENDED_MAX
             {
-                ended.push(group);
+                ended.push(key);
             }
         }
     }
 
-    /// The group of a surrogate id that an event about `group` means, unless it
-    /// has one of its own: the one that an event has named so before, or, where
-    /// it may be a `guess`, the only one that none has named.
-    fn under_surrogate(&self, group: Group, guess: bool) -> Option<Group> {
-        if !self.surrogates || self.groups.contains_key(&group) {
-            return None;
+    /// The group of an event: that with its namespace, else that with a
+    /// surrogate id known for the namespace. To end a group, also the only one
+    /// whose surrogate id is not known for another namespace.
+    fn event_key(&self, key: Key, ends: bool) -> Key {
+        if !self.surrogates || self.groups.contains_key(&key) {
+            return key;
         }
-        let (netns, address, port) = group;
-        let mut unnamed = Vec::new();
-        for (&found, state) in &self.groups {
-            if state.surrogate && (found.1, found.2) == (address, port) {
-                match state.heard_as {
-                    0 => unnamed.push(found),
-                    heard_as if heard_as == netns => return Some(found),
+        let (mut found, mut unknown) = (None, Vec::new());
+        for (&other, group) in &self.groups {
+            if group.surrogate && (other.1, other.2) == (key.1, key.2) {
+                match group.event_netns {
+                    0 => unknown.push(other),
+                    netns if netns == key.0 => found = Some(other),
                     _ => {}
                 }
             }
         }
-        match unnamed[..] {
-            [only] if guess => Some(only),
-            _ => None,
+        match unknown[..] {
+            [only] if ends => found.unwrap_or(only),
+            _ => found.unwrap_or(key),
         }
     }
 
     /// A walk begins.
     pub(super) fn begin(&mut self) {
         self.ended = Some(Vec::new());
-        for state in self.groups.values_mut() {
-            state.next = Sockets::default();
-            state.touched = false;
+        for group in self.groups.values_mut() {
+            group.next = Sockets::default();
+            group.touched = false;
         }
-        for met in self.unplaced.values_mut() {
-            *met = false;
+        for reported in self.unplaced.values_mut() {
+            *reported = false;
         }
     }
 
-    /// A LISTEN row, of a namespace or of a surrogate id for one.
+    /// A LISTEN row of a namespace, or of a surrogate id for one.
     pub(super) fn row(&mut self, netns: NetnsId, surrogate: bool, row: &Row) {
         self.surrogates |= surrogate;
-        let group = (netns, row.tuple.local, row.tuple.local_port);
+        let key = (netns, row.tuple.local, row.tuple.local_port);
         let may_have_ended = self
             .ended
             .as_ref()
-            .is_none_or(|ended| ended.len() >= ENDED_MAX || ended.contains(&group));
-        if may_have_ended && !self.groups.contains_key(&group) {
-            if let Some(met) = self.unplaced.get_mut(&group) {
-                *met = true;
+            .is_none_or(|ended| ended.len() >= ENDED_MAX || ended.contains(&key));
+        if may_have_ended && !self.groups.contains_key(&key) {
+            if let Some(reported) = self.unplaced.get_mut(&key) {
+                *reported = true;
             }
             return;
         }
         let walks = self.walks;
-        if let Some(state) = self.group(group) {
-            if state.now.count == 0 && state.next.count == 0 {
-                state.seen = walks;
+        if let Some(group) = self.group(key) {
+            if group.now.count == 0 && group.next.count == 0 {
+                group.first_walk = walks;
             }
-            state.told = false;
-            state.surrogate = surrogate;
-            state.next.count += 1;
-            state.next.add_owner(&row.owner);
-            state.next.queue_length += u64::from(row.receive_queue);
-            *state.next.queue_limit.get_or_insert(0) += u64::from(row.send_queue);
+            group.events_only = false;
+            group.surrogate = surrogate;
+            group.next.count += 1;
+            group.next.add_owner(&row.owner);
+            group.next.queue_length += u64::from(row.receive_queue);
+            *group.next.queue_limit.get_or_insert(0) += u64::from(row.send_queue);
         }
     }
 
-    /// All rows of a namespace are in; `limits`: they told the accept queues'
-    /// limits.
+    /// All rows of a namespace are merged. `limits`: the rows had the limits of
+    /// the accept queues.
     pub(super) fn end_namespace(&mut self, netns: NetnsId, complete: bool, limits: bool) {
         let lowest = IpAddr::from([0u8; 4]);
-        let first = (netns, lowest, 0);
-        let mut gone = Vec::new();
-        for (group, state) in self.groups.range_mut(first..) {
-            if group.0 != netns {
-                break;
-            }
-            let next = std::mem::take(&mut state.next);
+        let range = (netns, lowest, 0)..(netns.saturating_add(1), lowest, 0);
+        let ended = self.groups.extract_if(range.clone(), |_, group| {
+            let next = std::mem::take(&mut group.next);
             if next.count == 0 {
-                if state.touched || !complete {
-                    continue;
-                }
-                if state.missed || state.now.count == 0 {
-                    gone.push(*group);
-                }
-                state.missed = true;
-                continue;
+                let absent = complete && !group.touched;
+                let ends = absent && (group.missed || group.now.count == 0);
+                group.missed |= absent;
+                return ends;
             }
-            state.missed = false;
-            state.now.queue_length = next.queue_length;
-            state.now.queue_limit = next.queue_limit.filter(|_| limits);
-            if !state.touched {
-                state.now.count = next.count;
-                if next.pid != 0 {
-                    state.now.pid = next.pid;
-                    state.now.comm = next.comm;
+            group.missed = false;
+            group.now.queue_length = next.queue_length;
+            group.now.queue_limit = next.queue_limit.filter(|_| limits);
+            if !group.touched {
+                group.now.count = next.count;
+                if next.owner.pid != 0 {
+                    group.now.owner = next.owner;
                 }
             }
-        }
-        for group in gone {
-            self.groups.remove(&group);
-        }
-        if complete {
-            let unplaced = self.unplaced.range(first..);
-            let gone: Vec<Group> = unplaced
-                .take_while(|(group, _)| group.0 == netns)
-                .filter(|&(_, &met)| !met)
-                .map(|(&group, _)| group)
-                .collect();
-            for group in gone {
-                self.unplaced.remove(&group);
-            }
-        }
+            false
+        });
+        ended.for_each(drop);
+        let ended = self
+            .unplaced
+            .extract_if(range, |_, reported| complete && !*reported);
+        ended.for_each(drop);
     }
 
-    /// A walk is over; `covered` says which namespaces still exist, under the
-    /// name that they were read by, or may. Groups of the others end the way
-    /// absent ones do; those that only events told of end at once where a
-    /// surrogate id has them.
-    pub(super) fn end(&mut self, covered: impl Fn(NetnsId) -> bool, all: bool) {
+    /// A walk is over. `covered`: whether a namespace still exists, or may. The
+    /// groups of others end as absent ones do, but those known from events
+    /// alone at once if a group with a surrogate id is the same.
+    pub(super) fn end(&mut self, covered: impl Fn(NetnsId) -> bool, audit: bool) {
         self.ended = None;
-        if !all {
+        if !audit {
             return;
         }
         self.walks = self.walks.wrapping_add(1);
         if self.surrogates {
-            self.find_told(&covered);
+            self.join_surrogates(&covered);
         }
-        self.groups.retain(|group, state| {
-            if covered(group.0) || state.touched {
-                return true;
-            }
-            !std::mem::replace(&mut state.missed, true)
+        self.groups.retain(|key, group| {
+            let stays = covered(key.0) || group.touched;
+            stays || !std::mem::replace(&mut group.missed, true)
         });
-        self.unplaced.retain(|group, met| covered(group.0) || *met);
+        self.unplaced
+            .retain(|key, reported| covered(key.0) || *reported);
     }
 
-    /// Gives groups that only events told of to those of surrogate ids: each to
-    /// the one first seen last, among those that no event has named.
-    fn find_told(&mut self, covered: impl Fn(NetnsId) -> bool) {
-        let told: Vec<Group> = (self.groups.iter())
-            .filter(|(group, state)| state.told && !state.touched && !covered(group.0))
-            .map(|(&group, _)| group)
+    /// Joins each group that is known from events alone to one with a surrogate
+    /// id: of those with the same address and port whose namespace is not
+    /// known, the one that was shown last for the first time.
+    fn join_surrogates(&mut self, covered: impl Fn(NetnsId) -> bool) {
+        let events_only: Vec<Key> = (self.groups.iter())
+            .filter(|(key, group)| group.events_only && !group.touched && !covered(key.0))
+            .map(|(&key, _)| key)
             .collect();
-        for group in told {
-            let same = (self.groups.iter())
-                .filter(|(found, state)| {
-                    let unnamed = state.surrogate && state.heard_as == 0;
-                    unnamed && (found.1, found.2) == (group.1, group.2)
-                })
-                .min_by_key(|(_, state)| self.walks.wrapping_sub(state.seen))
-                .map(|(&found, _)| found);
-            let Some(same) = same else { continue };
-            let Some(told) = self.groups.remove(&group) else {
+        for key in events_only {
+            let walks = self.walks;
+            let Some(joined) = self.groups.get(&key).copied() else {
                 continue;
             };
-            if let Some(state) = self.groups.get_mut(&same) {
-                state.heard_as = group.0;
-                if state.now.pid == 0 {
-                    state.now.pid = told.now.pid;
-                    state.now.comm = told.now.comm;
+            let same = (self.groups.iter_mut())
+                .filter(|(other, group)| {
+                    let unknown = group.surrogate && group.event_netns == 0;
+                    unknown && (other.1, other.2) == (key.1, key.2)
+                })
+                .min_by_key(|(_, group)| walks.wrapping_sub(group.first_walk));
+            if let Some((_, same)) = same {
+                same.event_netns = key.0;
+                if same.now.owner.pid == 0 {
+                    same.now.owner = joined.now.owner;
                 }
+                self.groups.remove(&key);
             }
         }
     }
 
-    fn group(&mut self, group: Group) -> Option<&mut State> {
+    fn group(&mut self, key: Key) -> Option<&mut Group> {
         if !self.enabled {
             return None;
         }
-        if !self.groups.contains_key(&group) && self.groups.len() >= self.max {
-            let known = self.unplaced.contains_key(&group);
+        if !self.groups.contains_key(&key) && self.groups.len() >= self.max {
+            let known = self.unplaced.contains_key(&key);
             self.overflow += u64::from(!known);
             if known || self.unplaced.len() < UNPLACED_MAX {
-                self.unplaced.insert(group, true);
+                self.unplaced.insert(key, true);
             }
             return None;
         }
-        self.unplaced.remove(&group);
-        Some(self.groups.entry(group).or_default())
+        self.unplaced.remove(&key);
+        Some(self.groups.entry(key).or_default())
     }
 
     pub(super) fn snapshot(&self) -> Vec<ListenerRow> {
-        self.groups
-            .iter()
-            .filter(|(_, state)| state.now.count > 0)
-            .map(|(&(netns, address, port), state)| ListenerRow {
+        let groups = self.groups.iter().map(|(key, group)| (key, &group.now));
+        groups
+            .filter(|(_, now)| now.count > 0)
+            .map(|(&(netns, address, port), now)| ListenerRow {
                 netns,
                 host: netns == self.host,
                 address: address.to_string(),
                 port,
-                process: process_name(&state.now.comm).unwrap_or_else(|| "unknown".to_owned()),
-                pid: state.now.pid,
-                sockets: state.now.count,
-                queue_length: state.now.queue_length,
-                queue_limit: state.now.queue_limit,
+                process: process_name(&now.owner.comm).unwrap_or_else(|| "unknown".to_owned()),
+                pid: now.owner.pid,
+                sockets: now.count,
+                queue_length: now.queue_length,
+                queue_limit: now.queue_limit,
             })
             .collect()
     }

@@ -1,30 +1,30 @@
 //! Events and rows → connections, counters and gauges. Pure: time, events,
-//! rows and the country database come in as arguments; no clock, no I/O, no
-//! async runtime.
-//!
-//! The public surface is fixed here; everything else is private modules.
+//! rows and the country database are arguments.
 
 mod absences;
 mod accepts;
+mod counters;
 mod countries;
 mod cross;
 mod dimension;
 mod direction;
+mod entry;
 mod events;
 mod failures;
 mod filter;
 mod histogram;
 mod key;
-mod ledger;
 mod listeners;
 mod merge;
 mod ports;
 mod snapshot;
+mod sweep;
 mod table;
 #[cfg(test)]
 mod tests;
 mod tombstones;
 mod traffic;
+mod walk;
 
 pub use absences::Unexplained;
 pub use direction::Listening;
@@ -37,22 +37,21 @@ use std::net::IpAddr;
 
 use absences::Absences;
 use accepts::EarlyAccepts;
-use ledger::Ledger;
+use counters::Counters;
 use listeners::Listeners;
+use ports::Ports;
 use table::Table;
 use tombstones::Tombstones;
+use walk::{AuditCounts, Progress};
 
-use crate::event::{Event, NetnsId, Owner};
-use crate::geo::Locate;
-use crate::scan::WalkMessage;
+use crate::event::NetnsId;
 
-/// `--filter.loopback` and `--filter.exclude`, applied alike to events,
-/// seeds and polling.
+/// `--filter.loopback` and `--filter.exclude`.
 #[derive(Clone, Debug, Default)]
 pub struct RemoteFilter {
-    /// Leave loopback out (127.0.0.0/8, ::1, local address = remote address).
+    /// Exclude loopback (127.0.0.0/8, ::1, local address = remote address).
     pub exclude_loopback: bool,
-    /// Networks left out, v4-mapped ones already turned into IPv4.
+    /// Excluded networks; IPv4-mapped ones must be given as IPv4.
     pub exclude: Vec<Network>,
 }
 
@@ -80,10 +79,10 @@ pub enum CrossFamilies {
     Ports(Vec<(u16, u16)>),
 }
 
-/// Everything that shapes the fold, fixed at start.
+/// Settings of the fold, fixed at start.
 #[derive(Clone, Debug)]
 pub struct FoldConfig {
-    /// Remote filter.
+    /// Connections that are not counted.
     pub filter: RemoteFilter,
     /// Ports that may have rows.
     pub ports_allow: PortRanges,
@@ -91,8 +90,8 @@ pub struct FoldConfig {
     pub ports_max: usize,
     /// Cross families.
     pub cross: CrossFamilies,
-    /// Most tracked connections, pending active opens included; of these there
-    /// are at most an eighth.
+    /// Most tracked connections and pending active opens; at most an eighth of
+    /// them are pending.
     pub connections_max: usize,
     /// Listening-port inventory on.
     pub listeners: bool,
@@ -100,14 +99,14 @@ pub struct FoldConfig {
     pub listeners_max: usize,
     /// The namespace shown as `host`.
     pub host_netns: NetnsId,
-    /// Secret that keys the tuple hash, so that a remote cannot aim collisions.
+    /// Secret key of all hashes, so that no remote host can provoke collisions.
     pub hash_key: [u8; 16],
-    /// Whether the source reports traffic figures.
+    /// Whether the source reports bytes, segments and round-trip times.
     pub traffic: bool,
     /// Whether an accept probe reports accepts.
     pub accepts: bool,
-    /// Polling mode: walks are the only source; a row never seen before is an
-    /// open (seed in the first walk), one absence is a close.
+    /// Polling mode: walks are the only source. A new row is an open (in the
+    /// first walk a seed), one absence is a close.
     pub polling: bool,
 }
 
@@ -117,22 +116,27 @@ pub struct Fold {
     config: FoldConfig,
     filter: Filter,
     table: Table,
-    ledger: Ledger,
+    counters: Counters,
     listeners: Listeners,
     tombstones: Tombstones,
     early_accepts: EarlyAccepts,
-    /// The walk under way, or the scan that ends it.
-    progress: Option<Box<merge::Progress>>,
-    /// Stamp of the current walk, 1..=255; entries touched since it began
-    /// carry it.
+    absences: Absences,
+    /// The walk in progress, or the sweep that ends it.
+    progress: Option<Box<Progress>>,
+    /// Number of the current walk, 1..=255. Entries seen since it began have
+    /// it in [`entry::Entry::epoch`].
     epoch: u8,
-    /// The startup walk is folded.
+    /// The initial scan is folded.
     started: bool,
     /// Events were lost since the last audit began.
     lost: bool,
-    absences: Absences,
-    /// Open tracked connections.
-    open: u64,
+    totals: Totals,
+}
+
+/// Counts without labels; for their meaning see [`Snapshot`].
+#[derive(Debug, Default)]
+struct Totals {
+    tracked: u64,
     untracked: u64,
     table_overflow: u64,
     pending_overflow: u64,
@@ -142,9 +146,7 @@ pub struct Fold {
     drift: Option<u64>,
     drift_suspected: Option<u64>,
     unlisted_namespaces: u32,
-    audited_states: [u64; AUDITED_STATES.len()],
-    hidden_loopback: u64,
-    hidden_excluded: u64,
+    audited: AuditCounts,
 }
 
 impl Fold {
@@ -154,147 +156,106 @@ impl Fold {
         Self {
             filter: Filter::new(&config.filter),
             table: Table::new(config.connections_max, hasher),
-            ledger: Ledger::new(&config),
+            counters: Counters::new(&config),
             listeners: Listeners::new(config.listeners, config.listeners_max, config.host_netns),
-            tombstones: Tombstones::new(),
-            early_accepts: EarlyAccepts::new(),
+            tombstones: Tombstones::default(),
+            early_accepts: EarlyAccepts::default(),
+            absences: Absences::default(),
             progress: None,
             epoch: 1,
             started: false,
             lost: false,
-            absences: Absences::new(),
-            open: 0,
-            untracked: 0,
-            table_overflow: 0,
-            pending_overflow: 0,
-            folded: 0,
-            unattributed: 0,
-            corrections: Corrections::default(),
-            drift: None,
-            drift_suspected: None,
-            audited_states: [0; AUDITED_STATES.len()],
-            unlisted_namespaces: 0,
-            hidden_loopback: 0,
-            hidden_excluded: 0,
+            totals: Totals::default(),
             config,
         }
     }
 
-    /// Folds one event. `now_ns` is CLOCK_MONOTONIC at the time of folding;
-    /// durations use the event's own times.
-    pub fn apply(&mut self, now_ns: u64, event: &Event, geo: &mut impl Locate) {
-        self.folded += 1;
-        self.event(now_ns, event, geo);
-    }
-
-    /// Folds one message of a walk.
-    ///
-    /// What the caller owes: no row may be read from the kernel before
-    /// `Begin` was passed in here (else an event between the two would look
-    /// older than the row), and the ring must be drained after a message was
-    /// received and before it is passed in (else a row would be taken for a
-    /// connection that nothing had told of). Big end-of-walk scans are
-    /// resumable: while [`Fold::settle`] returns true there is work left.
-    pub fn walk(&mut self, now_ns: u64, message: WalkMessage, geo: &mut impl Locate) {
-        self.walk_message(now_ns, message, geo);
-    }
-
-    /// Does a bounded slice of pending end-of-walk work; true while more is
-    /// left. The caller drains the ring in between.
-    pub fn settle(&mut self, now_ns: u64) -> bool {
-        self.scan_slice(now_ns)
-    }
-
-    /// A program failed to deliver events (ring full, missed run): entries
-    /// of namespaces that no walk can audit are evicted after the next walk,
-    /// and `events` are counted as unattributed.
+    /// Events were lost (ring full, missed run); they count as unattributed. The
+    /// next walk evicts entries of namespaces that it cannot read.
     pub fn lost(&mut self, events: u64) {
         self.lost = true;
         self.absences.lost();
-        self.unattributed += events;
+        self.totals.unattributed += events;
     }
 
     /// What is known of the connections that the last audit removed although
-    /// no loss was told; `None` if there were none, or when it was asked for
-    /// before, or when a loss was told since.
+    /// no loss was reported; once.
     pub fn take_unexplained(&mut self) -> Option<Unexplained> {
         self.absences.take()
     }
 
-    /// Entries that the last audit did not find and that the next one will
-    /// remove, if it does not find them either, and closes it forgot for want
-    /// of room: with any, another audit is due soon.
+    /// Entries that the next audit will remove if it does not find them either,
+    /// and forgotten closes: with any, the next audit is due soon.
     pub fn suspects(&self) -> u64 {
-        self.drift_suspected.unwrap_or(0) + self.tombstones.forgotten()
+        self.totals.drift_suspected.unwrap_or(0) + self.tombstones.forgotten()
     }
 
-    /// Network namespaces that hold connections by what events told, and that
-    /// the last audit could not find: nothing leads there but the sockets.
+    /// Network namespaces that the last audit could not find, although events
+    /// reported connections there: only sockets refer to them.
     pub fn unlisted_namespaces(&self) -> u32 {
-        self.unlisted_namespaces
+        self.totals.unlisted_namespaces
     }
 
-    /// Active opens that were not kept while they were pending, for want of
-    /// room; how long those that completed took was not observed.
+    /// Active opens without an entry, because too many were pending or the
+    /// table was full; their latency is not observed.
     pub fn pending_overflow(&self) -> u64 {
-        self.pending_overflow
+        self.totals.pending_overflow
     }
 
     /// What audits corrected since start.
     pub fn corrections(&self) -> Corrections {
-        self.corrections
+        self.totals.corrections
     }
 
-    /// Copies out what is exported.
+    /// Copies what is exported.
     pub fn snapshot(&self) -> Snapshot {
-        let [cross, port] = self.ledger.series_losses();
-        let (ledger, listeners) = (&self.ledger, &self.listeners);
+        let (counters, listeners) = (&self.counters, &self.listeners);
+        let cross = &counters.cross.rows;
+        let (port_overflow, port_evicted) = counters.port_losses();
         Snapshot {
-            countries: ledger.countries.snapshot(),
-            ports: ledger.port_rows(),
-            cross_enabled: ledger.cross_enabled(),
-            cross: ledger.cross_rows(),
-            established: ledger.established,
-            audited_states: self.audited_states,
-            connect_latency: ledger.connect_latency.snapshot(),
-            accept_wait: ledger.accept_wait.snapshot(),
-            rtt: ledger.rtt.each_ref().map(|buckets| buckets.snapshot()),
-            duration: ledger.duration.each_ref().map(|buckets| buckets.snapshot()),
+            countries: countries::snapshot(&counters.countries),
+            ports: counters.ports.iter().flat_map(Ports::snapshot).collect(),
+            cross_enabled: counters.cross.enabled,
+            cross: counters.cross_rows(),
+            established: counters.established,
+            audited_states: self.totals.audited.states,
+            connect_latency: counters.connect_latency.snapshot(),
+            accept_wait: counters.accept_wait.snapshot(),
+            rtt: counters.rtt.each_ref().map(histogram::Buckets::snapshot),
+            duration: counters
+                .duration
+                .each_ref()
+                .map(histogram::Buckets::snapshot),
             listeners: listeners.snapshot(),
-            tracked: self.open,
-            untracked: self.untracked,
-            table_overflow: self.table_overflow,
+            tracked: self.totals.tracked,
+            untracked: self.totals.untracked,
+            table_overflow: self.totals.table_overflow,
             tombstone_overflow: self.tombstones.overflow,
             series_overflow: vec![
-                (cross.0, cross.1),
+                ("country_port", cross.overflow),
                 ("listener", listeners.overflow),
-                (port.0, port.1),
+                ("port", port_overflow),
             ],
-            series_evicted: vec![(cross.0, cross.2), (port.0, port.2)],
-            folded: self.folded,
-            unattributed: self.unattributed,
-            corrections: self.corrections,
-            drift: self.drift,
-            drift_suspected: self.drift_suspected,
-            hidden_loopback: self.hidden_loopback,
-            hidden_excluded: self.hidden_excluded,
+            series_evicted: vec![("country_port", cross.evicted), ("port", port_evicted)],
+            folded: self.totals.folded,
+            unattributed: self.totals.unattributed,
+            corrections: self.totals.corrections,
+            drift: self.totals.drift,
+            drift_suspected: self.totals.drift_suspected,
+            hidden_loopback: self.totals.audited.hidden_loopback,
+            hidden_excluded: self.totals.audited.hidden_excluded,
             traffic_known: self.config.traffic,
             accept_known: self.config.accepts,
         }
     }
 
-    /// A socket began to listen; its port gets a row.
-    fn listen(&mut self, now_ns: u64, netns: NetnsId, address: IpAddr, port: u16, owner: &Owner) {
-        self.listeners.listen(netns, address, port, owner);
+    /// A socket listens on this port; the port gets a row.
+    fn listening_port(&mut self, address: IpAddr, port: u16) {
         if !self.filter.hides_listener(address) {
-            self.ledger.reserve_listening(now_ns, port);
+            self.counters.reserve_listening(port);
             if let Some(progress) = &mut self.progress {
-                progress.heard_listen(port);
+                progress.listening_anywhere.insert(port);
             }
         }
-    }
-
-    fn unlisten(&mut self, netns: NetnsId, address: IpAddr, port: u16) {
-        self.listeners.unlisten(netns, address, port);
     }
 }

@@ -1,7 +1,7 @@
-//! Counters by service port and direction, within `--ports.allow` and
+//! Counters by service port and direction, limited by `--ports.allow` and
 //! `--ports.max`.
 
-use super::dimension::{Dimension, Index, OTHER, Rank, Value};
+use super::dimension::{Dimension, OTHER, Rank, Value};
 use super::snapshot::{Direction, PortLabel, PortRow, Sum};
 
 /// A service port.
@@ -9,55 +9,34 @@ use super::snapshot::{Direction, PortLabel, PortRow, Sum};
 pub(super) struct Port(pub(super) u16);
 
 impl Value for Port {
-    type Index = PortIndex;
     type Extra = PortExtra;
 }
 
-/// What a port's row holds beside flows and failures.
+/// What a port's row holds beside the counts of every dimension.
 #[derive(Debug, Default)]
 pub(super) struct PortExtra {
     pub(super) accept_wait: Sum,
-    close_wait: u64,
-    /// CLOSE_WAIT rows of the audit under way.
-    close_wait_next: u64,
-}
-
-/// Row by port: 128 KiB, of which pages that nobody touches cost no memory.
-#[derive(Debug)]
-pub(super) struct PortIndex(Vec<u16>);
-
-impl Default for PortIndex {
-    fn default() -> Self {
-        Self(vec![OTHER; 1 << 16])
-    }
-}
-
-impl Index<Port> for PortIndex {
-    fn get(&self, port: Port) -> u16 {
-        self.0[usize::from(port.0)]
-    }
-
-    fn set(&mut self, port: Port, row: u16) {
-        self.0[usize::from(port.0)] = row;
-    }
+    pub(super) close_wait: u64,
+    /// CLOSE_WAIT rows of the audit in progress.
+    pub(super) close_wait_next: u64,
 }
 
 /// A set of ports: 8 KiB.
 #[derive(Clone, Debug)]
 pub(super) struct PortSet(Box<[u64; 1024]>);
 
-impl PortSet {
-    pub(super) fn new() -> Self {
+impl Default for PortSet {
+    fn default() -> Self {
         Self(Box::new([0; 1024]))
     }
+}
 
+impl PortSet {
     /// The ports of inclusive ranges.
     pub(super) fn of_ranges(ranges: &[(u16, u16)]) -> Self {
-        let mut set = Self::new();
-        for &(first, last) in ranges {
-            for port in first..=last {
-                set.insert(port);
-            }
+        let mut set = Self::default();
+        for port in ranges.iter().flat_map(|&(first, last)| first..=last) {
+            set.insert(port);
         }
         set
     }
@@ -81,23 +60,21 @@ pub(super) struct Ports {
     direction: Direction,
     pub(super) rows: Dimension<Port>,
     allow: Option<PortSet>,
-    /// Ports listening at the last audit or since.
+    /// Ports that listened at the last audit, or have begun to since.
     listening: PortSet,
 }
 
 impl Ports {
     pub(super) fn new(direction: Direction, allow: Option<PortSet>, max: usize) -> Self {
-        let has_ports = direction != Direction::Unknown;
         Self {
             direction,
-            rows: Dimension::new(if has_ports { max } else { 0 }),
+            rows: Dimension::new(max),
             allow,
-            listening: PortSet::new(),
+            listening: PortSet::default(),
         }
     }
 
-    /// The row a connection to `port` counts in, and a row that ended to make
-    /// room.
+    /// The row for a connection to `port`, and a row that ended for it.
     pub(super) fn row_for(&mut self, now_ns: u64, port: u16) -> (u16, Option<u16>) {
         let rank = if self.listening.contains(port) {
             Rank::Listening
@@ -105,20 +82,18 @@ impl Ports {
             Rank::Opened
         };
         let (row, ended) = self.row(now_ns, port, rank, rank);
-        if row == OTHER && self.may_have_row(port) {
-            self.rows.overflow += 1;
-        }
+        self.rows.overflow += u64::from(row == OTHER && self.may_have_row(port));
         (row, ended)
     }
 
-    /// The same for a connect that failed, which ends no row of a port to
-    /// which one did not.
+    /// The row for a failed connect, which replaces only rows of ports to
+    /// which every connect failed.
     pub(super) fn row_for_failure(&mut self, now_ns: u64, port: u16) -> (u16, Option<u16>) {
         self.row(now_ns, port, Rank::Failed, Rank::Failed)
     }
 
-    /// Notes that `port` listens and makes it a row if that takes no other
-    /// listening port's. Returns a row that ended to make room.
+    /// Marks `port` as listening and makes its row, unless that would replace
+    /// the row of another listening port. Returns the row that ended for it.
     pub(super) fn reserve(&mut self, now_ns: u64, port: u16) -> Option<u16> {
         self.listening.insert(port);
         self.row(now_ns, port, Rank::Listening, Rank::Opened).1
@@ -136,8 +111,7 @@ impl Ports {
             && self.allow.as_ref().is_none_or(|allow| allow.contains(port))
     }
 
-    /// Puts the listening ports of a finished audit in place of those known
-    /// before.
+    /// Sets the listening ports to those of a finished audit.
     pub(super) fn set_listening(&mut self, ports: &PortSet) {
         self.listening.0.copy_from_slice(&ports.0[..]);
         for (port, row) in self.rows.rows_mut() {
@@ -150,45 +124,28 @@ impl Ports {
         }
     }
 
-    /// The port of a row, or `other`.
+    /// The label of a row.
     pub(super) fn label(&self, row: u16) -> PortLabel {
-        label(self.rows.value(row))
+        self.rows.value(row).into()
     }
 
-    /// Counts a CLOSE_WAIT row of the audit under way.
-    pub(super) fn saw_close_wait(&mut self, row: u16) {
-        self.rows.row_mut(row).extra.close_wait_next += 1;
-    }
-
-    /// Drops what an abandoned audit counted.
-    pub(super) fn forget_close_wait(&mut self) {
-        for (_, row) in self.rows.rows_mut() {
-            row.extra.close_wait_next = 0;
-        }
-    }
-
-    /// Publishes the CLOSE_WAIT counts of the audit that ended.
-    pub(super) fn publish_close_wait(&mut self) {
-        for (_, row) in self.rows.rows_mut() {
-            row.extra.close_wait = std::mem::take(&mut row.extra.close_wait_next);
-        }
-    }
-
-    pub(super) fn snapshot(&self, out: &mut Vec<PortRow>) {
+    pub(super) fn snapshot(&self) -> impl Iterator<Item = PortRow> {
         let direction = self.direction;
-        out.extend(self.rows.rows().map(|(port, row)| PortRow {
-            port: label(port),
+        self.rows.rows().map(move |(port, row)| PortRow {
+            port: port.into(),
             direction,
-            flow: row.flows[direction as usize],
+            flow: row.counts.flows[direction as usize],
             close_wait: row.extra.close_wait,
-            failures: (direction == Direction::Outbound).then_some(row.failures),
+            failures: (direction == Direction::Outbound).then_some(row.counts.failures),
             accept_wait: (direction == Direction::Inbound).then_some(row.extra.accept_wait),
-        }));
+        })
     }
 }
 
-fn label(port: Option<Port>) -> PortLabel {
-    port.map_or(PortLabel::Other, |Port(port)| PortLabel::Port(port))
+impl From<Option<Port>> for PortLabel {
+    fn from(port: Option<Port>) -> Self {
+        port.map_or(Self::Other, |Port(port)| Self::Port(port))
+    }
 }
 
 #[cfg(test)]
@@ -203,7 +160,7 @@ mod tests {
 
     impl Ports {
         fn existing(&self, port: u16) -> u16 {
-            self.rows.index.get(Port(port))
+            self.rows.find(Port(port)).unwrap_or(OTHER)
         }
     }
 
@@ -216,7 +173,8 @@ mod tests {
         assert_ne!(ports.existing(80), OTHER, "5000 went, though 80 is as idle");
         assert_eq!(ports.existing(5000), OTHER);
         assert_eq!(ports.row_for(1200 * S, 6001).0, ports.existing(6001));
-        ports.rows.attach(1200 * S, ports.existing(6001));
+        let row = ports.existing(6001);
+        ports.rows.change(1200 * S, row, |counts| counts.live += 1);
         assert_eq!(ports.row_for(9999 * S, 6002), (OTHER, None), "80 listens");
         assert_eq!(ports.reserve(9999 * S, 443), None);
         assert_eq!(
@@ -233,7 +191,7 @@ mod tests {
         let mut ports = inbound(1);
         ports.reserve(0, 80);
         assert_eq!(ports.row_for(600 * S, 6000), (OTHER, None));
-        ports.set_listening(&PortSet::new());
+        ports.set_listening(&PortSet::default());
         assert_ne!(ports.row_for(600 * S, 6000).0, OTHER);
     }
 
@@ -242,7 +200,7 @@ mod tests {
         let mut ports = inbound(2);
         ports.reserve(0, 80);
         let (row, _) = ports.row_for(0, 5000);
-        ports.rows.change(300 * S, row);
+        ports.rows.change(300 * S, row, |_| {});
         assert_eq!(ports.row_for(600 * S, 6000), (OTHER, None), "80 listens");
         assert_eq!(ports.row_for(1000 * S, 6000), (row, Some(row)));
         assert_ne!(ports.existing(80), OTHER);
@@ -250,7 +208,7 @@ mod tests {
         let mut ports = inbound(2);
         ports.reserve(0, 80);
         let (row, _) = ports.row_for(0, 5000);
-        ports.rows.change(300 * S, row);
+        ports.rows.change(300 * S, row, |_| {});
         assert_eq!(ports.row_for(600 * S, 6000), (OTHER, None));
         ports.reserve(700 * S, 443);
         assert_eq!(ports.row_for(1000 * S, 443), (row, Some(row)));
@@ -275,8 +233,7 @@ mod tests {
                 ports.row_for(round * 700 * S, port);
             }
         }
-        let mut rows = Vec::new();
-        ports.snapshot(&mut rows);
+        let rows: Vec<_> = ports.snapshot().collect();
         assert_eq!(rows.len(), 129);
         assert_eq!(rows[0].port, PortLabel::Other);
     }
@@ -290,7 +247,10 @@ mod tests {
         for round in 1..4u64 {
             for port in 0..=u16::MAX {
                 let (row, _) = ports.row_for_failure(round * 700 * S, port);
-                ports.rows.change(round * 700 * S, row).failures[0] += 1;
+                let now_ns = round * 700 * S;
+                ports
+                    .rows
+                    .change(now_ns, row, |counts| counts.failures[0] += 1);
             }
         }
         assert!((1..=100).all(|port| ports.existing(port) != OTHER));

@@ -1,89 +1,53 @@
-//! What the fold knows, copied out at one instant for exposition.
+//! What the fold exports, copied at one instant.
 
 use std::fmt;
 
+use connmon_common::state;
+
 use crate::event::NetnsId;
 use crate::geo::Country;
+use crate::text::label_values;
 
-/// Index by [`Direction`].
-pub const DIRECTIONS: usize = 3;
+/// How many directions there are; rows are indexed by [`Direction`].
+pub const DIRECTIONS: usize = Direction::ALL.len();
 
-/// Label `direction`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum Direction {
-    /// Passive open.
-    Inbound = 0,
-    /// Active open.
-    Outbound = 1,
-    /// Existed before start and cannot be told.
-    Unknown = 2,
-}
-
-impl Direction {
-    /// Every direction, in index order.
-    pub const ALL: [Self; DIRECTIONS] = [Self::Inbound, Self::Outbound, Self::Unknown];
-
-    /// Label value.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Inbound => "inbound",
-            Self::Outbound => "outbound",
-            Self::Unknown => "unknown",
-        }
+label_values! {
+    /// Label `direction`.
+    Direction: 3 {
+        /// Passive open.
+        Inbound = "inbound",
+        /// Active open.
+        Outbound = "outbound",
+        /// Existed before start, and its direction cannot be known.
+        Unknown = "unknown",
     }
 }
 
-/// Label `reason` of the connect failure families.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum FailureReason {
-    /// ECONNREFUSED.
-    Refused = 0,
-    /// ETIMEDOUT.
-    Timeout = 1,
-    /// ECONNRESET.
-    Reset = 2,
-    /// EHOSTUNREACH.
-    HostUnreachable = 3,
-    /// ENETUNREACH.
-    NetworkUnreachable = 4,
-    /// Closed locally, or SOCK_DESTROY.
-    Aborted = 5,
-    /// No port or address; no segment ever left.
-    Local = 6,
-    /// Anything else.
-    Other = 7,
+label_values! {
+    /// Label `reason` of the connect failure families.
+    FailureReason: 8 {
+        /// ECONNREFUSED.
+        Refused = "refused",
+        /// ETIMEDOUT.
+        Timeout = "timeout",
+        /// ECONNRESET.
+        Reset = "reset",
+        /// EHOSTUNREACH.
+        HostUnreachable = "host_unreachable",
+        /// ENETUNREACH.
+        NetworkUnreachable = "network_unreachable",
+        /// Closed locally, or SOCK_DESTROY.
+        Aborted = "aborted",
+        /// No port or address; no segment was sent.
+        Local = "local",
+        /// Anything else.
+        Other = "other",
+    }
 }
 
 impl FailureReason {
     /// How many there are.
-    pub const COUNT: usize = 8;
-    /// Every reason, in index order.
-    pub const ALL: [Self; Self::COUNT] = [
-        Self::Refused,
-        Self::Timeout,
-        Self::Reset,
-        Self::HostUnreachable,
-        Self::NetworkUnreachable,
-        Self::Aborted,
-        Self::Local,
-        Self::Other,
-    ];
-
-    /// Label value.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Refused => "refused",
-            Self::Timeout => "timeout",
-            Self::Reset => "reset",
-            Self::HostUnreachable => "host_unreachable",
-            Self::NetworkUnreachable => "network_unreachable",
-            Self::Aborted => "aborted",
-            Self::Local => "local",
-            Self::Other => "other",
-        }
-    }
+    pub const COUNT: usize = Self::ALL.len();
 }
 
 /// Count and sum of a summary without quantiles.
@@ -93,6 +57,13 @@ pub struct Sum {
     pub count: u64,
     /// Their sum, nanoseconds.
     pub sum_ns: u64,
+}
+
+impl Sum {
+    pub(super) fn add(&mut self, value_ns: u64) {
+        self.count += 1;
+        self.sum_ns = self.sum_ns.saturating_add(value_ns);
+    }
 }
 
 /// What every row counts per direction.
@@ -132,7 +103,7 @@ pub struct CountryRow {
 pub enum PortLabel {
     /// A service port.
     Port(u16),
-    /// What has no row of its own.
+    /// All ports without a row of their own.
     Other,
 }
 
@@ -200,7 +171,7 @@ pub struct ListenerRow {
     pub address: String,
     /// Port.
     pub port: u16,
-    /// Process name, invalid UTF-8 replaced; `unknown` when not readable.
+    /// Process name, invalid UTF-8 replaced; `unknown` if it is not known.
     pub process: String,
     /// Lowest pid of the group; 0 when unknown.
     pub pid: u32,
@@ -208,28 +179,27 @@ pub struct ListenerRow {
     pub sockets: u32,
     /// Accept queue length, summed.
     pub queue_length: u64,
-    /// Accept queue limit, summed; `None` until a table has told it, which
-    /// /proc does not.
+    /// Accept queue limit, summed; `None` until sock_diag reported it.
     pub queue_limit: Option<u64>,
 }
 
-/// States beside ESTABLISHED, counted at the last audit, in this order.
+/// States other than ESTABLISHED, counted at the last audit, in this order.
 pub const AUDITED_STATES: [(u8, &str); 7] = [
-    (connmon_common::state::SYN_SENT, "syn_sent"),
-    (connmon_common::state::SYN_RECV, "syn_recv"),
-    (connmon_common::state::FIN_WAIT1, "fin_wait1"),
-    (connmon_common::state::FIN_WAIT2, "fin_wait2"),
-    (connmon_common::state::CLOSE_WAIT, "close_wait"),
-    (connmon_common::state::LAST_ACK, "last_ack"),
-    (connmon_common::state::CLOSING, "closing"),
+    (state::SYN_SENT, "syn_sent"),
+    (state::SYN_RECV, "syn_recv"),
+    (state::FIN_WAIT1, "fin_wait1"),
+    (state::FIN_WAIT2, "fin_wait2"),
+    (state::CLOSE_WAIT, "close_wait"),
+    (state::LAST_ACK, "last_ack"),
+    (state::CLOSING, "closing"),
 ];
 
 /// Corrections by action.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Corrections {
-    /// Seeds of the startup walk.
+    /// Connections found by the initial scan.
     pub seeded: u64,
-    /// Rows that no event had told of.
+    /// Connections of which no event was seen.
     pub added: u64,
     /// Entries the kernel does not have.
     pub removed: u64,
@@ -240,7 +210,7 @@ pub struct Corrections {
 /// Everything the fold exports.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
-    /// Countries once seen, ordered by label index.
+    /// Countries seen since start, ordered by label index.
     pub countries: Vec<CountryRow>,
     /// Port rows; `Other` rows always present for each direction.
     pub ports: Vec<PortRow>,
@@ -268,9 +238,9 @@ pub struct Snapshot {
     pub untracked: u64,
     /// `connmon_table_overflow_total`.
     pub table_overflow: u64,
-    /// `connmon_tombstone_overflow_total`: closes during a walk that were
-    /// forgotten for want of room, so that older rows may bring them back
-    /// until the next audits.
+    /// `connmon_tombstone_overflow_total`: closes during a walk that were not
+    /// remembered because too many were; older rows may add these connections
+    /// back until the next audits.
     pub tombstone_overflow: u64,
     /// `connmon_series_overflow_total{family}`.
     pub series_overflow: Vec<(&'static str, u64)>,
@@ -278,7 +248,7 @@ pub struct Snapshot {
     pub series_evicted: Vec<(&'static str, u64)>,
     /// Events applied, knowingly ignored ones included.
     pub folded: u64,
-    /// Events whose country is lost, counted inside the fold.
+    /// Events that were lost, and their country with them.
     pub unattributed: u64,
     /// `connmon_reconcile_corrections_total`.
     pub corrections: Corrections,
@@ -290,8 +260,8 @@ pub struct Snapshot {
     pub hidden_loopback: u64,
     /// Connections hidden by `--filter.exclude`, at the last walk.
     pub hidden_excluded: u64,
-    /// Whether traffic figures exist (false: absent, not zero).
+    /// Whether bytes, segments and RTT are known (false: absent, not zero).
     pub traffic_known: bool,
-    /// Whether accept times exist (an accept probe is attached).
+    /// Whether accept times are known (an accept probe is attached).
     pub accept_known: bool,
 }

@@ -1,20 +1,20 @@
-//! Connections that closed while a walk is under way: a row that was read
-//! before its close must not bring one back.
+//! Connections that closed during a walk, so that a row which was read before
+//! the close does not add one back.
 
 use hashbrown::HashTable;
 
 use super::key::{Hasher, Key};
 use crate::event::Cookie;
 
-/// Most closes remembered at a time: at 40 bytes with index, 5 MiB. Only those
-/// since the namespace being read was begun matter, and that takes at most a
-/// second or two; this is 65,000 closes a second for two.
+/// Most closes remembered at a time: 5 MiB at 40 bytes each. Only those since
+/// the namespace being read was begun matter, a second or two; this is 65,000
+/// closes a second for two.
 pub(super) const MAX: usize = 1 << 17;
 
-/// How much older than the beginning of a namespace's dump a close has to be
-/// to mean nothing for its rows. The socket was unhashed before its close was
-/// told, but the time of one can be that of an earlier packet in the same
-/// jiffy, which lasts 10 ms at most (CONFIG_HZ=100).
+/// A close matters for the rows of a namespace unless it is older than the
+/// begin of the dump by this much. The socket was unhashed before its close was
+/// reported, but the time of the close can be that of an earlier packet in the
+/// same jiffy: 10 ms at most (CONFIG_HZ=100).
 const SLACK_NS: u64 = 11_000_000;
 
 #[derive(Clone, Copy, Debug)]
@@ -24,54 +24,41 @@ struct Tombstone {
     at_ns: u64,
 }
 
-/// The closes of the walk under way; empty otherwise.
-#[derive(Debug)]
+/// The closes of the walk in progress; empty otherwise.
+#[derive(Debug, Default)]
 pub(super) struct Tombstones {
     table: HashTable<Tombstone>,
     active: bool,
-    /// Closes before this mean nothing any more.
+    /// Closes before this no longer matter.
     horizon_ns: u64,
-    /// The horizon at the last clearing out.
-    cleared_ns: u64,
-    /// The latest close that was forgotten for want of room.
+    /// The horizon when old closes were last dropped.
+    dropped_ns: u64,
+    /// The latest close that was forgotten because the table was full.
     forgotten_ns: Option<u64>,
-    /// Closes forgotten in the walk under way, or the last one.
+    /// Closes forgotten in the walk in progress, or the last one.
     forgotten: u64,
     /// Closes forgotten since start.
     pub(super) overflow: u64,
 }
 
-/// What the tombstones say of a row.
+/// What the tombstones show about a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Nothing with these endpoints closed.
-    Alive,
-    /// One with these endpoints closed, and no cookie tells whether it is this
-    /// one.
-    MayBeDead,
-    /// This socket closed after the row was read.
-    Dead,
+    /// No connection with these endpoints closed.
+    Open,
+    /// One with these endpoints closed; no cookie shows whether it is this one.
+    MaybeClosed,
+    /// This one closed after the row was read.
+    Closed,
 }
 
 impl Tombstones {
-    pub(super) fn new() -> Self {
-        Self {
-            table: HashTable::new(),
-            active: false,
-            horizon_ns: 0,
-            cleared_ns: 0,
-            forgotten_ns: None,
-            forgotten: 0,
-            overflow: 0,
-        }
-    }
-
     /// A walk begins.
     pub(super) fn start(&mut self) {
         *self = Self {
             active: true,
             overflow: self.overflow,
-            ..Self::new()
+            ..Self::default()
         };
     }
 
@@ -91,10 +78,9 @@ impl Tombstones {
         if !self.active {
             return;
         }
-        if self.table.len() >= MAX && self.cleared_ns < self.horizon_ns {
-            // At most once a namespace, and only where there is need.
-            self.cleared_ns = self.horizon_ns;
-            self.table.retain(|other| other.at_ns >= self.cleared_ns);
+        if self.table.len() >= MAX && self.dropped_ns < self.horizon_ns {
+            self.dropped_ns = self.horizon_ns;
+            self.table.retain(|other| other.at_ns >= self.dropped_ns);
         }
         if self.table.len() >= MAX {
             self.forgotten_ns = self.forgotten_ns.max(Some(at_ns));
@@ -109,21 +95,20 @@ impl Tombstones {
             });
     }
 
-    /// Whether closes were forgotten for want of room that rows of the
-    /// namespace being read may belong to.
+    /// Whether a forgotten close can be that of a row of the namespace being
+    /// read.
     pub(super) fn overflowed(&self) -> bool {
         self.forgotten_ns.is_some_and(|at| at >= self.horizon_ns)
     }
 
-    /// How many closes the walk under way, or the last one, forgot.
+    /// How many closes the walk in progress, or the last one, forgot.
     pub(super) fn forgotten(&self) -> u64 {
         self.forgotten
     }
 
-    /// Whether a row with these endpoints and cookie, read at `t0_ns` or
-    /// later, is of a connection that closed: decided by the cookie where
-    /// both are known, else by endpoints and time. What was opened again since
-    /// is known by event and needs no row.
+    /// Whether a row, read at `t0_ns` or later, is of a connection that
+    /// closed. The cookie decides if both are known, else endpoints and time: a
+    /// socket that was opened since is known by its event and needs no row.
     pub(super) fn verdict(
         &self,
         hasher: &Hasher,
@@ -131,20 +116,20 @@ impl Tombstones {
         cookie: Cookie,
         t0_ns: u64,
     ) -> Verdict {
+        let mut verdict = Verdict::Open;
         if self.table.is_empty() {
-            return Verdict::Alive;
+            return verdict;
         }
-        let mut verdict = Verdict::Alive;
         for other in self.table.iter_hash(hasher.hash_key(key)) {
             if !other.key.matches(key) {
                 continue;
             }
             if other.cookie == 0 || cookie == 0 {
                 if other.at_ns >= t0_ns.saturating_sub(SLACK_NS) {
-                    verdict = Verdict::MayBeDead;
+                    verdict = Verdict::MaybeClosed;
                 }
             } else if other.cookie == cookie {
-                return Verdict::Dead;
+                return Verdict::Closed;
             }
         }
         verdict
@@ -164,32 +149,29 @@ mod tests {
     #[test]
     fn cookies_decide_where_both_are_known_else_time() {
         let hasher = Hasher::new(&[0; 16]);
-        let mut tombstones = Tombstones::new();
+        let mut tombstones = Tombstones::default();
         tombstones.close(&hasher, KEY, 7, 100);
         tombstones.start();
         assert_eq!(
             tombstones.verdict(&hasher, &KEY, 7, 0),
-            Verdict::Alive,
+            Verdict::Open,
             "no walk, no record"
         );
         tombstones.close(&hasher, KEY, 7, 100);
         let verdict = |cookie, t0| tombstones.verdict(&hasher, &KEY, cookie, t0);
-        assert_eq!(verdict(7, 200 + SLACK_NS), Verdict::Dead);
-        assert_eq!(verdict(8, 50), Verdict::Alive);
-        assert_eq!(verdict(0, 100), Verdict::MayBeDead);
-        assert_eq!(verdict(0, 100 + SLACK_NS), Verdict::MayBeDead);
-        assert_eq!(verdict(0, 101 + SLACK_NS), Verdict::Alive);
+        assert_eq!(verdict(7, 200 + SLACK_NS), Verdict::Closed);
+        assert_eq!(verdict(8, 50), Verdict::Open);
+        assert_eq!(verdict(0, 100), Verdict::MaybeClosed);
+        assert_eq!(verdict(0, 100 + SLACK_NS), Verdict::MaybeClosed);
+        assert_eq!(verdict(0, 101 + SLACK_NS), Verdict::Open);
         let elsewhere = Key { netns: 4, ..KEY };
-        assert_eq!(
-            tombstones.verdict(&hasher, &elsewhere, 7, 0),
-            Verdict::Alive
-        );
+        assert_eq!(tombstones.verdict(&hasher, &elsewhere, 7, 0), Verdict::Open);
     }
 
     #[test]
     fn a_flood_of_closes_is_bounded_and_known() {
         let hasher = Hasher::new(&[0; 16]);
-        let mut tombstones = Tombstones::new();
+        let mut tombstones = Tombstones::default();
         tombstones.start();
         for b in 0..=MAX as u32 {
             assert!(!tombstones.overflowed());
@@ -203,9 +185,9 @@ mod tests {
     }
 
     #[test]
-    fn closes_of_before_a_namespace_was_begun_make_room() {
+    fn closes_before_a_namespace_was_begun_are_dropped() {
         let hasher = Hasher::new(&[0; 16]);
-        let mut tombstones = Tombstones::new();
+        let mut tombstones = Tombstones::default();
         tombstones.start();
         let late = 1 + 2 * SLACK_NS;
         for b in 0..=MAX as u32 {
@@ -224,7 +206,7 @@ mod tests {
         };
         assert_eq!(
             tombstones.verdict(&hasher, &last, 0, late),
-            Verdict::MayBeDead
+            Verdict::MaybeClosed
         );
         tombstones.close(&hasher, KEY, 0, late);
         assert!(tombstones.overflowed());

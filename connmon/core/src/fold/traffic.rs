@@ -1,78 +1,85 @@
-//! Bytes, retransmits and round-trip times: differences between what the
-//! kernel's counters of a socket say now and what they said at the last look.
+//! Bytes, retransmits and round-trip times: how much the kernel's counters of
+//! a socket rose since they were last read.
 //!
-//! A connection opened before our eyes starts at zero. A seed starts at the
-//! first row that has figures, so that what moved before start is not
-//! counted, and adds nothing if it closes before one came.
+//! The counters of a connection whose open was seen begin at zero. Those of a
+//! seed begin at the first row that has them, so that nothing from before the
+//! start is counted.
 //!
-//! Round-trip times: each observation of a connection's smoothed RTT stands
-//! for bytes that moved since the last one. A sample observes it if a byte
-//! moved since the sample before, a close if a byte moved since the last
-//! observation or there was none. An idle connection is thus not counted
-//! again and again, and a short one exactly once.
+//! The smoothed round-trip time is observed only for bytes that moved: in a
+//! sample if some moved since the last sample, at close if some moved since the
+//! last observation, or there was none. So an idle connection is not observed
+//! repeatedly, and a short one exactly once.
 
 use connmon_common::state::{ESTABLISHED, FIN_WAIT1, FIN_WAIT2};
 
+use super::Fold;
+use super::counters::Labels;
+use super::entry::Flags;
+use super::table::Slot;
 use crate::event::Traffic;
 
-use super::Fold;
-use super::ledger::Place;
-use super::table::{Flags, Slot};
-
-/// Nanoseconds in a microsecond.
-const US: u64 = 1_000;
-
 impl Fold {
-    /// The final figures, from the close itself.
-    pub(super) fn final_traffic(&mut self, now_ns: u64, slot: Slot, traffic: &Traffic) {
+    /// The final values, from the close itself.
+    pub(super) fn final_traffic(&mut self, slot: Slot, traffic: &Traffic) {
         if !self.config.traffic {
             return;
         }
         let entry = self.table.entry_mut(slot);
-        let place = Place::of(entry);
-        let mut moved = 0;
-        if entry.flags.has(Flags::BASELINE) {
-            let received = entry.advance_received(traffic.received_bytes);
-            let sent = entry.advance_sent(traffic.sent_bytes);
-            let retransmitted = entry.advance_retransmitted(traffic.retransmitted_segments);
-            moved = received + sent;
-            self.ledger
-                .moved(now_ns, place, received, sent, retransmitted);
-        }
-        let observed = self.table.entry(slot).flags.has(Flags::RTT);
-        if traffic.srtt_us > 0 && (moved > 0 || !observed) {
-            self.ledger
-                .round_trip(now_ns, place, u64::from(traffic.srtt_us) * US);
+        let observed = entry.flags.contains(Flags::RTT);
+        let moved =
+            entry.flags.contains(Flags::BASELINE) && self.count_traffic(slot, traffic, true);
+        if moved || !observed {
+            self.observe_rtt(slot, traffic);
         }
     }
 
-    /// The figures of a live connection, from a row that no event is newer
-    /// than. Received bytes count in ESTABLISHED, FIN_WAIT1 and FIN_WAIT2
-    /// only: elsewhere a FIN may be among them (kernel-notes §5).
-    pub(super) fn sample_traffic(&mut self, now_ns: u64, slot: Slot, state: u8, traffic: &Traffic) {
+    /// The values of a live connection, from a row that is newer than its last
+    /// event.
+    pub(super) fn sample_traffic(&mut self, slot: Slot, state: u8, traffic: &Traffic) {
         if !self.config.traffic {
             return;
         }
         let entry = self.table.entry_mut(slot);
-        let place = Place::of(entry);
-        let first = !entry.flags.has(Flags::BASELINE);
-        entry.flags.set(Flags::BASELINE);
-        let received = if first || matches!(state, ESTABLISHED | FIN_WAIT1 | FIN_WAIT2) {
-            entry.advance_received(traffic.received_bytes)
+        if !entry.flags.contains(Flags::BASELINE) {
+            entry.flags.insert(Flags::BASELINE);
+            entry.baseline.advance_received(traffic.received_bytes);
+            entry.baseline.advance_sent(traffic.sent_bytes);
+            entry
+                .baseline
+                .advance_retransmitted(traffic.retransmitted_segments);
+            return;
+        }
+        // In other states the kernel may count a FIN (kernel-notes §5).
+        let received = matches!(state, ESTABLISHED | FIN_WAIT1 | FIN_WAIT2);
+        if self.count_traffic(slot, traffic, received) && self.observe_rtt(slot, traffic) {
+            self.table.entry_mut(slot).flags.insert(Flags::RTT);
+        }
+    }
+
+    /// Counts what moved, received bytes only if `received`; true if any byte
+    /// did.
+    fn count_traffic(&mut self, slot: Slot, now: &Traffic, received: bool) -> bool {
+        let entry = self.table.entry_mut(slot);
+        let labels = Labels::of(entry);
+        let received = if received {
+            entry.baseline.advance_received(now.received_bytes)
         } else {
             0
         };
-        let sent = entry.advance_sent(traffic.sent_bytes);
-        let retransmitted = entry.advance_retransmitted(traffic.retransmitted_segments);
-        if first {
-            return;
+        let sent = entry.baseline.advance_sent(now.sent_bytes);
+        let segments = now.retransmitted_segments;
+        let retransmitted = entry.baseline.advance_retransmitted(segments);
+        self.counters.moved(labels, received, sent, retransmitted);
+        received + sent > 0
+    }
+
+    /// False if there is no round-trip time.
+    fn observe_rtt(&mut self, slot: Slot, traffic: &Traffic) -> bool {
+        if traffic.srtt_us > 0 {
+            let labels = Labels::of(self.table.entry(slot));
+            let rtt_ns = u64::from(traffic.srtt_us) * 1_000;
+            self.counters.round_trip(labels, rtt_ns);
         }
-        if received + sent > 0 && traffic.srtt_us > 0 {
-            entry.flags.set(Flags::RTT);
-            self.ledger
-                .round_trip(now_ns, place, u64::from(traffic.srtt_us) * US);
-        }
-        self.ledger
-            .moved(now_ns, place, received, sent, retransmitted);
+        traffic.srtt_us > 0
     }
 }

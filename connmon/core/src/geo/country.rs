@@ -1,8 +1,7 @@
-//! The closed set of values the `country` label can take.
+//! The values of the label `country`.
 
 /// A `country` label value: an ISO 3166-1 alpha-2 code (or `XK`), `private`,
-/// `loopback` or `unknown`. One byte, so that a table of connections and a
-/// table of rows can be indexed by it.
+/// `loopback` or `unknown`; in one byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Country(u8);
 

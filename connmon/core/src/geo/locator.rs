@@ -1,6 +1,6 @@
-//! [`Locate`] over one database, with a cache keyed on the record.
+//! [`Locate`] over one database, with a cache by record.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use super::{Country, Database, Locate};
@@ -10,13 +10,13 @@ use super::{Country, Database, Locate};
 /// in use at a time.
 const SLOTS: usize = 4_096;
 
-/// Answers for one database. Another database needs another locator, so no
-/// answer ever mixes two.
+/// Looks addresses up in one database. For another database, make another
+/// locator.
 #[derive(Debug)]
 pub struct Locator {
     database: Arc<Database>,
-    /// Direct-mapped: (record offset, its country). Addresses are not keys:
-    /// many share a record, and decoding one costs several times the lookup.
+    /// Direct-mapped: (record offset, its country). Many addresses share a
+    /// record, and to decode one costs several times the lookup.
     cache: Box<[(usize, Country)]>,
 }
 
@@ -25,108 +25,77 @@ impl Locator {
     pub fn new(database: Arc<Database>) -> Self {
         Self {
             database,
-            cache: vec![(NO_RECORD, Country::UNKNOWN); SLOTS].into_boxed_slice(),
+            // No record has the offset `usize::MAX`.
+            cache: vec![(usize::MAX, Country::UNKNOWN); SLOTS].into(),
         }
     }
 
-    /// The database behind it.
+    /// Its database.
     pub fn database(&self) -> &Arc<Database> {
         &self.database
-    }
-
-    /// A record that lies within a special range is its owner's word on his
-    /// own network (sites, say, or a test's hosts) and counts; one that merely
-    /// spans the range does not.
-    fn place(&mut self, address: IpAddr, special: Option<Special>) -> Country {
-        let Some(special) = special else {
-            return self.look_up(address);
-        };
-        if self.database.prefix(address) < Some(special.prefix) {
-            return special.country;
-        }
-        let found = self.look_up(address);
-        if found.is_public() {
-            found
-        } else {
-            special.country
-        }
     }
 
     fn look_up(&mut self, address: IpAddr) -> Country {
         let Some((offset, record)) = self.database.record(address) else {
             return Country::UNKNOWN;
         };
-        let slot = &mut self.cache[slot(offset)];
-        if slot.0 != offset {
-            *slot = (offset, record.country());
+        // Fibonacci hashing: the high bits of the product spread neighbours.
+        let product = (offset as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let cached = &mut self.cache[(product >> (u64::BITS - SLOTS.ilog2())) as usize];
+        if cached.0 != offset {
+            *cached = (offset, record.country());
         }
-        slot.1
+        cached.1
     }
 }
 
 impl Locate for Locator {
     fn country(&mut self, address: IpAddr) -> Country {
-        match address {
-            IpAddr::V4(v4) => self.place(address, special_v4(v4)),
-            IpAddr::V6(v6) => match embedded_v4(v6) {
-                Some(v4) => self.country(v4.into()),
-                None => self.place(address, special_v6(v6)),
-            },
+        let address = embedded_v4(address).map_or(address, IpAddr::V4);
+        let Some((special, prefix)) = special(address) else {
+            return self.look_up(address);
+        };
+        // A record within the special range is about somebody's own network
+        // (sites, or the hosts of a test) and counts, one that spans it not.
+        if self.database.prefix(address) >= Some(prefix) {
+            let found = self.look_up(address);
+            if found.is_public() {
+                return found;
+            }
         }
+        special
     }
 }
 
-/// No record starts there: a record needs at least one byte after its offset.
-const NO_RECORD: usize = usize::MAX;
-
-/// Fibonacci hashing: the high bits of the product spread neighbours.
-fn slot(offset: usize) -> usize {
-    let product = (offset as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (product >> (u64::BITS - SLOTS.ilog2())) as usize
-}
-
-/// A range that is no country's.
-#[derive(Clone, Copy, Debug)]
-struct Special {
-    country: Country,
-    prefix: u8,
-}
-
-fn special_v4(address: Ipv4Addr) -> Option<Special> {
+/// The label of an address that belongs to no country, and the prefix length
+/// of its range.
+fn special(address: IpAddr) -> Option<(Country, u8)> {
     use Country as C;
-    let octets = address.octets();
-    let (country, prefix) = match octets {
-        [127, ..] => (C::LOOPBACK, 8),
-        [10, ..] => (C::PRIVATE, 8),
-        [172, second, ..] if second & 0xf0 == 16 => (C::PRIVATE, 12),
-        [192, 168, ..] | [169, 254, ..] => (C::PRIVATE, 16),
-        // RFC 6598
-        [100, second, ..] if second & 0xc0 == 64 => (C::PRIVATE, 10),
-        _ => return None,
-    };
-    Some(Special { country, prefix })
+    match address {
+        IpAddr::V4(v4) => match v4.octets() {
+            [127, ..] => Some((C::LOOPBACK, 8)),
+            [10, ..] => Some((C::PRIVATE, 8)),
+            [172, second, ..] if second & 0xf0 == 16 => Some((C::PRIVATE, 12)),
+            [192, 168, ..] | [169, 254, ..] => Some((C::PRIVATE, 16)),
+            // RFC 6598
+            [100, second, ..] if second & 0xc0 == 64 => Some((C::PRIVATE, 10)),
+            _ => None,
+        },
+        IpAddr::V6(v6) if v6.is_loopback() => Some((C::LOOPBACK, 128)),
+        IpAddr::V6(v6) if v6.is_unique_local() => Some((C::PRIVATE, 7)),
+        IpAddr::V6(v6) if v6.is_unicast_link_local() => Some((C::PRIVATE, 10)),
+        IpAddr::V6(_) => None,
+    }
 }
 
-fn special_v6(address: Ipv6Addr) -> Option<Special> {
-    let (country, prefix) = if address.is_loopback() {
-        (Country::LOOPBACK, 128)
-    } else if address.is_unique_local() {
-        (Country::PRIVATE, 7)
-    } else if address.is_unicast_link_local() {
-        (Country::PRIVATE, 10)
-    } else {
-        return None;
-    };
-    Some(Special { country, prefix })
-}
-
-/// The IPv4 address inside `::ffff:0:0/96` (RFC 4291) and `64:ff9b::/96`
-/// (RFC 6052).
-pub(crate) fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
-    match address.segments() {
-        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => {
-            Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)))
-        }
-        _ => address.to_ipv4_mapped(),
+/// The IPv4 address in an IPv6 address of `::ffff:0:0/96` (RFC 4291) or
+/// `64:ff9b::/96` (RFC 6052).
+pub(crate) fn embedded_v4(address: IpAddr) -> Option<Ipv4Addr> {
+    match address {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(v6) => match v6.segments() {
+            [0x64, 0xff9b, 0, 0, 0, 0, _, _] => Some(Ipv4Addr::from_bits(v6.to_bits() as u32)),
+            _ => v6.to_ipv4_mapped(),
+        },
     }
 }

@@ -74,7 +74,7 @@ fn a_queue_limit_is_known_once_a_table_told_it() {
     let limit = |listeners: &Listeners| listeners.snapshot()[0].queue_limit;
     listeners.listen(1, ANY, 80, &owner(1, b"a"));
     assert_eq!(limit(&listeners), None, "no table was read");
-    // /proc does not tell it.
+    // /proc does not have it.
     listeners.begin();
     listeners.row(1, false, &row("0.0.0.0", 80, (0, 0), owner(1, b"a")));
     listeners.end_namespace(1, true, false);
@@ -128,7 +128,7 @@ fn walk_surrogate(listeners: &mut Listeners, surrogate: NetnsId, rows: &[Row]) {
 }
 
 #[test]
-fn a_listener_under_a_surrogate_is_the_one_that_events_spoke_of() {
+fn a_listener_with_a_surrogate_id_joins_events() {
     const SURROGATE: NetnsId = 4_000_000_000;
     let mut listeners = Listeners::new(true, 10, 1);
     let rows = [row("0.0.0.0", 80, (0, 1), owner(0, b""))];
@@ -160,7 +160,7 @@ fn a_listener_of_before_under_a_surrogate_ends_with_its_event() {
     assert_eq!(listeners.snapshot().len(), 1);
     listeners.unlisten(7, ANY, 80);
     assert!(listeners.snapshot().is_empty());
-    // Of two, nobody knows which: the walks will tell.
+    // Of two, the walks find which.
     let mut listeners = Listeners::new(true, 10, 1);
     listeners.begin();
     for surrogate in [4_000_000_000, 4_000_000_001] {
@@ -241,7 +241,7 @@ fn a_group_without_a_place_is_counted_once_while_it_has_none() {
         walk(&mut listeners, 1, &rows);
         assert_eq!(listeners.overflow, 3);
     }
-    // A namespace read in part says nothing of what it did not show.
+    // A namespace read in part proves nothing about what it did not show.
     listeners.begin();
     listeners.end_namespace(1, false, true);
     listeners.end(|_| true, true);

@@ -209,7 +209,7 @@ fn a_fast_open_connect_that_is_never_written_is_no_failure() {
     end(&mut bench, 1, true);
     end(&mut bench, 2, true);
     assert!(bench.fold.snapshot().countries.is_empty());
-    // However late connect() fails for want of a port or an address.
+    // However late connect() fails without a port or an address.
     bench.connect(3, tuple(40000, US));
     bench.now += MS;
     end(&mut bench, 3, false);
@@ -534,7 +534,7 @@ fn connects_that_nobody_answers_take_an_eighth_of_the_places_at_most() {
     assert_eq!((snapshot.tracked, snapshot.table_overflow), (72, 0));
     assert_eq!(snapshot.connect_latency.counts.iter().sum::<u64>(), 1);
     // All others fail and are counted so, kept or not; and the places of the
-    // kept are free again.
+    // kept are free.
     for id in 3..=200 {
         if id != 150 {
             bench.close(id, tuple(2000, US), SYN_SENT);

@@ -7,9 +7,9 @@ mod walks;
 
 use connmon_common::state::*;
 
-use crate::event::{Cookie, SYN_BYTES, Socket, SocketId, Traffic, Tuple};
-use crate::geo::Country;
-use crate::scan::{Access, Row, Trigger, Walk, WalkSummary};
+use crate::event::{Cookie, Event, Owner, SYN_BYTES, Socket, SocketId, Traffic, Tuple};
+use crate::geo::{Country, Locate};
+use crate::scan::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
 
 use super::*;
 
@@ -192,7 +192,7 @@ impl Bench {
 
     fn end(&mut self) {
         self.walk(WalkMessage::End(WalkSummary::default()));
-        while self.fold.settle(self.now) {
+        while self.fold.sweep(self.now) {
             self.check();
         }
         self.check();

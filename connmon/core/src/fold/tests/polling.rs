@@ -57,18 +57,18 @@ fn opened_and_closed_are_differences_between_polls() {
 #[test]
 fn polled_sockets_with_the_same_endpoints_count_one_by_one() {
     let mut bench = Bench::new(polling());
-    let twins: Vec<Row> = (1..=4)
+    let equal: Vec<Row> = (1..=4)
         .map(|inode| Row {
             inode,
             ..row(ESTABLISHED, tuple(40000, US), 0)
         })
         .collect();
-    poll(&mut bench, twins[..2].to_vec());
+    poll(&mut bench, equal[..2].to_vec());
     assert_eq!(bench.fold.snapshot().corrections.seeded, 2);
     for (shown, expected) in [
-        (&twins[..], (2, 0, 4)),
-        (&twins[1..], (2, 1, 3)),
-        (&twins[..2], (2, 2, 2)),
+        (&equal[..], (2, 0, 4)),
+        (&equal[1..], (2, 1, 3)),
+        (&equal[..2], (2, 2, 2)),
         (&[], (2, 4, 0)),
     ] {
         poll(&mut bench, shown.to_vec());
@@ -165,7 +165,7 @@ fn opens_at_the_cap_are_counted_once_whether_they_get_a_place_or_not() {
             snapshot.corrections.added,
         )
     };
-    // Of three seeds one finds no room, and that is no open.
+    // Of three seeds one finds no place, and that is no open.
     poll(&mut bench, rows[..3].to_vec());
     assert_eq!(stats(&bench), ((0, 0, 2), (1, 0), 0));
     // Two are new, once.

@@ -75,7 +75,7 @@ fn what_moved_before_start_is_not_counted() {
 }
 
 #[test]
-fn a_seed_without_figures_starts_at_its_first_sample_or_adds_nothing() {
+fn a_seed_counts_bytes_from_its_first_sample() {
     let mut bench = Bench::new(config());
     bench.startup(vec![row(ESTABLISHED, tuple(40000, US), 5)]);
     sample(
@@ -203,7 +203,7 @@ fn round_trips_are_observed_where_bytes_moved() {
 }
 
 #[test]
-fn where_the_source_has_no_figures_none_are_counted() {
+fn a_source_without_traffic_counts_none() {
     let mut bench = Bench::new(FoldConfig {
         traffic: false,
         ..config()

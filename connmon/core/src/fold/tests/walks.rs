@@ -66,7 +66,7 @@ fn the_startup_seeds_the_union_of_both_passes() {
     let [a, b, c] = [1, 2, 3].map(|n| row(ESTABLISHED, tuple(40000 + n, US), n.into()));
     bench.begin(Trigger::Startup);
     bench.namespace_begin(1);
-    // Read at the same time, so their rows come in any mixture.
+    // Read at the same time, so their rows are mixed.
     bench.rows(0, vec![a, b, b]);
     bench.rows(1, vec![c]);
     bench.rows(0, vec![a]);
@@ -77,7 +77,7 @@ fn the_startup_seeds_the_union_of_both_passes() {
     assert_eq!(bench.fold.snapshot().established, 3);
 }
 
-/// Its close tells the port that it had, and would find no such seed.
+/// Its close has the port that it had, and would find no such seed.
 #[test]
 fn a_socket_that_has_given_its_port_back_is_no_seed() {
     let mut bench = Bench::new(config());
@@ -91,7 +91,7 @@ fn a_socket_that_has_given_its_port_back_is_no_seed() {
 }
 
 #[test]
-fn seeds_are_adopted_by_later_events_by_cookie_or_endpoints() {
+fn later_events_find_seeds_by_cookie_or_endpoints() {
     let mut bench = Bench::new(config());
     bench.startup(vec![
         listen_row(22),
@@ -115,7 +115,7 @@ fn seeds_are_adopted_by_later_events_by_cookie_or_endpoints() {
 }
 
 #[test]
-fn a_row_read_before_its_close_stays_dead() {
+fn a_row_read_before_its_close_adds_nothing() {
     for cookies in [(7, 7), (0, 7), (7, 0), (0, 0)] {
         let mut bench = Bench::new(config());
         bench.begin(Trigger::Startup);
@@ -129,7 +129,7 @@ fn a_row_read_before_its_close_stays_dead() {
 }
 
 #[test]
-fn a_connection_that_opened_and_closed_meanwhile_is_counted_once() {
+fn a_connection_during_a_walk_is_counted_once() {
     let mut bench = Bench::new(config());
     bench.begin(Trigger::Startup);
     bench.namespace_begin(1);
@@ -168,7 +168,7 @@ fn a_socket_connected_again_within_a_walk_keeps_its_cookie_and_its_entry() {
             bench.close_with(1, 5, tuple(40000, US), ESTABLISHED, 0, None, None);
         }
     }
-    // The row, with the figures of the first life, says nothing of the second.
+    // The row, with the bytes of the first connection, is not of the second.
     let mut first_life = row(ESTABLISHED, tuple(40000, US), 5);
     first_life.traffic = Some(stats(1000, 1000, 0, 0));
     bench.rows(0, vec![first_life]);
@@ -199,46 +199,46 @@ fn a_birth_on_a_seeds_endpoints_leaves_the_seed_to_audits() {
 
 /// Sockets of one namespace with the same endpoints, as bound devices and VRFs
 /// allow, numbered from 1.
-const TWINS: u64 = 4;
+const EQUAL: u64 = 4;
 
-/// The row of a twin, which has sent ten times its number.
-fn twin(number: u64) -> Row {
+/// The row of one of several sockets with equal endpoints, which has sent ten times its number.
+fn equal(number: u64) -> Row {
     let mut row = row(ESTABLISHED, tuple(40000, US), 100 + number);
     row.traffic = Some(stats(0, 10 * number, 0, 0));
     row
 }
 
-/// The close of a twin, whose cookie is known by now.
-fn close_twin(bench: &mut Bench, number: u64) {
+/// The close of one of them, whose cookie is known by now.
+fn close_equal(bench: &mut Bench, number: u64) {
     let sent = stats(0, 10 * number + 1, 0, 0);
     let (cookie, ends) = (100 + number, tuple(40000, US));
     bench.close_with(number, cookie, ends, ESTABLISHED, 0, None, Some(sent));
 }
 
 #[test]
-fn twins_told_by_events_keep_their_own_closes_and_bytes() {
+fn equal_endpoints_keep_their_own_closes_and_bytes() {
     // In whatever order rows and closes come.
-    for first in 1..=TWINS {
+    for first in 1..=EQUAL {
         let mut bench = Bench::new(config());
         bench.startup(vec![]);
-        for number in 1..=TWINS {
+        for number in 1..=EQUAL {
             bench.open(number, tuple(40000, US), SYN_SENT, ESTABLISHED);
         }
-        let order: Vec<u64> = (0..TWINS).map(|n| (n + first) % TWINS + 1).collect();
-        let mut rows: Vec<Row> = order.iter().map(|&number| twin(number)).collect();
+        let order: Vec<u64> = (0..EQUAL).map(|n| (n + first) % EQUAL + 1).collect();
+        let mut rows: Vec<Row> = order.iter().map(|&number| equal(number)).collect();
         // A row may come twice.
         rows.push(rows[0]);
         for _ in 0..3 {
             bench.audit(rows.clone());
             let snapshot = bench.fold.snapshot();
-            assert_eq!(snapshot.established, TWINS);
+            assert_eq!(snapshot.established, EQUAL);
             assert_eq!(snapshot.drift, Some(0));
             assert_eq!(snapshot.drift_suspected, Some(0));
         }
-        for (closed, number) in (1..).zip(1..=TWINS) {
-            close_twin(&mut bench, number);
+        for (closed, number) in (1..).zip(1..=EQUAL) {
+            close_equal(&mut bench, number);
             let flow = bench.country("US").flows[1];
-            assert_eq!((flow.closed, flow.connections), (closed, TWINS - closed));
+            assert_eq!((flow.closed, flow.connections), (closed, EQUAL - closed));
             rows.retain(|row| row.cookie != 100 + number);
             bench.audit(rows.clone());
             let snapshot = bench.fold.snapshot();
@@ -246,17 +246,17 @@ fn twins_told_by_events_keep_their_own_closes_and_bytes() {
             assert_eq!(snapshot.drift_suspected, Some(0), "{order:?} {number}");
         }
         let flow = bench.country("US").flows[1];
-        assert_eq!((flow.opened, flow.closed), (TWINS, TWINS));
-        let sent: u64 = (1..=TWINS).map(|number| 10 * number).sum();
+        assert_eq!((flow.opened, flow.closed), (EQUAL, EQUAL));
+        let sent: u64 = (1..=EQUAL).map(|number| 10 * number).sum();
         assert_eq!(flow.sent_bytes, sent, "{order:?}");
         let durations: u64 = bench.fold.snapshot().duration[1].counts.iter().sum();
-        assert_eq!(durations, TWINS);
+        assert_eq!(durations, EQUAL);
         assert_eq!(bench.fold.snapshot().corrections, Corrections::default());
     }
 }
 
 #[test]
-fn a_close_between_the_rows_of_twins_takes_its_own_entry() {
+fn a_close_between_rows_ends_its_own_entry() {
     let mut bench = Bench::new(config());
     bench.startup(vec![]);
     for number in 1..=3 {
@@ -265,9 +265,9 @@ fn a_close_between_the_rows_of_twins_takes_its_own_entry() {
     // The first row goes to the entry that opened last, which is another's.
     bench.begin(Trigger::Interval);
     bench.namespace_begin(1);
-    bench.rows(0, vec![twin(1)]);
-    close_twin(&mut bench, 1);
-    bench.rows(0, vec![twin(2), twin(3)]);
+    bench.rows(0, vec![equal(1)]);
+    close_equal(&mut bench, 1);
+    bench.rows(0, vec![equal(2), equal(3)]);
     bench.namespace_end(1, true);
     bench.end();
     let snapshot = bench.fold.snapshot();
@@ -277,71 +277,71 @@ fn a_close_between_the_rows_of_twins_takes_its_own_entry() {
         (Some(0), Some(0))
     );
     for number in [3, 2] {
-        close_twin(&mut bench, number);
+        close_equal(&mut bench, number);
     }
     let flow = bench.country("US").flows[1];
     assert_eq!((flow.opened, flow.closed, flow.connections), (3, 3, 0));
 }
 
 #[test]
-fn every_twin_is_a_seed_whatever_told_of_it() {
+fn each_socket_with_equal_endpoints_is_a_seed() {
     // By cookie (dumps), by inode (/proc), by kernel address (a source).
-    let by_cookie = |number: u64| twin(number);
+    let by_cookie = |number: u64| equal(number);
     let by_inode = |number: u64| Row {
         inode: number as u32,
         cookie: 0,
         traffic: None,
-        ..twin(number)
+        ..equal(number)
     };
     let by_address = |number: u64| Row {
         id: number,
         cookie: 0,
-        ..twin(number)
+        ..equal(number)
     };
     let shown: [&dyn Fn(u64) -> Row; 3] = [&by_cookie, &by_inode, &by_address];
     for (way, shown) in shown.iter().enumerate() {
         let mut bench = Bench::new(config());
-        let rows: Vec<Row> = (1..=TWINS).map(shown).collect();
+        let rows: Vec<Row> = (1..=EQUAL).map(shown).collect();
         bench.startup(rows.clone());
         let corrections = bench.fold.snapshot().corrections;
-        assert_eq!(corrections.seeded, TWINS, "{way}");
+        assert_eq!(corrections.seeded, EQUAL, "{way}");
         // Audits go on by whatever the namespace is read by.
         let audited: Vec<Row> = match way {
             1 => rows,
-            _ => (1..=TWINS).rev().map(by_cookie).collect(),
+            _ => (1..=EQUAL).rev().map(by_cookie).collect(),
         };
         for _ in 0..2 {
             bench.audit(audited.clone());
             let snapshot = bench.fold.snapshot();
-            assert_eq!(snapshot.established, TWINS, "{way}");
+            assert_eq!(snapshot.established, EQUAL, "{way}");
             assert_eq!(snapshot.drift, Some(0), "{way}");
             assert_eq!(snapshot.drift_suspected, Some(0), "{way}");
         }
-        for number in 1..=TWINS {
+        for number in 1..=EQUAL {
             match way {
                 1 => bench.close(number, tuple(40000, US), ESTABLISHED),
-                _ => close_twin(&mut bench, number),
+                _ => close_equal(&mut bench, number),
             }
             let flow = bench.country("US").flows[1];
-            assert_eq!((flow.closed, flow.connections), (number, TWINS - number));
+            assert_eq!((flow.closed, flow.connections), (number, EQUAL - number));
         }
         // Bytes of before are not counted, those of since are.
-        let sent = if way == 1 { 0 } else { TWINS };
+        let sent = if way == 1 { 0 } else { EQUAL };
         assert_eq!(bench.country("US").flows[1].sent_bytes, sent, "{way}");
     }
 }
 
 #[test]
-fn an_event_before_the_rows_of_twins_names_one_of_them() {
+fn an_event_names_one_of_several_equal_endpoints() {
     let mut bench = Bench::new(config());
     bench.change(1, tuple(40000, US), CLOSE_WAIT);
-    let mut rows: Vec<Row> = [2, 1, 3].map(twin).to_vec();
+    let mut rows: Vec<Row> = [2, 1, 3].map(equal).to_vec();
     rows[1].state = CLOSE_WAIT;
     bench.startup(rows);
     let snapshot = bench.fold.snapshot();
     assert_eq!((snapshot.tracked, snapshot.established), (3, 2));
     for number in 1..=3 {
-        close_twin(&mut bench, number);
+        close_equal(&mut bench, number);
         assert_eq!(bench.fold.snapshot().tracked, 3 - number);
     }
     let flow = bench.country("US").flows[1];
@@ -349,7 +349,7 @@ fn an_event_before_the_rows_of_twins_names_one_of_them() {
 }
 
 #[test]
-fn what_goes_without_a_known_loss_is_told_once() {
+fn a_removal_without_a_known_loss_is_reported_once() {
     let mut bench = Bench::new(config());
     bench.startup(vec![row(CLOSE_WAIT, tuple(22, DE), 0)]);
     bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
@@ -358,81 +358,77 @@ fn what_goes_without_a_known_loss_is_told_once() {
     bench.change(3, tuple(40001, US), FIN_WAIT1);
     bench.now += 1_000 * MS;
     // The closes of 1 and 3 and of the seed are lost.
-    bench.audit(vec![twin(2)]);
+    bench.audit(vec![equal(2)]);
     assert_eq!(
         bench.fold.take_unexplained(),
         None,
         "they may be on their way"
     );
     bench.now += 60_000 * MS;
-    bench.audit(vec![twin(2)]);
+    bench.audit(vec![equal(2)]);
     let found = bench.fold.take_unexplained().unwrap();
-    let mut by_state = [[0; 3]; 16];
-    by_state[usize::from(ESTABLISHED)][Direction::Outbound as usize] = 1;
-    by_state[usize::from(FIN_WAIT1)][Direction::Outbound as usize] = 1;
-    by_state[usize::from(CLOSE_WAIT)][Direction::Unknown as usize] = 1;
-    assert_eq!(found.by_state, by_state);
-    assert_eq!(
-        (found.with_cookie, found.with_twin, found.reopened),
-        (0, 1, 1)
-    );
+    let by_state = [
+        ((ESTABLISHED, Direction::Outbound), 1),
+        ((FIN_WAIT1, Direction::Outbound), 1),
+        ((CLOSE_WAIT, Direction::Unknown), 1),
+    ];
+    assert_eq!(found.by_state, by_state.into());
     let text = found.to_string();
     assert!(
         text.starts_with(
             "3 connections (1 outbound established, 1 outbound fin_wait1, 1 unknown close_wait; \
-             0 with a cookie, 1 with the endpoints of another entry, 1 whose endpoints were \
-             opened again; last seen at most 61.0 to 61.0 s ago"
+             last seen at most 61.0 to 61.0 s ago"
         ),
         "{text}"
     );
     assert_eq!(bench.fold.take_unexplained(), None);
-    // Nothing more goes, and nothing more is told.
-    bench.audit(vec![twin(2)]);
+    // Nothing more goes, and nothing more is reported.
+    bench.audit(vec![equal(2)]);
     assert_eq!(bench.fold.take_unexplained(), None);
 }
 
 #[test]
 fn a_known_loss_explains_what_goes_within_two_audits() {
-    // Told before, between and in the midst of the two that do not show it,
+    // Reported before, between and during the two that do not show it,
     // and after they are over.
-    for told in 0..4 {
+    for reported in 0..4 {
         let mut bench = Bench::new(config());
         bench.startup(vec![]);
-        let tell = |bench: &mut Bench, when| {
-            if when == told {
+        let report = |bench: &mut Bench, when| {
+            if when == reported {
                 bench.fold.lost(1);
             }
         };
         bench.open(1, tuple(40000, US), SYN_SENT, ESTABLISHED);
-        tell(&mut bench, 0);
+        report(&mut bench, 0);
         bench.audit(vec![]);
-        tell(&mut bench, 1);
+        report(&mut bench, 1);
         bench.begin(Trigger::Interval);
-        tell(&mut bench, 2);
+        report(&mut bench, 2);
         bench.namespace(1, vec![]);
         bench.end();
-        tell(&mut bench, 3);
+        report(&mut bench, 3);
         assert_eq!(bench.fold.snapshot().corrections.removed, 1);
-        assert_eq!(bench.fold.take_unexplained(), None, "{told}");
+        assert_eq!(bench.fold.take_unexplained(), None, "{reported}");
         // Two whole audits later it explains nothing any more.
         bench.audit(vec![]);
         bench.audit(vec![]);
         bench.open(2, tuple(40000, US), SYN_SENT, ESTABLISHED);
         bench.audit(vec![]);
         bench.audit(vec![]);
-        assert!(bench.fold.take_unexplained().is_some(), "{told}");
+        assert!(bench.fold.take_unexplained().is_some(), "{reported}");
     }
 }
 
 #[test]
-fn a_twin_that_is_gone_is_removed_and_no_other() {
+fn of_equal_endpoints_only_the_absent_is_removed() {
     let mut bench = Bench::new(config());
     bench.startup(vec![]);
     for number in 1..=3 {
         bench.open(number, tuple(40000, US), SYN_SENT, ESTABLISHED);
     }
     // The close of 2 is lost.
-    let rows = vec![twin(3), twin(1)];
+    let rows = vec![equal(3), equal(1)];
     bench.audit(rows.clone());
     assert_eq!(bench.fold.snapshot().drift_suspected, Some(1));
     bench.audit(rows.clone());
@@ -457,7 +453,7 @@ fn a_change_before_its_seed_gets_its_direction_from_the_row() {
 }
 
 #[test]
-fn one_sighting_adds_and_that_is_drift() {
+fn one_row_adds_and_that_is_drift() {
     let mut bench = Bench::new(config());
     bench.startup(vec![]);
     bench.audit(vec![listen_row(22), row(ESTABLISHED, tuple(22, DE), 1)]);
@@ -478,11 +474,7 @@ fn absence_from_two_complete_audits_removes() {
     assert_eq!(bench.fold.snapshot().established, 1);
     bench.audit(vec![present]);
     bench.audit(vec![]);
-    assert_eq!(
-        bench.fold.snapshot().established,
-        1,
-        "the sighting cleared it"
-    );
+    assert_eq!(bench.fold.snapshot().established, 1, "the row cleared it");
     bench.begin(Trigger::Interval);
     bench.namespace_begin(1);
     bench.namespace_end(1, false);
@@ -525,7 +517,7 @@ fn a_rows_state_wins_where_no_event_is_newer() {
     let snapshot = bench.fold.snapshot();
     assert_eq!((snapshot.established, snapshot.tracked), (0, 1));
     assert_eq!((snapshot.corrections.updated, snapshot.drift), (1, Some(1)));
-    // States that no event tells of are refreshed without a word.
+    // States without an event are updated and not counted.
     bench.audit(vec![row(LAST_ACK, tuple(22, DE), 1)]);
     assert_eq!(bench.fold.snapshot().corrections.updated, 1);
     // An event after the row was read wins.
@@ -628,7 +620,7 @@ fn events_without_a_namespace_meet_rows_of_any() {
 }
 
 #[test]
-fn rows_under_a_surrogate_meet_the_events_of_the_namespace_it_stands_for() {
+fn rows_under_a_surrogate_id_match_events() {
     let mut bench = Bench::new(config());
     bench.open(1, tuple(22, DE), SYN_RECV, ESTABLISHED);
     bench.open(2, tuple(23, DE), SYN_RECV, ESTABLISHED);
@@ -674,7 +666,7 @@ fn rows_beyond_the_cap_are_untracked_and_no_drift() {
 }
 
 #[test]
-fn hidden_connections_are_said_once_each_and_nothing_else() {
+fn hidden_connections_are_counted_once_each() {
     let mut bench = Bench::new(FoldConfig {
         filter: RemoteFilter {
             exclude_loopback: true,
@@ -770,7 +762,7 @@ fn a_forgotten_pending_open_goes_after_ten_minutes() {
     bench.now += 2 * S;
     bench.audit(vec![]);
     bench.open(2, tuple(40001, US), SYN_SENT, ESTABLISHED);
-    assert_eq!(bench.fold.snapshot().tracked, 1, "there is room again");
+    assert_eq!(bench.fold.snapshot().tracked, 1, "a place is free");
 }
 
 /// A namespace known by its table's inode, with rows from /proc.
@@ -789,12 +781,12 @@ fn surrogate(bench: &mut Bench, netns: NetnsId, rows: Vec<Row>) {
 #[test]
 fn the_same_endpoints_under_two_surrogates_are_two_connections() {
     let mut bench = Bench::new(config());
-    let twin = row(ESTABLISHED, tuple(22, DE), 0);
+    let equal = row(ESTABLISHED, tuple(22, DE), 0);
     for trigger in [Trigger::Startup, Trigger::Interval, Trigger::Interval] {
         bench.begin(trigger);
-        // Twice: rows may come again.
-        surrogate(&mut bench, 4_000_000_000, vec![twin, twin]);
-        surrogate(&mut bench, 4_000_000_001, vec![twin, twin]);
+        // Twice: rows may be repeated.
+        surrogate(&mut bench, 4_000_000_000, vec![equal, equal]);
+        surrogate(&mut bench, 4_000_000_001, vec![equal, equal]);
         bench.end();
         let snapshot = bench.fold.snapshot();
         assert_eq!((snapshot.established, snapshot.corrections.seeded), (2, 2));
@@ -808,7 +800,7 @@ fn the_same_endpoints_under_two_surrogates_are_two_connections() {
 }
 
 #[test]
-fn a_reused_slot_is_not_settled_by_another_namespaces_listeners() {
+fn a_reused_slot_keeps_its_direction() {
     let mut bench = Bench::new(config());
     bench.begin(Trigger::Startup);
     bench.namespace_begin(2);
@@ -840,7 +832,7 @@ fn a_reused_slot_is_not_settled_by_another_namespaces_listeners() {
 }
 
 #[test]
-fn a_flood_of_closes_does_not_bring_the_dead_of_a_later_namespace_back() {
+fn a_flood_of_closes_adds_nothing_back() {
     use crate::fold::tombstones::MAX;
     let mut bench = Bench::new(config());
     bench.begin(Trigger::Startup);
@@ -874,7 +866,7 @@ fn a_flood_of_closes_does_not_bring_the_dead_of_a_later_namespace_back() {
     bench.rows(0, vec![row(ESTABLISHED, tuple(23, DE), 0)]);
     bench.namespace_end(1, true);
     bench.end();
-    assert_eq!(bench.fold.snapshot().tracked, 0, "it stays dead");
+    assert_eq!(bench.fold.snapshot().tracked, 0, "it stays closed");
     assert!(bench.fold.suspects() > 0, "another audit is due");
     // An audit heals a namespace that it began later, in spite of a flood.
     bench.begin(Trigger::Interval);
@@ -900,7 +892,7 @@ fn a_failed_listing_together_with_a_loss_evicts_nothing_yet() {
         unlisted: true,
         ..WalkSummary::default()
     }));
-    while bench.fold.settle(bench.now) {}
+    while bench.fold.sweep(bench.now) {}
     assert_eq!(bench.fold.snapshot().established, 1);
     // The loss is not forgotten.
     bench.begin(Trigger::Interval);
@@ -910,7 +902,7 @@ fn a_failed_listing_together_with_a_loss_evicts_nothing_yet() {
 }
 
 #[test]
-fn a_namespace_that_only_events_tell_of_is_counted_while_it_has_connections() {
+fn a_namespace_known_from_events_alone_is_counted() {
     let mut bench = Bench::new(config());
     bench.startup(vec![]);
     let elsewhere = |id| Socket {
