@@ -74,6 +74,15 @@ pub enum ServeError {
     Listen(ConfigError),
 }
 
+impl std::fmt::Display for ServeError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Self::WebConfig(error) | Self::Listen(error)) = self;
+        error.fmt(f)
+    }
+}
+
+impl std::error::Error for ServeError {}
+
 /// A bound, not yet serving server.
 #[derive(Debug)]
 pub struct Server {
