@@ -123,7 +123,10 @@ fn flags_in_the_readme_have_their_defaults() {
         let flag = row.split(['`', ' ']).nth(2).unwrap();
         let setting = settings().iter().find(|arg| key(arg) == &flag[2..]);
         let setting = setting.unwrap_or_else(|| panic!("no setting {flag}"));
-        assert!(row.contains(&default(setting)), "{row}");
+        // The database is embedded: it has no path to show.
+        if !setting.is_hide_default_value_set() && key(setting) != "geoip.database" {
+            assert!(row.contains(&default(setting)), "{row}");
+        }
     }
 }
 

@@ -43,7 +43,7 @@ fn without_any_capability_it_polls_every_namespace() {
 }
 
 /// May load programs, but neither enter a namespace nor read its inode: the
-/// rows of before start come under a stand-in, the events do not.
+/// rows of before start carry a surrogate id, the events do not.
 #[test]
 fn with_bpf_alone_seeds_of_other_namespaces_meet_their_events() {
     if !may_run("tracing with CAP_BPF and CAP_PERFMON alone") {

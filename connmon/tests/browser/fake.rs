@@ -85,8 +85,7 @@ impl Agent {
             flags.push(("web.listen-address", "127.0.0.1:0".to_owned()));
         }
         let config = config::load(&flags, [])?.config;
-        let server =
-            Server::bind(&config.server_options()).map_err(|error| anyhow::anyhow!("{error:?}"))?;
+        let server = Server::bind(&config.server_options())?;
         let address = *server.addresses().first().context("no address")?;
         let shared = Arc::new(Shared(Mutex::new(Some(Arc::new(report)))));
         let reporter: Arc<dyn Reporter> = Arc::clone(&shared) as _;

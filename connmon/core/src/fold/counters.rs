@@ -143,11 +143,12 @@ impl Counters {
     /// reached CLOSE.
     pub(super) fn detach(&mut self, labels: Labels, established: bool, closed: bool) {
         let established = u64::from(established);
-        self.established -= established;
+        // A bug must not turn a gauge into 2^64.
+        self.established = self.established.saturating_sub(established);
         self.each_row(labels, |row| {
-            row.live -= 1;
+            row.live = row.live.saturating_sub(1);
             let flow = &mut row.flows[labels.direction as usize];
-            flow.connections -= established;
+            flow.connections = flow.connections.saturating_sub(established);
             flow.closed += u64::from(closed);
         });
     }

@@ -35,7 +35,7 @@ pub unsafe fn map_lookup_first(map: BorrowedFd<'_>, value: &mut [u64]) -> io::Re
     unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) }.map(drop)
 }
 
-/// `BPF_OBJ_GET_INFO_BY_FD` (Linux 4.13). Returns the first words of the
+/// `BPF_OBJ_GET_INFO_BY_FD` (Linux 4.13). Returns the first 64-bit words of the
 /// information and how many bytes of it the kernel filled.
 ///
 /// # Errors
