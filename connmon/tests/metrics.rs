@@ -151,6 +151,7 @@ const PROMISED: &[Promise] = {
         ("connmon_events_folded_total", Counter, &[]),
         ("connmon_events_dropped_total", Counter, &["reason"]),
         ("connmon_probe_missed_runs_total", Counter, &["probe"]),
+        ("connmon_missed_closes_total", Counter, &[]),
         ("connmon_unattributed_events_total", Counter, &[]),
         ("connmon_tracked_connections", Gauge, &[]),
         ("connmon_untracked_connections", Gauge, &[]),

@@ -95,6 +95,8 @@ pub struct Pipeline {
     counters_read: Instant,
     /// Connects without a place in the table that the log has reported.
     pending_overflow: u64,
+    /// Missed closes that the log has reported.
+    missed_closes: u64,
 }
 
 impl Pipeline {
@@ -127,6 +129,7 @@ impl Pipeline {
             settling: None,
             counters_read: Instant::now(),
             pending_overflow: 0,
+            missed_closes: 0,
         }
     }
 
@@ -240,6 +243,7 @@ impl Pipeline {
         if self.counters_read.elapsed() >= COUNTERS_EVERY {
             self.counters_read = Instant::now();
             self.read_counters();
+            self.audit_missed_closes();
             self.warn_of_untimed();
             self.warn_of_stalled_walk();
         }
@@ -287,6 +291,22 @@ impl Pipeline {
         warn!(
             "{} events dropped and {} probe runs missed: auditing now{remedy}",
             lost.events, lost.missed_runs,
+        );
+    }
+
+    /// After a counted loss missed closes are expected, and its audits correct
+    /// them. Otherwise the kernel lost events without counting them.
+    fn audit_missed_closes(&mut self) {
+        let missed = self.fold.missed_closes();
+        let more = missed - std::mem::replace(&mut self.missed_closes, missed);
+        if more == 0 || self.schedule.expects_loss() {
+            return;
+        }
+        self.fold.lost(0);
+        self.schedule.loss(monotonic_ns());
+        warn!(
+            "{more} connections closed without an event, and the kernel counted no loss: \
+             auditing now"
         );
     }
 

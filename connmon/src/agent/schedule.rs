@@ -121,6 +121,11 @@ impl Schedule {
         self.last_loss_ns = now_ns;
     }
 
+    /// Whether an audit for a loss is due or may be under way.
+    pub fn expects_loss(&self) -> bool {
+        self.loss.is_some() || self.running || self.follow_up.is_some_and(|next| next.after_loss)
+    }
+
     /// The walk to start now, if one is due and none is running.
     pub fn due(&mut self, now_ns: u64) -> Option<Walk> {
         if self.running {

@@ -108,6 +108,8 @@ families! {
         "Reloads of the country database (--geoip.database) since connmon started; after a failure the old one stays in use.";
     ListeningSocketInfo Gauge "connmon_listening_socket_info" ["netns", "address", "port", "process", "pid"]
         "Listening sockets that share network namespace, address and port, with the process of the lowest pid; at most --listeners.max series.";
+    MissedCloses Counter "connmon_missed_closes_total" []
+        "Connections whose close no event reported, found by a new socket at the same kernel address; each starts an audit.";
     NetworkNamespaces Gauge "connmon_network_namespaces" ["access"]
         "Network namespaces watched, by how the last audit (--reconcile.interval) read their sockets: sock_diag, /proc, or not at all.";
     PortAcceptWait Summary "connmon_port_accept_wait_seconds" ["port"]

@@ -191,6 +191,7 @@ impl Metrics {
                 (Id::UntrackedConnections, snapshot.untracked),
                 (Id::TableOverflow, snapshot.table_overflow),
                 (Id::TombstoneOverflow, snapshot.tombstone_overflow),
+                (Id::MissedCloses, snapshot.missed_closes),
                 (Id::UnattributedEvents, snapshot.unattributed),
             ],
         );

@@ -251,6 +251,7 @@ fn agent(snapshot: &Snapshot, status: &Status) -> Value {
                 "undecodable": status.dropped_undecodable,
             },
             "unattributed": snapshot.unattributed,
+            "missed_closes": snapshot.missed_closes,
         },
         // Empty where the kernel does not count them.
         "missed_runs": missed_runs,

@@ -13,6 +13,7 @@ mod floods;
 mod harness;
 mod healing;
 mod held;
+mod hidden;
 mod idle;
 mod life;
 mod load;

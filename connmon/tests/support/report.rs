@@ -84,6 +84,7 @@ fn snapshot(size: Size) -> Snapshot {
         series_evicted: vec![("country_port", 6), ("port", 7)],
         folded: 1_000,
         unattributed: 8,
+        missed_closes: 3,
         corrections: Corrections {
             seeded: 9,
             added: 10,

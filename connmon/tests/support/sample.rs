@@ -130,6 +130,7 @@ fn snapshot() -> Snapshot {
         series_evicted: vec![("port", 0)],
         folded: 4_321,
         unattributed: 0,
+        missed_closes: 0,
         corrections: Corrections {
             seeded: 6,
             ..Corrections::default()

@@ -384,6 +384,7 @@ impl Fold {
         if self.table.entry(slot).is_pending() {
             self.table.remove(slot);
         } else {
+            self.totals.missed_closes += 1;
             self.close_entry(slot, at_ns, None, false);
         }
     }

@@ -142,6 +142,7 @@ struct Totals {
     pending_overflow: u64,
     folded: u64,
     unattributed: u64,
+    missed_closes: u64,
     corrections: Corrections,
     drift: Option<u64>,
     drift_suspected: Option<u64>,
@@ -202,6 +203,12 @@ impl Fold {
         self.totals.pending_overflow
     }
 
+    /// Connections whose close no event reported, although nothing need have
+    /// been counted as lost: another socket has the address of theirs.
+    pub fn missed_closes(&self) -> u64 {
+        self.totals.missed_closes
+    }
+
     /// What audits corrected since start.
     pub fn corrections(&self) -> Corrections {
         self.totals.corrections
@@ -239,6 +246,7 @@ impl Fold {
             series_evicted: vec![("country_port", cross.evicted), ("port", port_evicted)],
             folded: self.totals.folded,
             unattributed: self.totals.unattributed,
+            missed_closes: self.totals.missed_closes,
             corrections: self.totals.corrections,
             drift: self.totals.drift,
             drift_suspected: self.totals.drift_suspected,

@@ -250,6 +250,8 @@ pub struct Snapshot {
     pub folded: u64,
     /// Events that were lost, and their country with them.
     pub unattributed: u64,
+    /// Closes that no event reported; see `Fold::missed_closes`.
+    pub missed_closes: u64,
     /// `connmon_reconcile_corrections_total`.
     pub corrections: Corrections,
     /// `connmon_drift_connections`; `None` before the first audit.

@@ -83,6 +83,7 @@ pub fn report(number: u64, waiting_for: Option<&str>) -> Report {
             series_evicted: Vec::new(),
             folded: number,
             unattributed: 0,
+            missed_closes: 0,
             corrections: Corrections::default(),
             drift: None,
             drift_suspected: None,

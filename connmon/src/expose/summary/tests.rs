@@ -185,6 +185,10 @@ fn every_number_equals_its_sample() {
             &agent["events"]["dropped"]["undecodable"],
         ),
         (
+            "connmon_missed_closes_total",
+            &agent["events"]["missed_closes"],
+        ),
+        (
             "connmon_unattributed_events_total",
             &agent["events"]["unattributed"],
         ),

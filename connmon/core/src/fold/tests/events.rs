@@ -133,6 +133,19 @@ fn a_simultaneous_open_stays_active() {
     );
     assert_eq!(bench.country("DE").flows[0].opened, 1);
     assert_eq!(bench.country("DE").connect_latency.count, 0);
+    // A connect that ended without an event was no connection.
+    assert_eq!(bench.fold.missed_closes(), 0);
+}
+
+#[test]
+fn a_reused_socket_address_counts_a_missed_close() {
+    let mut bench = Bench::new(config());
+    let (first, second) = (tuple(40000, US), tuple(40001, US));
+    bench.open(1, first, SYN_SENT, ESTABLISHED);
+    bench.open(1, second, SYN_SENT, ESTABLISHED);
+    assert_eq!(bench.fold.missed_closes(), 1);
+    let flow = &bench.country("US").flows[1];
+    assert_eq!((flow.opened, flow.closed, flow.connections), (2, 1, 1));
 }
 
 #[test]
