@@ -46,6 +46,10 @@ impl Network {
         let file = File::open(format!("/run/netns/{own}")).expect("the namespace is there");
         move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
             .expect("entering the namespace");
+        // A guest with little memory has room for fewer sockets in TIME_WAIT than
+        // the scenarios may leave in a minute. Beyond it a FIN gets a RST.
+        std::fs::write("/proc/sys/net/ipv4/tcp_max_tw_buckets", "262144")
+            .expect("room for sockets in TIME_WAIT");
         Self {
             own,
             router,
