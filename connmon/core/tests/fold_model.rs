@@ -10,6 +10,7 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 
 use connmon_common::state::*;
@@ -20,7 +21,7 @@ use connmon_core::fold::{
 use connmon_core::geo::{Country, Locate};
 use connmon_core::scan::{Access, Row, Trigger, Walk, WalkMessage, WalkSummary};
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestError, TestRunner};
+use proptest::test_runner::{Config, RngSeed, TestError, TestRunner};
 
 /// Namespaces of the made-up kernel.
 const NETNS: [u32; 2] = [4_026_531_840, 4_026_532_000];
@@ -947,13 +948,23 @@ fn steps_wanted() -> u64 {
     }
 }
 
+/// The seed of the histories: `PROPTEST_RNG_SEED`, else a new one.
+fn seed() -> u64 {
+    match Config::default().rng_seed {
+        RngSeed::Fixed(seed) => seed,
+        RngSeed::Random => RandomState::new().hash_one(()),
+    }
+}
+
 /// Plays random histories; comparisons of each kind in `expected` must have
 /// been made by their end.
 fn run(name: &str, expected: &[When], test: impl Fn(Vec<Step>) -> u64) {
     const LENGTH: usize = 1200;
     let cases = steps_wanted() / (LENGTH as u64 / 2);
+    let seed = seed();
     let mut runner = TestRunner::new(Config {
         cases: cases.max(1) as u32,
+        rng_seed: RngSeed::Fixed(seed),
         failure_persistence: None,
         max_shrink_iters: 200_000,
         ..Config::default()
@@ -969,9 +980,12 @@ fn run(name: &str, expected: &[When], test: impl Fn(Vec<Step>) -> u64) {
             // Once more, aloud.
             TRACE.set(true);
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(history)));
-            panic!("{name}: {why}; what was folded is listed above");
+            panic!(
+                "{name}: {why}; what was folded is listed above; \
+                 repeat with PROPTEST_RNG_SEED={seed}"
+            );
         }
-        Err(error) => panic!("{name}: {error}"),
+        Err(error) => panic!("{name}: {error}; repeat with PROPTEST_RNG_SEED={seed}"),
         Ok(()) => {}
     }
     let (steps, counts) = (steps.get(), COMPARED.get());

@@ -71,6 +71,11 @@ impl Absences {
         self.found = None;
     }
 
+    /// Whether a loss explains what the next audit removes.
+    pub(super) fn lost_recently(&self) -> bool {
+        self.explained > 0
+    }
+
     pub(super) fn walk_begins(&mut self, epoch: u8, now_ns: u64) {
         self.begun_ns.insert(epoch, now_ns);
         self.lost = false;

@@ -193,13 +193,25 @@ impl Entry {
         }
     }
 
-    /// Exchanges cookies with an entry that has the same endpoints: `other`
-    /// had taken this one's from a row. If `other` is known by that row alone,
-    /// the row's byte counters were this one's too.
-    pub(super) fn exchange_cookies(&mut self, other: &mut Self) {
+    /// Exchanges cookies with an entry that has the same endpoints, since
+    /// `cookie` is this one's: rows of `other` were matched to this entry. If
+    /// `other` is known by the row with `cookie` alone, the row's byte counters
+    /// were this one's too.
+    pub(super) fn exchange_cookies(&mut self, other: &mut Self, cookie: Cookie, epoch: u8) {
+        if self.cookie() != 0 && !self.flags.contains(Flags::BY_EVENT) {
+            // What a row showed of this entry, it showed of `other`.
+            if !self.flags.contains(Flags::MISSED) {
+                other.flags.remove(Flags::MISSED);
+            }
+            if self.epoch == epoch && other.epoch != epoch {
+                other.epoch = epoch;
+                other.flags.remove(Flags::BY_EVENT);
+            }
+        }
+        let known_by_row = other.id == 0 && cookie != 0 && other.identity == cookie;
         std::mem::swap(&mut self.identity, &mut other.identity);
         other.flags.insert(Flags::ROW_COOKIE);
-        if other.id == 0 {
+        if known_by_row {
             std::mem::swap(&mut self.baseline, &mut other.baseline);
             let counted = Flags::BASELINE | Flags::RTT;
             let differing = (self.flags ^ other.flags) & counted;

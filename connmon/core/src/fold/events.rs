@@ -446,8 +446,8 @@ impl Fold {
 
     /// Takes from an event what the entry lacks.
     fn learn(&mut self, slot: Slot, socket: &Socket) {
-        self.touch(slot);
         self.table.learn_netns(slot, socket.netns);
-        self.table.learn_cookie(slot, socket.cookie);
+        self.table.learn_cookie(slot, socket.cookie, self.epoch);
+        self.touch(slot);
     }
 }

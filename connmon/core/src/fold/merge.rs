@@ -84,9 +84,19 @@ impl Fold {
             .verdict(hasher, &key, row.cookie, progress.t0_ns);
         let identity = progress.identity(row);
         let established = row.state == ESTABLISHED;
-        let found = self
-            .table
-            .find_row(&key, row.id, identity, self.epoch, established);
+        let maybe_closed = verdict == Verdict::MaybeClosed;
+        // A reopened entry is stale only if its close was lost. Otherwise it
+        // needs a row more than an entry that was seen in this walk.
+        let prefer_unmatched = maybe_closed || !self.absences.lost_recently();
+        let epoch = self.epoch;
+        let found = self.table.find_row(
+            &key,
+            row.id,
+            identity,
+            epoch,
+            established,
+            prefer_unmatched,
+        );
         // A socket that was closed and connected anew keeps its cookie.
         let known = |slot| row.cookie != 0 && self.table.entry(slot).cookie() == row.cookie;
         match found {
@@ -94,7 +104,7 @@ impl Fold {
                 self.update_entry(progress, slot, row, alone);
                 Some(slot)
             }
-            Some((slot, _)) if verdict == Verdict::MaybeClosed => {
+            Some((slot, _)) if maybe_closed => {
                 // If several sockets have these endpoints, another one may have
                 // closed. The row is not of a connection opened since.
                 let entry = self.table.entry_mut(slot);

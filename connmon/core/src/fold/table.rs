@@ -106,8 +106,8 @@ impl Table {
     /// rank in this order: the same address or identity; the same answer to
     /// "is it ESTABLISHED?", so that no correct state is changed; not reopened;
     /// not matched in this walk, so that each row gets an entry of its own.
-    /// Where no cookie outlasts the walk, the last two change places, since a
-    /// matched entry needs no row.
+    /// With `prefer_unmatched`, or where no cookie outlasts the walk, the last
+    /// two change places, since a matched entry needs no row.
     pub(super) fn find_row(
         &self,
         key: &Key,
@@ -115,6 +115,7 @@ impl Table {
         identity: Cookie,
         epoch: u8,
         established: bool,
+        prefer_unmatched: bool,
     ) -> Option<(Slot, bool)> {
         let mut best: Option<(u8, Slot)> = None;
         let mut count = 0;
@@ -132,10 +133,10 @@ impl Table {
             let newer = matched && entry.flags.contains(Flags::BY_EVENT);
             let unlike_state = (lasting || !newer) && (entry.state() == ESTABLISHED) != established;
             let reopened = entry.flags.contains(Flags::REOPENED);
-            let (third, fourth) = if lasting {
-                (reopened, matched)
-            } else {
+            let (third, fourth) = if prefer_unmatched || !lasting {
                 (matched, reopened)
+            } else {
+                (reopened, matched)
             };
             let rank = u8::from(unlike) << 3
                 | u8::from(unlike_state) << 2
@@ -148,26 +149,38 @@ impl Table {
         best.map(|(_, slot)| (slot, count == 1))
     }
 
-    /// An event has the cookie of the socket at `slot`. If a row gave it to
-    /// another entry with the same endpoints, the two exchange theirs.
-    pub(super) fn learn_cookie(&mut self, slot: Slot, cookie: Cookie) {
-        if cookie == 0 {
-            return;
-        }
-        let key = self.slab[slot].key;
-        if self.slab[slot].identity != cookie {
-            let has_it =
-                |&(other, entry): &(Slot, &Entry)| other != slot && entry.identity == cookie;
-            let owner = self.with_key(&key).find(has_it).map(|(other, _)| other);
+    /// An event shows the cookie of the socket at `slot`, 0 if it has none yet.
+    /// If a row gave this entry the cookie of another socket with the same
+    /// endpoints, that one's entry gets it, with what the row showed: the entry
+    /// that has this cookie, else one without any.
+    pub(super) fn learn_cookie(&mut self, slot: Slot, cookie: Cookie, epoch: u8) {
+        let entry = &self.slab[slot];
+        let foreign = entry.identity != cookie
+            && entry.cookie() != 0
+            && entry.flags.contains(Flags::ROW_COOKIE);
+        if entry.identity != cookie && (cookie != 0 || foreign) {
+            let mut owner = None;
+            for (other, candidate) in self.with_key(&entry.key).filter(|&(other, _)| other != slot)
+            {
+                if cookie != 0 && candidate.identity == cookie {
+                    owner = Some(other);
+                    break;
+                }
+                if foreign && candidate.cookie() == 0 {
+                    owner = Some(other);
+                }
+            }
             if let Some(other) = owner {
                 let (mut one, mut two) = (self.slab[slot], self.slab[other]);
-                one.exchange_cookies(&mut two);
+                one.exchange_cookies(&mut two, cookie, epoch);
                 (self.slab[slot], self.slab[other]) = (one, two);
             }
         }
-        let entry = &mut self.slab[slot];
-        entry.identity = cookie;
-        entry.flags.remove(Flags::ROW_COOKIE);
+        if cookie != 0 {
+            let entry = &mut self.slab[slot];
+            entry.identity = cookie;
+            entry.flags.remove(Flags::ROW_COOKIE);
+        }
     }
 
     /// The entry of a socket whose kernel address is unknown: one with its
