@@ -90,7 +90,7 @@ const TOOL_SETTINGS: [&str; 11] = [
     "log.format",
 ];
 
-/// Settings as typed, key and text: those in [`TOOL_SETTINGS`], or all.
+/// Settings as typed, key and text: those in `TOOL_SETTINGS`, or all.
 /// [`crate::config`] validates them.
 #[derive(Clone, Debug, Default)]
 pub struct Typed<const TOOL: bool>(Vec<(&'static str, String)>);

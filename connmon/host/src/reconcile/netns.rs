@@ -53,7 +53,7 @@ pub struct Namespace {
     /// Inode of its `/proc/<pid>/net/tcp`, by which to recognize it where its
     /// own inode cannot be read, or not for long.
     pub table: Option<u64>,
-    /// Ways in: at most [`MAX_HANDLES`] and a mount.
+    /// Ways in: at most `MAX_HANDLES` and a mount.
     pub handles: Vec<Handle>,
 }
 
