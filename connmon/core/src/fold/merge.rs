@@ -89,14 +89,9 @@ impl Fold {
         // needs a row more than an entry that was seen in this walk.
         let prefer_unmatched = maybe_closed || !self.absences.lost_recently();
         let epoch = self.epoch;
-        let found = self.table.find_row(
-            &key,
-            row.id,
-            identity,
-            epoch,
-            established,
-            prefer_unmatched,
-        );
+        let found =
+            self.table
+                .find_row(&key, row.id, identity, epoch, established, prefer_unmatched);
         // A socket that was closed and connected anew keeps its cookie.
         let known = |slot| row.cookie != 0 && self.table.entry(slot).cookie() == row.cookie;
         match found {

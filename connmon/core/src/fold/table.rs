@@ -160,7 +160,9 @@ impl Table {
             && entry.flags.contains(Flags::ROW_COOKIE);
         if entry.identity != cookie && (cookie != 0 || foreign) {
             let mut owner = None;
-            for (other, candidate) in self.with_key(&entry.key).filter(|&(other, _)| other != slot)
+            for (other, candidate) in self
+                .with_key(&entry.key)
+                .filter(|&(other, _)| other != slot)
             {
                 if cookie != 0 && candidate.identity == cookie {
                     owner = Some(other);

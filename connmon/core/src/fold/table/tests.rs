@@ -18,7 +18,10 @@ fn removed_slots_are_reused_and_leave_both_indexes() {
     assert!(table.insert(0, key(0)).is_none());
     for (n, &slot) in (0u32..).zip(&slots) {
         assert_eq!(table.find_id(u64::from(n) + 1), Some(slot));
-        assert_eq!(table.find_row(&key(n), 0, 0, 1, true, false), Some((slot, true)));
+        assert_eq!(
+            table.find_row(&key(n), 0, 0, 1, true, false),
+            Some((slot, true))
+        );
     }
     for &slot in &slots {
         table.remove(slot);
@@ -36,8 +39,14 @@ fn a_row_prefers_its_cookie_and_takes_no_other() {
         table.entry_mut(slot).identity = cookie;
         slot
     });
-    assert_eq!(table.find_row(&key(5), 0, 7, 1, true, false), Some((seven, false)));
-    assert_eq!(table.find_row(&key(5), 0, 8, 1, true, false), Some((none, false)));
+    assert_eq!(
+        table.find_row(&key(5), 0, 7, 1, true, false),
+        Some((seven, false))
+    );
+    assert_eq!(
+        table.find_row(&key(5), 0, 8, 1, true, false),
+        Some((none, false))
+    );
     table.bind_id(none, 99);
     assert_eq!(table.find_unnamed(&key(5), 8, ESTABLISHED), None);
     assert_eq!(table.find_unnamed(&key(5), 0, ESTABLISHED), Some(seven));
@@ -51,9 +60,15 @@ fn rows_match_a_later_open_before_a_reopened_entry() {
     let stale = table.insert(1, key(5)).unwrap();
     table.mark_reopened(&key(5));
     let newer = table.insert(2, key(5)).unwrap();
-    assert_eq!(table.find_row(&key(5), 0, 7, 1, true, false), Some((newer, false)));
+    assert_eq!(
+        table.find_row(&key(5), 0, 7, 1, true, false),
+        Some((newer, false))
+    );
     table.remove(newer);
-    assert_eq!(table.find_row(&key(5), 0, 7, 1, true, false), Some((stale, true)));
+    assert_eq!(
+        table.find_row(&key(5), 0, 7, 1, true, false),
+        Some((stale, true))
+    );
 }
 
 #[test]
