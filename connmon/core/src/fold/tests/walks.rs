@@ -938,3 +938,22 @@ fn a_namespace_known_from_events_alone_is_counted() {
     bench.audit(vec![]);
     assert_eq!(bench.fold.unlisted_namespaces(), 0);
 }
+
+#[test]
+fn an_event_without_a_cookie_gives_a_rows_back() {
+    let mut bench = Bench::new(config());
+    bench.startup(vec![]);
+    for number in 1..=2 {
+        bench.open(number, tuple(40000, US), SYN_SENT, ESTABLISHED);
+    }
+    // The dump skips socket 2, whose entry gets the row of socket 1.
+    bench.audit(vec![equal(1)]);
+    // Socket 2 has no cookie, so the row was not its own.
+    bench.change(2, tuple(40000, US), CLOSE_WAIT);
+    let mut two = equal(2);
+    two.state = CLOSE_WAIT;
+    bench.audit(vec![equal(1), two]);
+    let snapshot = bench.fold.snapshot();
+    assert_eq!((snapshot.tracked, snapshot.established), (2, 1));
+    assert_eq!(snapshot.corrections, Corrections::default());
+}
